@@ -1,0 +1,1 @@
+"""What the example scripts share; needs the extra `train`."""
