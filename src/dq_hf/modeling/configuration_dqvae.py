@@ -1,0 +1,163 @@
+"""Configuration of DQ-VAE, the tokenizer with variable-length codes (stage 1)."""
+
+import math
+
+from .configuration_utils_dq import DQPreTrainedConfig, require_positive, require_probability
+
+
+class DQVAEConfig(DQPreTrainedConfig):
+    """Sizes and choices of a `DQVAEModel` (arXiv 2305.11718, section 3.1 and appendix).
+
+    Args:
+        image_size: height and width in pixels of the training images, one number if equal. Other sizes can be
+            encoded too; this one fixes the size of the learned position tables.
+        granularities: downsampling factors, coarsest first, each half of the one before. One factor is a plain VQ-VAE.
+        block_out_channels: width of each encoder level; log2(coarsest factor) + 1 levels.
+        decoder_block_out_channels: width of each decoder level, full resolution first; log2(finest factor) + 1
+            levels. Default: the encoder's first ones.
+        layers_per_block: residual blocks of an encoder level; a decoder level has one more.
+        decoder_layers_per_block: the same for the decoder, if it differs.
+        encoder_attention_factors: downsampling factors of the encoder levels with self-attention. Default: the
+            granularities.
+        decoder_attention_factors: the same for the decoder. Default: the finest granularity.
+        norm_num_groups: groups of every GroupNorm but the router's.
+        dropout: inside residual blocks.
+        z_channels: width of the routed features, before `quant_conv`.
+        codebook_size: number of codes N.
+        codebook_dim: width D of a code.
+        codebook_decay: decay of the codebook's moving averages, per step.
+        codebook_eps: smoothing of the cluster sizes.
+        restart_dead_codes: in training, replace a code that is used less than once a step on average.
+        commitment_beta: weight of the commitment term of the VQ loss.
+        codebook_weight: weight of the VQ loss in the training loss.
+        router: "entropy" (of each region's grey values, no parameters) or "feature" (a learned gate, the paper's).
+        entropy_thresholds: in nats, ascending, one fewer than granularities; a region gets as many steps finer as
+            its entropy exceeds thresholds. Default: evenly spaced up to the maximum, ln 32; calibrate them on data.
+        router_norm_num_groups: GroupNorm groups on the features that the feature router sees; None: no normalisation.
+        router_activation: "silu" or "relu" between the gate's two linear layers; None: a gate of one linear layer.
+        budget_targets: feature router: share of regions wanted at each granularity but the coarsest. Default: equal
+            shares of all granularities.
+        budget_gamma: weight of the finest granularity's budget term.
+        position_type: what the decoder adds on the fine grid: "learned", "fourier" or "fourier+learned".
+    """
+
+    model_type = "dqvae"
+
+    image_size: int | list[int] = 256
+    granularities: list[int] | tuple[int, ...] = (16, 8)
+    block_out_channels: list[int] | tuple[int, ...] = (128, 128, 256, 256, 512)
+    decoder_block_out_channels: list[int] | None = None
+    layers_per_block: int = 2
+    decoder_layers_per_block: int | None = None
+    encoder_attention_factors: list[int] | None = None
+    decoder_attention_factors: list[int] | None = None
+    norm_num_groups: int = 32
+    dropout: int | float = 0.0
+    z_channels: int = 256
+    codebook_size: int = 1024
+    codebook_dim: int = 256
+    codebook_decay: int | float = 0.99
+    codebook_eps: int | float = 1e-5
+    restart_dead_codes: bool = True
+    commitment_beta: int | float = 0.25
+    codebook_weight: int | float = 1.0
+    router: str = "entropy"
+    entropy_thresholds: list[int | float] | None = None
+    router_norm_num_groups: int | None = 32
+    router_activation: str | None = "silu"
+    budget_targets: list[int | float] | None = None
+    budget_gamma: int | float = 10.0
+    position_type: str = "fourier+learned"
+
+    def fill_defaults(self):
+        num_granularities = len(self.granularities)
+        if self.entropy_thresholds is None:
+            self.entropy_thresholds = [math.log(32) * g / num_granularities for g in range(1, num_granularities)]
+        if self.budget_targets is None:
+            self.budget_targets = [1 / num_granularities for _ in range(1, num_granularities)]
+        if self.encoder_attention_factors is None:
+            self.encoder_attention_factors = list(self.granularities)
+        if self.decoder_attention_factors is None:
+            self.decoder_attention_factors = self.granularities[-1:]
+        if self.decoder_layers_per_block is None:
+            self.decoder_layers_per_block = self.layers_per_block
+        if self.decoder_block_out_channels is None:
+            num_levels = len(self.block_out_channels) - num_granularities + 1
+            self.decoder_block_out_channels = list(self.block_out_channels[:num_levels])
+
+    @property
+    def image_height_width(self):
+        """(height, width) of the training images in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def grid_sizes(self):
+        """[rows, columns] of each granularity's grid at the training image size, coarsest first."""
+        return [[side // factor for side in self.image_height_width] for factor in self.granularities]
+
+    def validate_fields(self):
+        require_positive(self, "layers_per_block", "decoder_layers_per_block", "norm_num_groups")
+        require_positive(self, "z_channels", "codebook_size", "codebook_dim", "codebook_eps")
+        require_probability(self, "dropout", "codebook_decay")
+        for name in ("commitment_beta", "codebook_weight", "budget_gamma"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)}")
+
+        factors = self.granularities
+        halves = all(coarse == 2 * fine for coarse, fine in zip(factors, factors[1:]))
+        if not factors or factors[-1] < 1 or factors[-1] & (factors[-1] - 1) or not halves:
+            raise ValueError(
+                "granularities must be successive powers of two, coarsest first, like [16, 8] or [32, 16, 8]; "
+                f"got {factors}"
+            )
+        if len(self.image_height_width) != 2 or any(side < 1 or side % factors[0] for side in self.image_height_width):
+            raise ValueError(
+                f"image_size must be one or two multiples of the coarsest granularity {factors[0]}, "
+                f"got {self.image_size}"
+            )
+
+        for name, factor, attention in (
+            ("block_out_channels", factors[0], "encoder_attention_factors"),
+            ("decoder_block_out_channels", factors[-1], "decoder_attention_factors"),
+        ):
+            levels = factor.bit_length()  # log2(factor) + 1
+            widths = getattr(self, name)
+            if len(widths) != levels:
+                raise ValueError(
+                    f"{name} must have {levels} widths, one for each level down to factor {factor}; got {widths}"
+                )
+            for width in widths:
+                if width < 1 or width % self.norm_num_groups:
+                    raise ValueError(
+                        f"{name}: each width must be a multiple of norm_num_groups {self.norm_num_groups}, got {width}"
+                    )
+            possible = [2**level for level in range(levels)]
+            if not set(getattr(self, attention)) <= set(possible):
+                raise ValueError(f"{attention} must be among {possible}, got {getattr(self, attention)}")
+
+        self._validate_router(finer=len(factors) - 1)
+        if self.position_type not in ("learned", "fourier", "fourier+learned"):
+            raise ValueError(
+                f'position_type must be "learned", "fourier" or "fourier+learned", got {self.position_type!r}'
+            )
+
+    def _validate_router(self, finer):
+        if self.router not in ("entropy", "feature"):
+            raise ValueError(f'router must be "entropy" or "feature", got {self.router!r}')
+        if self.router_activation not in ("silu", "relu", None):
+            raise ValueError(f'router_activation must be "silu", "relu" or None, got {self.router_activation!r}')
+        groups = self.router_norm_num_groups
+        if self.router == "feature" and groups is not None and (groups < 1 or self.z_channels % groups):
+            raise ValueError(f"z_channels {self.z_channels} must be a multiple of router_norm_num_groups {groups}")
+        thresholds = self.entropy_thresholds
+        if len(thresholds) != finer or not all(map(math.isfinite, thresholds)) or sorted(thresholds) != thresholds:
+            raise ValueError(
+                f"entropy_thresholds must be {finer} finite ascending number(s), one for each granularity but the "
+                f"coarsest; got {thresholds}"
+            )
+        shares = self.budget_targets
+        if len(shares) != finer or not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+            raise ValueError(
+                f"budget_targets must be {finer} share(s) in [0, 1] with a sum of at most 1, one for each granularity "
+                f"but the coarsest; got {shares}"
+            )

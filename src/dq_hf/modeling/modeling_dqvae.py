@@ -1,0 +1,357 @@
+"""DQ-VAE: an image tokenizer that spends codes where the picture needs them (paper section 3.1, figure 3)."""
+
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_dqvae import DQVAEConfig
+from .layers_dq import (
+    DQLevel,
+    DQMiddle,
+    DQOutput,
+    DQPositionEmbedding,
+    downsample,
+    upsample,
+)
+from .modeling_utils_dq import StrictLoadingMixin, check_indices
+from .quantization_dq import DQQuantizer
+from .routing_dq import (
+    EntropyRouter,
+    FeatureRouter,
+    budget_loss,
+    count_codes,
+    expand_grain_map,
+    fineness,
+    gate_values,
+    one_hot_gate,
+    rank_routing,
+    top_left_cells,
+)
+
+
+@dataclass
+class DQVAEEncoderOutput(ModelOutput):
+    """What `DQVAEModel.encode` gives; (H, W) is the finest granularity's grid, (h, w) the coarsest's.
+
+    Args:
+        codes: (B, H, W) long; a coarse code fills all cells that it covers.
+        grain_map: (B, h, w) long, granularity of each region, 0 = coarsest.
+        quantized: (B, D, H, W), the code vectors, with the encoder's gradient (straight-through).
+        loss: scalar, VQ loss.
+        num_codes: (B,) long, codes spent on each image.
+        router_logits: (B, K, h, w), with a feature router.
+        entropy: (B, h, w) nats, with an entropy router.
+        hidden_states: (B, z_channels, H, W), the routed features before `quant_conv`.
+        gates: (B, K, h, w), one-hot; with a feature router in training they carry the router's gradient.
+    """
+
+    codes: torch.Tensor | None = None
+    grain_map: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    num_codes: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    hidden_states: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
+
+
+@dataclass
+class DQVAEDecoderOutput(ModelOutput):
+    """What `DQVAEModel.decode` gives.
+
+    Args:
+        sample: (B, 3, height, width), the image, about in [-1, 1] (not clipped).
+    """
+
+    sample: torch.Tensor | None = None
+
+
+@dataclass
+class DQVAEOutput(ModelOutput):
+    """What `DQVAEModel.forward` gives.
+
+    Args:
+        loss: scalar, reconstruction_loss + codebook_weight * vq_loss + budget_loss.
+        sample: (B, 3, height, width), the reconstruction.
+        reconstruction_loss: scalar, mean absolute difference.
+        vq_loss: scalar.
+        budget_loss: scalar, with a feature router that chose the grain map.
+        codes, grain_map, num_codes, router_logits, entropy: as in `DQVAEEncoderOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    vq_loss: torch.Tensor | None = None
+    budget_loss: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    grain_map: torch.Tensor | None = None
+    num_codes: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+class DQVAEEncoder(nn.Module):
+    """Image to one feature map for each granularity, coarsest first."""
+
+    def __init__(self, config: DQVAEConfig):
+        super().__init__()
+        widths = config.block_out_channels
+        self.num_granularities = len(config.granularities)
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            DQLevel(
+                widths[max(level - 1, 0)],
+                widths[level],
+                config.layers_per_block,
+                attention=2**level in config.encoder_attention_factors,
+                config=config,
+            )
+            for level in range(len(widths))
+        )
+        self.downsamplers = nn.ModuleList(downsample(width) for width in widths[:-1])
+        heads = widths[::-1][: self.num_granularities]  # coarsest first
+        self.middles = nn.ModuleList(DQMiddle(width, config) for width in heads)
+        self.outputs = nn.ModuleList(DQOutput(width, config.z_channels, config) for width in heads)
+
+    def forward(self, pixel_values):
+        hidden_states = self.conv_in(pixel_values)
+        levels = []
+        for level, block in enumerate(self.levels):
+            if level > 0:
+                hidden_states = self.downsamplers[level - 1](hidden_states)
+            hidden_states = block(hidden_states)
+            levels.append(hidden_states)
+        coarsest_first = levels[::-1][: self.num_granularities]
+        return [output(middle(feature)) for feature, middle, output in zip(coarsest_first, self.middles, self.outputs)]
+
+
+class DQVAEDecoder(nn.Module):
+    """Code vectors on the fine grid to an image."""
+
+    def __init__(self, config: DQVAEConfig):
+        super().__init__()
+        widths = list(reversed(config.decoder_block_out_channels))  # lowest resolution first
+        self.position_embedding = DQPositionEmbedding(config)
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.middle = DQMiddle(widths[0], config)
+        self.levels = nn.ModuleList(
+            DQLevel(
+                widths[max(level - 1, 0)],
+                widths[level],
+                config.decoder_layers_per_block + 1,
+                attention=2 ** (len(widths) - 1 - level) in config.decoder_attention_factors,
+                config=config,
+            )
+            for level in range(len(widths))
+        )
+        self.upsamplers = nn.ModuleList(upsample(width) for width in widths[:-1])
+        self.output = DQOutput(widths[-1], 3, config)
+
+    def forward(self, hidden_states):
+        hidden_states = self.conv_in(self.position_embedding(hidden_states))
+        hidden_states = self.middle(hidden_states)
+        for level, block in enumerate(self.levels):
+            if level > 0:
+                hidden_states = self.upsamplers[level - 1](hidden_states)
+            hidden_states = block(hidden_states)
+        return self.output(hidden_states)
+
+
+class DQVAEModel(StrictLoadingMixin, PreTrainedModel):
+    """The tokenizer: encoder, router, quantiser, decoder (arXiv 2305.11718, section 3.1).
+
+    Any image size that the coarsest granularity divides is accepted, square or not.
+    """
+
+    config_class = DQVAEConfig
+    base_model_prefix = "vae"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DQLevel", "DQMiddle"]
+    _keep_in_fp32_modules_strict = {"quantizer"}
+
+    def __init__(self, config: DQVAEConfig):
+        config.validate()
+        super().__init__(config)
+        self.encoder = DQVAEEncoder(config)
+        self.router = {"entropy": EntropyRouter, "feature": FeatureRouter}[config.router](config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.quantizer = DQQuantizer(config)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.decoder = DQVAEDecoder(config)
+        self.post_init()
+
+    def encode(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEEncoderOutput:
+        """Tokenise images.
+
+        The router chooses each region's granularity, unless one of the two options prescribes it. In training mode
+        the codebook moves, and a feature router draws its choice from torch's global generator.
+
+        Args:
+            pixel_values: (B, 3, height, width) float in [-1, 1], sides multiples of the coarsest granularity.
+            fine_ratio: share of each image's regions, in [0, 1], that become fine (rounded to whole regions), those
+                that the router's own score ranks first. With more than two granularities a list of shares, one for
+                each granularity but the coarsest.
+            grain_map: (B, h, w) integers, the granularity of each region.
+
+        Raises:
+            TypeError, ValueError: an input of another type, shape or range.
+        """
+        pixel_values = self._check_pixel_values(pixel_values)
+        num_granularities = len(self.config.granularities)
+        shares = check_fine_ratio(fine_ratio, num_granularities)
+        if grain_map is not None:
+            if fine_ratio is not None:
+                raise ValueError("give either fine_ratio or grain_map, not both")
+            factor = self.config.granularities[0]
+            regions = (len(pixel_values), pixel_values.shape[2] // factor, pixel_values.shape[3] // factor)
+            grain_map = check_indices("grain_map", grain_map, regions, num_granularities, pixel_values.device)
+
+        features = self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))
+        router_logits = entropy = gates = None
+        if self.config.router == "feature":
+            router_logits = self.router(features)
+            if grain_map is None and shares is None:
+                gates = gate_values(router_logits, self.training)
+                grain_map = gates.argmax(1)
+            elif grain_map is None:
+                grain_map = rank_routing(fineness(router_logits), shares)
+        else:
+            entropy, routed = self.router(pixel_values)
+            if grain_map is None:
+                grain_map = routed if shares is None else rank_routing(entropy, shares)
+
+        fine_grain_map = expand_grain_map(grain_map, num_granularities)
+        hidden_states = select_features(features, fine_grain_map)
+        if gates is not None:  # value 1; in training the path of the router's gradient (equation 6)
+            chosen = gates.gather(1, grain_map[:, None])
+            side = 2 ** (num_granularities - 1)
+            hidden_states = hidden_states * chosen.repeat_interleave(side, 2).repeat_interleave(side, 3).to(
+                hidden_states.dtype
+            )
+        else:
+            gates = one_hot_gate(grain_map, num_granularities)
+
+        cell_weights = self.cell_weights(fine_grain_map)
+        top_left = top_left_cells(fine_grain_map, num_granularities)
+        quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left)
+        return DQVAEEncoderOutput(
+            codes=quantizer_output.codes,
+            grain_map=grain_map,
+            quantized=quantizer_output.quantized.to(hidden_states.dtype),
+            loss=quantizer_output.loss,
+            num_codes=count_codes(grain_map),
+            router_logits=router_logits,
+            entropy=entropy,
+            hidden_states=hidden_states,
+            gates=gates,
+        )
+
+    def cell_weights(self, fine_grain_map):
+        """Loss weight (B, 1, H, W) of each cell of the fine grid, 4^-(K-1-g), so that every code counts once."""
+        return 4.0 ** (fine_grain_map - len(self.config.granularities) + 1)[:, None]
+
+    def decode(self, quantized) -> DQVAEDecoderOutput:
+        """Image of code vectors (B, D, H, W) on the finest granularity's grid."""
+        if not isinstance(quantized, torch.Tensor) or not quantized.is_floating_point():
+            got = getattr(quantized, "dtype", type(quantized).__name__)
+            raise TypeError(f"quantized must be a float tensor, got {got}")
+        if quantized.dim() != 4 or quantized.shape[1] != self.config.codebook_dim or quantized.numel() == 0:
+            raise ValueError(
+                f"quantized must have shape (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
+                "for code indices use decode_codes"
+            )
+        if not (self.training or torch.compiler.is_compiling() or torch.isfinite(quantized).all()):
+            raise ValueError("quantized must be finite, got NaN or infinite values")
+        hidden_states = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
+        return DQVAEDecoderOutput(sample=self.decoder(hidden_states))
+
+    def decode_codes(self, codes) -> DQVAEDecoderOutput:
+        """Image of codes (B, H, W), integers in [0, codebook_size), on the finest granularity's grid."""
+        codes = check_indices(
+            "codes", codes, (None, None, None), self.config.codebook_size, self.quantizer.codebook.device
+        )
+        return self.decode(self.quantizer.lookup(codes))
+
+    def forward(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEOutput:
+        """Reconstruct images, with the model's own losses (L1, VQ, budget); arguments as in `encode`."""
+        encoded = self.encode(pixel_values, fine_ratio=fine_ratio, grain_map=grain_map)
+        sample = self.decode(encoded.quantized).sample
+        reconstruction_loss = (sample.float() - pixel_values.float()).abs().mean()
+        loss = reconstruction_loss + self.config.codebook_weight * encoded.loss
+        budget = None
+        if self.config.router == "feature" and fine_ratio is None and grain_map is None:
+            budget = budget_loss(encoded.gates, self.config.budget_targets, self.config.budget_gamma)
+            loss = loss + budget
+        return DQVAEOutput(
+            loss=loss,
+            sample=sample,
+            reconstruction_loss=reconstruction_loss,
+            vq_loss=encoded.loss,
+            budget_loss=budget,
+            codes=encoded.codes,
+            grain_map=encoded.grain_map,
+            num_codes=encoded.num_codes,
+            router_logits=encoded.router_logits,
+            entropy=encoded.entropy,
+        )
+
+    def _check_pixel_values(self, pixel_values):
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise TypeError(f"pixel_values must be a float tensor in [-1, 1], got {got}; use DQImageProcessor")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must have shape (B, 3, height, width), got {tuple(pixel_values.shape)}")
+        factor = self.config.granularities[0]
+        for name, side in zip(("height", "width"), pixel_values.shape[2:]):
+            if side == 0 or side % factor:
+                raise ValueError(f"{name} must be a multiple of {factor}, got {side}; resize or pad the image")
+        if len(pixel_values) == 0:
+            raise ValueError("pixel_values must hold at least one image, got a batch of 0")
+        if not torch.compiler.is_compiling():
+            low, high = pixel_values.detach().aminmax()
+            if not (low >= -1.001 and high <= 1.001):  # false for NaN too; the margin is bfloat16 rounding
+                raise ValueError(
+                    f"pixel_values must be finite and lie in [-1, 1], got values from {low:.4g} to {high:.4g}; "
+                    "use DQImageProcessor"
+                )
+        return pixel_values
+
+
+def select_features(features, fine_grain_map):
+    """Routed features (B, C, H, W): each cell from its granularity's map, coarser ones repeated (nearest)."""
+    selected = features[-1]
+    for granularity, feature in enumerate(features[:-1]):
+        repeats = 2 ** (len(features) - 1 - granularity)
+        repeated = feature.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+        selected = torch.where(fine_grain_map[:, None] == granularity, repeated, selected)
+    return selected
+
+
+def check_fine_ratio(fine_ratio, num_granularities):
+    """Shares for `rank_routing`, or None.
+
+    Raises:
+        TypeError, ValueError: no number or list of numbers, or not in [0, 1], or a sum above 1.
+    """
+    if fine_ratio is None:
+        return None
+    shares = fine_ratio if isinstance(fine_ratio, (list, tuple)) else [fine_ratio]
+    if any(isinstance(share, bool) or not isinstance(share, Real) for share in shares):
+        raise TypeError(f"fine_ratio must be a number in [0, 1] or a list of such, got {fine_ratio!r}")
+    if len(shares) != num_granularities - 1:
+        raise ValueError(
+            f"fine_ratio needs {num_granularities - 1} share(s), one for each granularity but the coarsest; "
+            f"got {fine_ratio!r}"
+        )
+    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"fine_ratio must lie in [0, 1] (several shares: also their sum), got {fine_ratio!r}")
+    return list(shares)

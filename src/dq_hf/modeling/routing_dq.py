@@ -1,0 +1,163 @@
+"""Dynamic grained coding: which granularity codes which region (paper section 3.1, equations 3 to 8).
+
+A region is one cell of the coarsest grid. `grain_map` (B, h, w) long holds each region's granularity, 0 = coarsest.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+# Entropy of grey values: bins evenly spaced over the image range [-1, 1], smoothed by a Gaussian kernel.
+NUM_BINS = 32
+KERNEL_WIDTH = 0.01
+GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)
+
+
+def image_entropy(pixel_values, patch_size, pixels_at_once=2**20):
+    """Entropy in nats of the grey values of each patch, (B, H / patch_size, W / patch_size) float32.
+
+    Args:
+        pixel_values: (B, 3, H, W) in [-1, 1].
+        patch_size: side of a patch in pixels.
+        pixels_at_once: bounds memory, at about 32 floats a pixel; results do not depend on it.
+    """
+    pixel_values = pixel_values.float()
+    grey = (pixel_values * pixel_values.new_tensor(GREY_WEIGHTS).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    height, width = grey.shape[-2] // patch_size, grey.shape[-1] // patch_size
+    patches = nn.functional.unfold(grey, patch_size, stride=patch_size)  # (B, patch_size^2, h*w)
+    patches = patches.transpose(1, 2).flatten(0, 1)  # (B*h*w, patch_size^2)
+    bins = torch.linspace(-1, 1, NUM_BINS, device=grey.device)
+    entropies = []
+    for rows in patches.split(max(1, pixels_at_once // patch_size**2)):
+        kernel = torch.exp(-0.5 * ((rows[..., None] - bins) / KERNEL_WIDTH) ** 2).mean(1)  # (rows, bins)
+        density = kernel / (kernel.sum(1, keepdim=True) + 1e-40)
+        entropies.append(torch.special.entr(density).sum(1))  # -p log p, 0 where p is 0
+    return torch.cat(entropies).view(-1, height, width)
+
+
+class EntropyRouter(nn.Module):
+    """Finer codes where the grey values' entropy exceeds thresholds. No parameters.
+
+    Differs: from the paper, which routes by features; this is the release's router, for any number of granularities.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config  # not a copy of the thresholds: calibration may change them
+
+    def forward(self, pixel_values):
+        """Entropy (B, h, w) float32 in nats, and the grain map (B, h, w) long that it implies."""
+        entropy = image_entropy(pixel_values, self.config.granularities[0])
+        grain_map = torch.zeros_like(entropy, dtype=torch.long)
+        for threshold in self.config.entropy_thresholds:
+            grain_map += entropy > threshold
+        return entropy, grain_map
+
+
+class FeatureRouter(nn.Module):
+    """A gate on the pooled features of all granularities (paper equation 4), K logits a region."""
+
+    def __init__(self, config):
+        super().__init__()
+        num_granularities = len(config.granularities)
+        width = num_granularities * config.z_channels
+        groups = config.router_norm_num_groups
+        self.norms = nn.ModuleList(
+            nn.Identity() if groups is None else nn.GroupNorm(groups, config.z_channels, eps=1e-6)
+            for _ in range(num_granularities)
+        )
+        if config.router_activation is None:
+            self.gate = nn.Linear(width, num_granularities)
+        else:
+            activation = {"silu": nn.SiLU, "relu": nn.ReLU}[config.router_activation]()
+            self.gate = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, num_granularities))
+
+    def forward(self, features):
+        """Logits (B, K, h, w) from the granularities' features, a list of (B, C, H_g, W_g), coarsest first."""
+        pooled = [
+            nn.functional.avg_pool2d(norm(feature), 2**g)
+            for g, (norm, feature) in enumerate(zip(self.norms, features))
+        ]
+        return self.gate(torch.cat(pooled, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def gate_values(router_logits, training):
+    """One-hot gates (B, K, h, w): hard Gumbel-softmax with straight-through gradient in training, else the argmax."""
+    if training:
+        return nn.functional.gumbel_softmax(router_logits.float(), tau=1.0, hard=True, dim=1)
+    return one_hot_gate(router_logits.argmax(1), router_logits.shape[1])
+
+
+def one_hot_gate(grain_map, num_granularities):
+    """Gates (B, K, h, w) float of a grain map (B, h, w)."""
+    return nn.functional.one_hot(grain_map, num_granularities).permute(0, 3, 1, 2).float()
+
+
+def fineness(router_logits):
+    """How much each region deserves finer codes, (B, h, w): log odds of granularity g or finer, summed over g > 0."""
+    router_logits = router_logits.float()
+    at_least = router_logits.flip(1).logcumsumexp(1).flip(1)[:, 1:]
+    below = router_logits.logcumsumexp(1)[:, :-1]
+    return (at_least - below).sum(1)
+
+
+def rank_routing(score, shares):
+    """Grain map (B, h, w) with prescribed shares of each image's regions, the highest scores finest.
+
+    Args:
+        score: (B, h, w) float, how much a region deserves finer codes.
+        shares: share of regions, in [0, 1], at each granularity but the coarsest; counts are rounded to whole regions.
+    """
+    num_regions = score[0].numel()
+    order = score.flatten(1).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(num_regions, device=score.device).expand_as(order)
+    grain_map = torch.zeros_like(order)
+    finest_first = 0.0
+    for granularity in range(len(shares), 0, -1):  # a region within the first `count` ranks is at least this fine
+        finest_first += shares[granularity - 1]
+        count = math.floor(finest_first * num_regions + 0.5)
+        grain_map = torch.where((ranks < count) & (grain_map == 0), granularity, grain_map)
+    return torch.zeros_like(grain_map).scatter(1, order, grain_map).view(score.shape)
+
+
+def budget_loss(gates, targets, gamma):
+    """How far the shares of finer regions are from their targets (paper equation 7), a scalar.
+
+    For each finer granularity g, ratio_g = (codes spent if every other choice cost one code, less the minimum) /
+    (the maximum less the minimum); the finest squared error counts gamma times.
+
+    Args:
+        gates: (B, K, h, w), non-negative.
+        targets: share wanted at each granularity but the coarsest.
+        gamma: weight of the finest granularity's term.
+    """
+    num_regions = gates.shape[2] * gates.shape[3]
+    loss = gates.new_zeros(())
+    for granularity, target in enumerate(targets, start=1):
+        cost = 4**granularity
+        codes = gates.sum() + (cost - 1) * gates[:, granularity].sum()
+        ratio = (codes / len(gates) - num_regions) / ((cost - 1) * num_regions)
+        weight = gamma if granularity == len(targets) else 1.0
+        loss = loss + weight * (ratio - target) ** 2
+    return loss
+
+
+def expand_grain_map(grain_map, num_granularities):
+    """Granularity of every cell of the fine grid, (B, H, W) long."""
+    side = 2 ** (num_granularities - 1)
+    return grain_map.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+
+
+def top_left_cells(fine_grain_map, num_granularities):
+    """Raster index of the first fine cell of the code that covers each fine cell, (B, H, W) long."""
+    height, width = fine_grain_map.shape[1:]
+    side = 2 ** (num_granularities - 1 - fine_grain_map)  # of a code, in fine cells
+    rows = torch.arange(height, device=side.device)[:, None]
+    columns = torch.arange(width, device=side.device)
+    return (rows - rows % side) * width + columns - columns % side
+
+
+def count_codes(grain_map):
+    """Codes of each image, (B,) long: 4^g for a region of granularity g."""
+    return (4**grain_map).flatten(1).sum(1)

@@ -1,0 +1,78 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig  # noqa: E402
+from dq_hf.modeling.configuration_dqvae import DQVAEConfig  # noqa: E402
+from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration  # noqa: E402
+from dq_hf.modeling.modeling_dqvae import DQVAEModel  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("dq", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("dq")
+
+
+def make_vae(**overrides):
+    """A DQ-VAE for 16x16 images, codes of 4x4 and 2x2 pixels, in evaluation mode."""
+    torch.manual_seed(0)
+    sizes = dict(
+        image_size=16,
+        granularities=[4, 2],
+        block_out_channels=[8, 8, 16],
+        layers_per_block=1,
+        norm_num_groups=4,
+        z_channels=8,
+        codebook_size=16,
+        codebook_dim=8,
+        router_norm_num_groups=4,
+    )
+    return DQVAEModel(DQVAEConfig(**(sizes | overrides))).eval()
+
+
+def make_transformer(**overrides):
+    """A DQ-Transformer for the codes of `make_vae`, in evaluation mode.
+
+    Its weights are so large that every logit depends clearly on every element before it.
+    """
+    sizes = dict(
+        grid_sizes=[[4, 4], [8, 8]],
+        codebook_size=16,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_position_layers=2,
+        num_content_layers=2,
+    )
+    model = DQTransformerForImageGeneration(DQTransformerConfig(**(sizes | overrides))).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.6, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_vae():
+    """With an entropy router."""
+    return make_vae()
+
+
+@pytest.fixture(scope="session")
+def tiny_vae_feature():
+    """With a feature router."""
+    return make_vae(router="feature")
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer():
+    """Unconditional."""
+    return make_transformer()
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer_class():
+    """Of three classes, with a hidden class for guidance."""
+    return make_transformer(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)

@@ -1,0 +1,298 @@
+"""Images of every kind to pixel_values and back: exact values, geometry, and refusal of what would lose data."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dq_hf.modeling.image_processing_dq import DQImageProcessor
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+EXPECTED = torch.from_numpy(RGB).permute(2, 0, 1)[None] / 127.5 - 1  # 0 ... 255 to -1 ... 1
+
+
+@pytest.fixture
+def processor():
+    """Leaves images at their own size."""
+    return DQImageProcessor(do_resize=False)
+
+
+def as_bytes(pixel_values):
+    """(B, 3, H, W) in [-1, 1] as numbers from 0 to 255."""
+    return (pixel_values.double() + 1) * 127.5
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(RGB),
+        RGB,
+        RGB.transpose(2, 0, 1),
+        RGB.astype(np.float64) / 255,
+        RGB.astype(np.float32).transpose(2, 0, 1) / 255,
+        np.flip(RGB[:, ::-1].copy(), axis=1),  # a view with negative strides
+        torch.from_numpy(RGB),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        torch.from_numpy(RGB).permute(2, 0, 1)[None],
+        torch.from_numpy(RGB).permute(2, 0, 1) / 255,
+        RGB[None],
+        [Image.fromarray(RGB)],
+        (RGB,),
+        [[RGB[None]]],
+    ],
+    ids=lambda image: type(image).__name__,
+)
+def test_every_container_gives_the_same_pixel_values(processor, image):
+    pixel_values = processor(image)["pixel_values"]
+    assert pixel_values.dtype == torch.float32
+    torch.testing.assert_close(pixel_values, EXPECTED, atol=1e-6, rtol=0)
+    assert torch.equal(processor.preprocess(image, return_tensors="pt").pixel_values, pixel_values)
+
+
+def test_lists_may_mix_kinds_and_batches(processor):
+    images = [Image.fromarray(RGB), np.stack([RGB, RGB]), torch.from_numpy(RGB).permute(2, 0, 1)]
+    torch.testing.assert_close(processor(images)["pixel_values"], EXPECTED.expand(4, -1, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_arrays_with_three_rows_keep_the_convention_of_their_library(processor):
+    square = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    last = torch.from_numpy(square).permute(2, 0, 1)[None] / 127.5 - 1
+    first = torch.from_numpy(square)[None] / 127.5 - 1
+    torch.testing.assert_close(processor(square)["pixel_values"], last, atol=1e-6, rtol=0)
+    torch.testing.assert_close(processor(torch.from_numpy(square))["pixel_values"], first, atol=1e-6, rtol=0)
+
+
+def single_colour(mode, colour):
+    return Image.new(mode, (2, 2), colour)
+
+
+def palette(transparency=None):
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([9, 9, 9, 200, 100, 50])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (single_colour("1", 1), (255, 255, 255)),
+        (single_colour("L", 77), (77, 77, 77)),
+        (palette(), (200, 100, 50)),
+        (palette(transparency=1), (255, 255, 255)),
+        (palette(transparency=0), (200, 100, 50)),
+        (single_colour("RGBA", (200, 100, 50, 255)), (200, 100, 50)),
+        (single_colour("RGBA", (200, 100, 50, 0)), (255, 255, 255)),
+        (single_colour("RGBA", (200, 100, 50, 51)), (244, 224, 214)),  # a fifth of the colour on white
+        (single_colour("LA", (100, 0)), (255, 255, 255)),
+        (single_colour("LA", (100, 255)), (100, 100, 100)),
+        (single_colour("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
+        (single_colour("I;16", 65535), (255, 255, 255)),
+        (single_colour("I;16", 30000), (30000 / 257,) * 3),  # PIL's own conversion clips it to white
+        (Image.fromarray(np.full((2, 2), 30000, dtype=">u2")), (30000 / 257,) * 3),
+    ],
+)
+def test_pil_modes(processor, image, expected):
+    values = as_bytes(processor(image)["pixel_values"])
+    assert values.shape == (1, 3, 2, 2)
+    for channel, value in enumerate(expected):
+        np.testing.assert_allclose(values[0, channel].numpy(), value, atol=0.01 if value % 1 else 1.0)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pil_modes_without_a_fixed_range_are_refused(processor, mode):
+    with pytest.raises(ValueError, match=f"mode '{mode}' has no fixed range"):
+        processor(Image.new(mode, (2, 2)))
+
+
+def test_photographs_are_turned_upright_by_their_exif_orientation(processor, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    Image.fromarray(RGB).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as photo:
+        pixel_values = processor(photo)["pixel_values"]
+    torch.testing.assert_close(pixel_values, EXPECTED.rot90(-1, dims=(2, 3)), atol=1e-6, rtol=0)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9))
+def test_round_trip_is_exact_for_bytes(seed, height, width):
+    array = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    processor = DQImageProcessor(do_resize=False)
+    (image,) = processor.post_process(processor(Image.fromarray(array))["pixel_values"])
+    assert np.array_equal(np.array(image), array)
+
+
+def test_every_byte_survives_the_round_trip(processor):
+    ramp = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+    pixel_values = processor(ramp)["pixel_values"]
+    assert pixel_values.min() == -1 and pixel_values.max() == 1
+    assert np.array_equal(np.array(processor.post_process(pixel_values)[0]), ramp)
+
+
+def test_post_process_clips_and_gives_three_kinds(processor):
+    pixel_values = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 3.0]).expand(2, 3, 1, 6)
+    expected = np.array([0, 0, 0.5, 0.75, 1, 1])
+    assert np.array_equal(processor.post_process(pixel_values, "np")[1, 0, :, 2], expected)
+    assert np.array_equal(processor.post_process(pixel_values, "pt")[1, 2, 0].numpy(), expected)
+    images = processor.post_process(pixel_values.bfloat16().requires_grad_())
+    assert [image.size for image in images] == [(6, 1), (6, 1)]
+    assert np.array_equal(np.array(images[0])[0, :, 0], [0, 0, 128, 191, 255, 255])
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "output_type", "error"),
+    [
+        (torch.zeros(3, 4, 4), "pil", r"shape \(B, 3, height, width\), got \(3, 4, 4\)"),
+        (torch.zeros(1, 1, 4, 4), "pil", r"got \(1, 1, 4, 4\)"),
+        (np.zeros((1, 3, 4, 4)), "pil", "got ndarray"),
+        (torch.full((1, 3, 4, 4), torch.nan), "pil", "must be finite"),
+        (torch.zeros(1, 3, 4, 4), "jpeg", "output_type must be .* got 'jpeg'"),
+    ],
+)
+def test_post_process_refuses(processor, pixel_values, output_type, error):
+    with pytest.raises(ValueError, match=error):
+        processor.post_process(pixel_values, output_type)
+
+
+def blocks(height, width, factor):
+    """An image of coloured blocks of factor x factor pixels, and the colours (height, width, 3)."""
+    colours = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return colours.repeat(factor, axis=0).repeat(factor, axis=1), colours
+
+
+def test_an_image_of_the_wanted_size_is_not_touched():
+    processor = DQImageProcessor(size={"height": 6, "width": 8})
+    torch.testing.assert_close(processor(RGB)["pixel_values"], EXPECTED, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(10, 8, slice(2, 8), slice(0, 8)), (6, 13, slice(0, 6), slice(2, 10)), (7, 8, slice(0, 6), slice(0, 8))],
+)
+def test_the_centre_is_cut_out_without_scaling_where_one_side_fits(height, width, rows, columns):
+    array, _ = blocks(height, width, 1)
+    pixel_values = DQImageProcessor(size={"height": 6, "width": 8})(array)["pixel_values"]
+    expected = torch.from_numpy(array[rows, columns]).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(pixel_values, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (100, 7), (5, 100), (31, 33)])
+@pytest.mark.parametrize(("target_height", "target_width"), [(8, 8), (16, 8)])
+def test_any_size_becomes_the_wanted_one_and_plain_colour_stays(height, width, target_height, target_width):
+    image = Image.new("RGB", (width, height), (200, 100, 50))
+    processor = DQImageProcessor(size={"height": target_height, "width": target_width})
+    values = as_bytes(processor(image)["pixel_values"])
+    assert values.shape == (1, 3, target_height, target_width)
+    for channel, value in enumerate((200, 100, 50)):
+        np.testing.assert_allclose(values[0, channel].numpy(), value, atol=0.01)
+
+
+def test_scaling_keeps_proportions_and_the_centre():
+    marked = np.zeros((40, 80, 3), dtype=np.uint8)
+    marked[10:30, 30:50] = 255  # a square of half the height in the middle
+    values = DQImageProcessor(size={"height": 20, "width": 20})(marked)["pixel_values"][0, 0]
+    inside = torch.full((20, 20), -1.0)
+    inside[5:15, 5:15] = 1
+    assert (values - inside).abs().mean() < 0.1
+    torch.testing.assert_close(values, values.flip(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, values.flip(1), atol=1e-5, rtol=0)
+
+
+def test_scaling_down_is_near_pil_bicubic():
+    array, _ = blocks(8, 8, 5)
+    values = as_bytes(DQImageProcessor(size={"height": 16, "width": 16})(array)["pixel_values"])[0]
+    expected = np.array(Image.fromarray(array).resize((16, 16), Image.BICUBIC)).transpose(2, 0, 1)
+    np.testing.assert_allclose(values.numpy(), expected, atol=1.5)
+
+
+def test_scaling_stays_in_range():
+    array, _ = blocks(4, 4, 1)
+    array[::2] = 255
+    values = DQImageProcessor(size={"height": 32, "width": 32})(array)["pixel_values"]
+    assert values.min() >= -1 and values.max() <= 1
+
+
+def test_images_of_several_sizes_make_one_batch_only_by_resizing(processor):
+    images = [Image.new("RGB", (8, 6)), Image.new("RGB", (9, 20))]
+    with pytest.raises(ValueError, match=r"one size, got \[\(6, 8\), \(20, 9\)\]; use do_resize=True"):
+        processor(images)
+    assert processor(images, size={"height": 4, "width": 6}, do_resize=True)["pixel_values"].shape == (2, 3, 4, 6)
+    assert processor.do_resize is False and processor.size == {"height": 256, "width": 256}
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "at least one image, got an empty list"),
+        (RGB[None][:0], ValueError, "at least one image"),
+        ("photo.png", TypeError, "must be a PIL image, a numpy array or a torch tensor, got str"),
+        ([RGB, None], TypeError, "got NoneType"),
+        ([1, 2], TypeError, "got int"),
+        (RGB[..., 0], ValueError, r"shape \(height, width, 3\) or \(3, height, width\), got \(6, 8\)"),
+        (RGB[..., :1], ValueError, r"got \(6, 8, 1\); for grey or transparent images use PIL"),
+        (np.concatenate([RGB, RGB], axis=2), ValueError, r"got \(6, 8, 6\)"),
+        (RGB[:0], ValueError, r"got \(0, 8, 3\)"),
+        (RGB.astype(np.int64), TypeError, r"must be uint8 \(0 ... 255\) or float \(0 ... 1\), got torch.int64"),
+        (RGB.astype(np.uint16), TypeError, "got torch.uint16"),
+        (RGB > 100, TypeError, "got torch.bool"),
+        (RGB.astype(np.float32), ValueError, r"lie in \[0, 1\], got values from 0 to 2[0-9]+"),
+        (EXPECTED[0], ValueError, r"lie in \[0, 1\], got values from -1 .* already in \[-1, 1\]"),
+        (np.full((2, 2, 3), math.nan), ValueError, "finite .* got values from nan"),
+        (torch.full((3, 2, 2), math.inf), ValueError, "finite .* to inf"),
+    ],
+)
+def test_bad_images_are_refused(processor, images, error, message):
+    with pytest.raises(error, match=message):
+        processor(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(size=64), ValueError, "size must be {.*}, got 64"),
+        (dict(size={"height": 64}), ValueError, "size must be {.*}, got"),
+        (dict(size={"height": 64, "widht": 64}), ValueError, "size must be {.*}, got"),
+        (dict(size={"height": 0, "width": 64}), ValueError, "positive whole numbers"),
+        (dict(size={"height": 64.0, "width": 64}), ValueError, "positive whole numbers"),
+        (dict(size={"height": True, "width": 64}), ValueError, "positive whole numbers"),
+        (dict(do_resize="no"), TypeError, "do_resize must be True or False, got 'no'"),
+    ],
+)
+def test_bad_options_are_refused(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        DQImageProcessor(**options)
+    with pytest.raises(error, match=message):
+        processor(RGB, **options)
+
+
+def test_unknown_arguments_are_refused(processor):
+    with pytest.raises(TypeError, match="no argument sise; it has size and do_resize"):
+        DQImageProcessor(sise={"height": 64, "width": 64})
+    with pytest.raises(TypeError, match="sise"):
+        processor(RGB, sise={"height": 64, "width": 64})
+    with pytest.raises(ValueError, match="return_tensors must be \"pt\", got 'np'"):
+        processor(RGB, return_tensors="np")
+
+
+def test_saving_and_loading_keeps_the_options(tmp_path):
+    size = {"height": 8, "width": 12}
+    DQImageProcessor(size=size, do_resize=False).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert content == {"do_resize": False, "image_processor_type": "DQImageProcessor", "size": size}
+    loaded = DQImageProcessor.from_pretrained(tmp_path)
+    assert loaded.size == size and loaded.do_resize is False
+    assert DQImageProcessor.from_pretrained(tmp_path, do_resize=True)(RGB)["pixel_values"].shape == (1, 3, 8, 12)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == content
+
+
+def test_the_default_size_is_not_shared_between_processors():
+    first = DQImageProcessor()
+    first.size["height"] = 1
+    assert DQImageProcessor().size == {"height": 256, "width": 256}
