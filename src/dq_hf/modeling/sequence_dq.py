@@ -1,0 +1,276 @@
+"""Codes and grain map <-> one coarse-to-fine stream, and what may come next in it (paper section 3.2, figure 4).
+
+A stream is, for each granularity, coarsest first: a start token, its codes, an end token. Every element is a pair of
+position (which cell of that granularity's grid) and content (which code). Streams are contiguous for each image and
+padded at the end only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class DQStream(ModelOutput):
+    """Streams of a batch of images, L the longest one's length.
+
+    Args:
+        contents: (B, L) long, code or special token of each element.
+        positions: (B, L) long, cell of the element's own grid, or special token.
+        granularities: (B, L) long, granularity of each element; padding counts as finest.
+        lengths: (B,) long, elements without padding.
+    """
+
+    contents: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    granularities: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+@dataclass
+class StreamTables:
+    """Index tables of a `StreamLayout` on one device; K granularities, F fine cells, S slots.
+
+    The slots are all elements that a stream can have, in stream order: start, every cell, end, for each granularity.
+    """
+
+    num_cells: torch.Tensor  # (K,)
+    parent: torch.Tensor  # (K, F): the granularity's cell that covers a fine cell
+    top_left: torch.Tensor  # (K, F): first fine cell of a granularity's cell; 0 behind the last one
+    is_cell: torch.Tensor  # (K, F) bool: the granularity has that many cells
+    fine_rank: torch.Tensor  # (F,): place of a fine cell in the training order
+    slot_granularity: torch.Tensor  # (S,)
+    slot_position: torch.Tensor  # (S,)
+    slot_cell: torch.Tensor  # (S,): first fine cell; 0 for special tokens
+    slot_content: torch.Tensor  # (S,): the special token; 0 for cells
+    slot_is_start: torch.Tensor  # (S,) bool
+    slot_is_code: torch.Tensor  # (S,) bool
+
+
+class StreamLayout:
+    """Sizes, special tokens and order of the streams of one configuration.
+
+    Tokens: contents 0 ... N-1 are codes, N pad, N+1 end, N+2+label start; positions 0 ... n_g-1 are the cells of
+    granularity g, n_g pad, n_g+1 end, n_g+2+label start. Unconditional streams have label 0.
+    """
+
+    def __init__(self, grid_sizes, codebook_size, fine_order="row-first"):
+        self.grid_sizes = [tuple(grid) for grid in grid_sizes]
+        self.num_granularities = len(self.grid_sizes)
+        self.num_cells = [rows * columns for rows, columns in self.grid_sizes]
+        self.fine_order = fine_order
+        self.content_pad = codebook_size
+        self.content_end = codebook_size + 1
+        self.content_start = codebook_size + 2
+        self._tables = {}
+
+    def tables(self, device):
+        """The index tables on a device, made once. (Not in the constructor: models are built on the meta device.)"""
+        if device not in self._tables:
+            self._tables[device] = self._make_tables(device)
+        return self._tables[device]
+
+    def _make_tables(self, device):
+        fine_rows, fine_columns = self.grid_sizes[-1]
+        fine = torch.arange(fine_rows * fine_columns, device=device)
+        row, column = fine // fine_columns, fine % fine_columns
+        parent, top_left, is_cell, slots, fine_rank = [], [], [], [], None
+        for granularity, (rows, columns) in enumerate(self.grid_sizes):
+            cells = rows * columns
+            side = fine_rows // rows  # of a cell, in fine cells
+            parent.append(row // side * columns + column // side)
+            cell = fine.clamp(max=cells - 1)
+            top_left.append(torch.where(fine < cells, (cell // columns * fine_columns + cell % columns) * side, 0))
+            is_cell.append(fine < cells)
+
+            order = fine[:cells]
+            if self.fine_order == "region-first":
+                inner = rows // self.grid_sizes[0][0]  # cells on a side of a region
+                region = order // columns // inner * self.grid_sizes[0][1] + order % columns // inner
+                order = order[region.argsort(stable=True)]
+            fine_rank = torch.empty_like(order).scatter(0, order, fine[:cells])
+            kind = fine.new_tensor([0])
+            zeros = torch.zeros_like(order)
+            slots.append(
+                torch.stack(
+                    [
+                        torch.cat([kind + granularity, zeros + granularity, kind + granularity]),
+                        torch.cat([kind + cells + 2, order, kind + cells + 1]),
+                        torch.cat([kind, top_left[-1][order], kind]),
+                        torch.cat([kind + self.content_start, zeros, kind + self.content_end]),
+                    ]
+                )
+            )
+        granularity, position, cell, content = torch.cat(slots, dim=1)
+        return StreamTables(
+            num_cells=fine.new_tensor(self.num_cells),
+            parent=torch.stack(parent),
+            top_left=torch.stack(top_left),
+            is_cell=torch.stack(is_cell),
+            fine_rank=fine_rank,
+            slot_granularity=granularity,
+            slot_position=position,
+            slot_cell=cell,
+            slot_content=content,
+            slot_is_start=content == self.content_start,
+            slot_is_code=content == 0,
+        )
+
+    def pack(self, codes, grain_map, class_labels=None) -> DQStream:
+        """Streams of codes (B, H, W) and grain map (B, h, w), both long and in range; labels (B,) long or None."""
+        tables = self.tables(codes.device)
+        labels = torch.zeros_like(codes[:, 0, 0]) if class_labels is None else class_labels
+        fine_grain_map = self._expand(grain_map).flatten(1)  # (B, F)
+        kept = ~tables.slot_is_code | (fine_grain_map[:, tables.slot_cell] == tables.slot_granularity)  # (B, S)
+        start_label = labels[:, None] * tables.slot_is_start
+        contents = tables.slot_content + start_label
+        contents = torch.where(tables.slot_is_code, codes.flatten(1)[:, tables.slot_cell], contents)
+        positions = tables.slot_position + start_label
+        granularities = tables.slot_granularity.expand_as(positions)
+
+        lengths = kept.sum(1)
+        longest, num_slots = int(lengths.max()), kept.shape[1]
+        target = torch.where(kept, kept.cumsum(1) - 1, num_slots)  # what is not kept goes behind the end
+
+        def compact(values, pad):
+            out = torch.full((len(values), num_slots + 1), pad, device=values.device)
+            return out.scatter(1, target, values)[:, :longest]
+
+        return DQStream(
+            contents=compact(contents, self.content_pad),
+            positions=compact(positions, self.num_cells[-1]),
+            granularities=compact(granularities, self.num_granularities - 1),
+            lengths=lengths,
+        )
+
+    def unpack(self, contents, positions, lengths):
+        """Codes (B, H, W) and grain map (B, h, w) of streams (B, L); the inverse of `pack`.
+
+        Raises:
+            ValueError: a stream that is not whole: tokens out of turn, cells uncovered, covered twice, or of mixed
+                granularity in a region.
+        """
+        tables = self.tables(contents.device)
+        batch, fine_cells = len(contents), self.num_cells[-1]
+        inside = torch.arange(contents.shape[1], device=contents.device) < lengths[:, None]
+        is_start = (contents >= self.content_start) & inside
+        is_end = (contents == self.content_end) & inside
+        is_code = (contents < self.content_pad) & inside
+        opened, closed = is_start.cumsum(1), is_end.cumsum(1)
+        granularities = (opened - 1).clamp(0, self.num_granularities - 1)
+        special = positions - tables.num_cells[granularities]  # below 0 a cell, 0 pad, 1 end, 2 and more start
+        fits = torch.where(is_code, (special < 0) & (positions >= 0), special == contents - self.content_pad)
+        fits &= (contents >= 0) & (contents != self.content_pad) & (opened - closed == ~is_end)
+        fits &= ~is_start | (contents == contents[:, :1])  # one class
+        in_turn = (fits | ~inside).all(1)
+        in_turn &= (is_start.sum(1) == self.num_granularities) & (is_end.sum(1) == self.num_granularities)
+        if not in_turn.all():
+            raise ValueError(
+                f"stream(s) {(~in_turn).nonzero().flatten().tolist()} are not, for each granularity in turn, a start "
+                "token, codes at positions of its grid and an end token"
+            )
+        cell = tables.top_left[granularities, torch.where(is_code, positions, 0)]  # (B, L)
+        behind = torch.where(is_code, cell, fine_cells)  # everything else is written behind the last cell
+
+        def write(values):
+            out = values.new_full((batch, fine_cells + 1), -1)
+            return out.scatter(1, behind, values)[:, :fine_cells]
+
+        codes, fine_grain_map = write(contents), write(granularities)
+        grain_map = fine_grain_map.gather(1, tables.top_left[0, : self.num_cells[0]].expand(batch, -1))
+        grain_map = grain_map.view(batch, *self.grid_sizes[0])
+        expanded = self._expand(grain_map.clamp(min=0)).flatten(1)
+        covering = tables.top_left[expanded, tables.parent[expanded, torch.arange(fine_cells, device=codes.device)]]
+        whole = (fine_grain_map.gather(1, covering) == expanded).all(1)
+        whole &= is_code.sum(1) == (4 ** grain_map.clamp(min=0)).flatten(1).sum(1)
+        if not whole.all():
+            broken = (~whole).nonzero().flatten().tolist()
+            raise ValueError(f"stream(s) {broken} do not cover every cell exactly once, one granularity a region")
+        return codes.gather(1, covering).view(batch, *self.grid_sizes[-1]), grain_map
+
+    def _expand(self, grain_map):
+        side = self.grid_sizes[-1][0] // self.grid_sizes[0][0]
+        return grain_map.repeat_interleave(side, 1).repeat_interleave(side, 2)
+
+
+class StreamState:
+    """The streams of a batch while they are generated: what may come next, and what came (method section 7).
+
+    All images advance one element a step, each on its own clock: one may be in its fine part while its neighbour is
+    still coarse. What is not free to choose (start, end when nothing is left, padding behind the end, fixed fine
+    positions) is allowed alone, so that drawing is one operation for all. Nothing here waits for the device.
+
+    Differs: with three or more granularities, a granularity's end is allowed only while no region is half covered;
+    such a region has no place in a grain map, and the tokenizer never makes one.
+    """
+
+    def __init__(self, layout, position_vocab_size, content_vocab_size, labels, fixed_fine_positions):
+        self.layout = layout
+        self.tables = layout.tables(labels.device)
+        self.labels = labels  # (B,) long, 0 if unconditional
+        self.fixed_fine_positions = fixed_fine_positions
+        self.position_ids = torch.arange(position_vocab_size, device=labels.device)
+        self.content_ids = torch.arange(content_vocab_size, device=labels.device)
+        batch, fine_cells = len(labels), layout.num_cells[-1]
+        self.taken = torch.zeros(batch, fine_cells, dtype=torch.bool, device=labels.device)
+        self.codes = torch.zeros(batch, fine_cells, dtype=torch.long, device=labels.device)
+        self.fine_grain_map = torch.zeros_like(self.codes)
+        self.granularity = torch.zeros_like(labels)  # of the next element
+        self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
+        self.finished = torch.zeros_like(self.start_is_next)
+        self.lengths = torch.zeros_like(labels)
+
+    def allowed_positions(self):
+        """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
+        tables, granularity = self.tables, self.granularity
+        finest = granularity == self.layout.num_granularities - 1
+        free = ~self.taken.gather(1, tables.top_left[granularity]) & tables.is_cell[granularity]  # (B, F)
+        if self.fixed_fine_positions:
+            first = torch.where(free, tables.fine_rank, len(tables.fine_rank)).amin(1, keepdim=True)
+            free &= (tables.fine_rank == first) | ~finest[:, None]
+        end_allowed = torch.where(finest, self.taken.all(1), ~self._half_covered())
+
+        num_cells = tables.num_cells[granularity]
+        allowed = torch.nn.functional.pad(free, (0, len(self.position_ids) - free.shape[1]))
+        allowed |= (self.position_ids == (num_cells + 1)[:, None]) & end_allowed[:, None]
+        forced = torch.where(self.finished, num_cells, num_cells + 2 + self.labels)  # pad or start
+        is_forced = self.finished | self.start_is_next
+        return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
+
+    def allowed_contents(self, positions):
+        """Which contents go with the chosen positions (B,), (B, content vocabulary) bool."""
+        special = positions - self.tables.num_cells[self.granularity]  # 0 pad, 1 end, 2 and more: start
+        token = (self.layout.content_pad + special)[:, None]
+        is_code = self.content_ids < self.layout.content_pad
+        return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
+
+    def append(self, positions, contents):
+        """Write the chosen element (B,), (B,) into the grids and move on."""
+        covered = self.tables.parent[self.granularity] == positions[:, None]  # (B, F)
+        covered &= (contents < self.layout.content_pad)[:, None]
+        self.codes = torch.where(covered, contents[:, None], self.codes)
+        self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
+        self.taken |= covered
+        self.lengths += ~self.finished
+        is_end = contents == self.layout.content_end
+        is_finest = self.granularity == self.layout.num_granularities - 1
+        self.finished |= is_end & is_finest
+        self.start_is_next = is_end & ~is_finest
+        self.granularity = self.granularity + self.start_is_next  # not in place: the caller may hold the old one
+
+    def grids(self):
+        """Codes (B, H, W) and grain map (B, h, w) written so far."""
+        batch = len(self.codes)
+        corners = self.tables.top_left[0, : self.layout.num_cells[0]]
+        grain_map = self.fine_grain_map[:, corners].view(batch, *self.layout.grid_sizes[0])
+        return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
+
+    def _half_covered(self):
+        """Whether any region is covered in part, (B,) bool; never in the coarsest granularity."""
+        (rows, columns), side = (
+            self.layout.grid_sizes[0],
+            self.layout.grid_sizes[-1][0] // self.layout.grid_sizes[0][0],
+        )
+        cells = self.taken.view(-1, rows, side, columns, side).transpose(2, 3).flatten(3)  # (B, h, w, side^2)
+        return (cells.any(-1) & ~cells.all(-1)).flatten(1).any(1)
