@@ -1,0 +1,557 @@
+"""A checkpoint of the paper's release as our folder: any DQ-VAE variant, or a DQ-Transformer with its first stage.
+
+Everything that the release's configuration states twice, or that ours derives, is checked; a parameter that is neither
+read nor known to have no effect on the model is an error.
+"""
+
+import json
+import math
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+import yaml
+
+from .modeling.configuration_dq import DQConfig
+from .modeling.configuration_dqtransformer import DQTransformerConfig
+from .modeling.configuration_dqvae import DQVAEConfig
+from .modeling.image_processing_dq import DQImageProcessor
+from .modeling.modeling_dq import DQForImageGeneration
+from .modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from .modeling.modeling_dqvae import DQVAEModel
+from .modeling.modeling_utils_dq import shorten
+
+GRAINS = {"Dual": ("coarse", "fine"), "Triple": ("coarse", "median", "fine")}  # the release's words, coarsest first
+
+# Our name -> the release's, applied in this order; `vae_names` adds those that depend on sizes.
+BLOCK_NAMES = (
+    (r"\.resnet_in\.", ".block_1."),
+    (r"\.resnet_out\.", ".block_2."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.attention\.", ".attn_1."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".proj_out."),
+)
+VAE_NAMES = (
+    (r"^encoder\.levels\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+    (r"^encoder\.levels\.(\d+)\.attentions\.", r"encoder.down.\1.attn."),
+    (r"^encoder\.downsamplers\.(\d+)\.", r"encoder.down.\1.downsample."),
+    (r"^router\.gate\.", "encoder.router.gate."),
+    (r"^decoder\.position_embedding\.fourier\.", "decoder.position_bias_fourier.lff.ffm.conv."),
+    (r"^decoder\.position_embedding\.rows\.", "decoder.position_bias_learned.row_embed."),
+    (r"^decoder\.position_embedding\.columns\.", "decoder.position_bias_learned.col_embed."),
+    (r"^decoder\.middle\.", "decoder.mid."),
+    (r"^decoder\.output\.(norm|conv)\.", r"decoder.\1_out."),
+    (r"^quantizer\.codebook$", "quantize.codebook.weight"),
+    (r"^quantizer\.cluster_size$", "quantize.codebook.cluster_size_ema"),
+    (r"^quantizer\.embed_sum$", "quantize.codebook.embed_ema"),
+)
+TRANSFORMER_NAMES = (
+    (r"^content_embedding\.", "content_emb."),
+    (r"^position_embeddings\.0\.", "content_coarse_pos_emb."),
+    (r"^position_embeddings\.1\.", "content_fine_pos_emb."),
+    (r"^stream_embedding\.weight$", "pos_emb"),
+    (r"^granularity_embedding\.", "seg_emb."),
+    (r"^(position|content)_transformer\.layers\.", r"\1_transformer."),
+    (r"\.input_layernorm\.", ".ln1."),
+    (r"\.post_attention_layernorm\.", ".ln2."),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.mlp\.fc1\.", ".mlp.0."),
+    (r"\.mlp\.fc2\.", ".mlp.2."),
+    (r"_head\.norm\.", "_head.0."),
+    (r"_head\.projection\.", "_head.1."),
+)
+# Left out: the loss networks and the buffers of the causal mask.
+VAE_IGNORED = r"loss\."
+TRANSFORMER_IGNORED = r"(position|content)_transformer\.\d+\.attn\.mask$"
+
+# Parameters of the release that change nothing in the converted model: training schedule, data keys, loss networks.
+SCHEDULE = ("monitor", "warmup_epochs", "scheduler_type", "weight_decay", "ckpt_path", "ignore_keys")
+LOSS = ("perceptual_weight", "pixelloss_weight", "use_actnorm")  # and all that begin with disc_
+
+
+def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
+    """Write a released checkpoint as a folder that `from_pretrained` reads, and give its model.
+
+    Args:
+        config_path: the release's `config.yml`; paths inside it are relative to its folder.
+        checkpoint_path: the release's `model.ckpt`. Only tensors and plain values are read, no code.
+        output_dir: new or empty folder.
+        force: write into a folder that is not empty.
+
+    Returns:
+        A `DQVAEModel`, or, for a DQ-Transformer, a `DQForImageGeneration`; in evaluation mode.
+
+    Raises:
+        FileExistsError: `output_dir` is a file, or not empty.
+        OSError: a file is missing, damaged, or holds more than tensors and plain values.
+        ValueError: a configuration that is incomplete, contradicts itself or asks for what we do not have, or a
+            checkpoint that does not fit it; the message names the parameter or the keys.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"the output must be a folder, got the file {output_dir}; choose another name")
+    if output_dir.exists() and any(output_dir.iterdir()) and not force:
+        raise FileExistsError(f"the output folder {output_dir} is not empty; choose another or overwrite with force")
+
+    config = read_config(config_path)
+    state_dict = read_checkpoint(checkpoint_path)
+    try:
+        if isinstance(config, DQVAEConfig):
+            ours = vae_state_dict(state_dict, config)
+            model = DQVAEModel(config)
+            model.load_state_dict(ours)
+        else:
+            others = [key for key in state_dict if not key.startswith(("first_stage_model.", "transformer."))]
+            if others:
+                raise ValueError(f"unknown keys {shorten(sorted(others))}")
+            vae = vae_state_dict(state_dict, config.vae_config, "first_stage_model.")
+            transformer = transformer_state_dict(state_dict, config.transformer_config, "transformer.")
+            model = DQForImageGeneration(config)
+            model.vae.load_state_dict(vae)
+            model.transformer.load_state_dict(transformer)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
+
+    model.eval()
+    # What a model of the other kind may have left there would be taken for a part of this one.
+    other = "model_index.json" if isinstance(model, DQVAEModel) else "model.safetensors"
+    (output_dir / other).unlink(missing_ok=True)
+    model.save_pretrained(output_dir)
+    if isinstance(model, DQVAEModel):
+        height, width = config.image_height_width
+        DQImageProcessor(size={"height": height, "width": width}).save_pretrained(output_dir)
+    return model
+
+
+def vae_state_dict(state_dict, config, prefix=""):
+    """State dict of a `DQVAEModel` from the release's keys that begin with `prefix`.
+
+    Raises:
+        ValueError: keys missing, unknown, of another shape or with values that are not finite; all are named.
+    """
+    return rename(state_dict, DQVAEModel, config, vae_names(config), VAE_IGNORED, prefix)
+
+
+def transformer_state_dict(state_dict, config, prefix=""):
+    """State dict of a `DQTransformerForImageGeneration`; otherwise as `vae_state_dict`."""
+    return rename(state_dict, DQTransformerForImageGeneration, config, TRANSFORMER_NAMES, TRANSFORMER_IGNORED, prefix)
+
+
+def vae_names(config):
+    """The name table of a DQ-VAE: granularities are words in the release, and decoder levels are counted upwards."""
+    grains = {len(words): words for words in GRAINS.values()}[len(config.granularities)]
+    names = []
+    for granularity, word in enumerate(grains):
+        names += [
+            (rf"^encoder\.middles\.{granularity}\.", f"encoder.mid_{word}."),
+            (rf"^encoder\.outputs\.{granularity}\.(norm|conv)\.", rf"encoder.\1_out_{word}."),
+            (rf"^router\.norms\.{granularity}\.", f"encoder.router.feature_norm_{word}."),
+        ]
+    last = len(config.decoder_block_out_channels) - 1
+    for level in range(last + 1):
+        names += [
+            (rf"^decoder\.levels\.{level}\.resnets\.", f"decoder.up.{last - level}.block."),
+            (rf"^decoder\.levels\.{level}\.attentions\.", f"decoder.up.{last - level}.attn."),
+            (rf"^decoder\.upsamplers\.{level}\.", f"decoder.up.{last - level}.upsample."),
+        ]
+    return (*names, *VAE_NAMES, *BLOCK_NAMES)
+
+
+def rename(state_dict, model_class, config, names, ignored, prefix):
+    """The release's tensors under our names and in our shapes; what does not fit is named in one `ValueError`."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    converted, used, problems = {}, set(), []
+    for name, shape in expected.items():
+        key = name
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        key = prefix + key
+        kindless = re.sub(r"(\.position_bias)_\w+", r"\1", key)  # where a decoder has positions of one kind only
+        if key not in state_dict and kindless in state_dict:
+            key = kindless
+        if key not in state_dict:
+            problems.append(f"{key} is missing (our {name})")
+            continue
+        used.add(key)
+        value, release_shape = state_dict[key], shape_in_release(name, shape)
+        if value.shape != release_shape:
+            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(release_shape)}")
+        elif not value.is_floating_point() or not torch.isfinite(value).all():
+            problems.append(f"{key} must hold finite floating-point numbers")
+        else:
+            rows = slice(-1) if name == "quantizer.codebook" else slice(None)
+            converted[name] = value[rows].reshape(shape).float()
+    for key in state_dict:
+        if key.startswith(prefix) and key not in used and not re.match(ignored, key[len(prefix) :]):
+            problems.append(f"{key} is unknown")
+    if problems:
+        raise ValueError(shorten(problems))
+    return converted
+
+
+def shape_in_release(name, shape):
+    """The release's shape of our tensor: 1x1 convolutions in attention, and a padding row in the codebook."""
+    if re.search(r"\.to_(q|k|v|out\.0)\.weight$", name):
+        return torch.Size((*shape, 1, 1))
+    if name == "quantizer.codebook":
+        return torch.Size((shape[0] + 1, shape[1]))
+    if name == "stream_embedding.weight":
+        return torch.Size((1, *shape))
+    return shape
+
+
+def read_checkpoint(path):
+    """The release's state dict, a dict of tensors."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    damaged = f"the checkpoint {path} is damaged or not a PyTorch file ({{}}); download it again"
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not compare checksums
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise OSError(damaged.format(f"wrong checksum in {broken}"))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if re.search(r"Unsupported|GLOBAL|invalid", line)), lines[0])
+        reason = reason.removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
+        raise OSError(
+            f"the checkpoint {path} is damaged or holds more than tensors and plain values, which could run code, and "
+            f"is not read ({reason}); if you trust it, save it again as a dict with only its state_dict"
+        ) from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch.load has no error of its own for damaged files
+        raise OSError(damaged.format(f"{type(error).__name__}: {error}")) from error
+    state_dict = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict) or not state_dict:
+        got = (
+            f"a dict with {shorten([str(key) for key in content])}"
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
+        raise ValueError(f"the checkpoint {path} must be a dict with the tensors in 'state_dict', got {got}")
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"the checkpoint {path} must hold tensors only, got {type(value).__name__} for key {key!r}"
+            )
+    return state_dict
+
+
+def read_config(path):
+    """`DQVAEConfig` or `DQConfig` of the release's `config.yml`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"{path} must have a section `model`, as the release's configurations do")
+    try:
+        model = Section(content["model"], "model", [*(f"{word}GrainVQModel" for word in GRAINS), "Dualformer"])
+        if model.target == "Dualformer":
+            return generation_config(model, path.parent)
+        return vae_config(model, path.parent)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class Section:
+    """A `{target, params}` entry of the release's configuration, whose parameters must all be read or known.
+
+    Args:
+        entry: its value in the YAML file.
+        path: where it is, for messages.
+        targets: class names that it may have; what stands before the last dot of `target` is free.
+    """
+
+    def __init__(self, entry, path, targets):
+        if not isinstance(entry, dict) or not isinstance(entry.get("target"), str):
+            raise ValueError(f"{path} must have a target and params, got {entry!r}")
+        unknown = set(entry) - {"target", "params", "base_learning_rate", "learning_rate", "min_learning_rate"}
+        if unknown:
+            raise ValueError(f"{path} has unknown entries: {shorten(sorted(map(str, unknown)))}")
+        self.target = entry["target"].rpartition(".")[2]
+        if self.target not in targets:
+            raise ValueError(f"{path}.target must be one of the classes {', '.join(targets)}; got {entry['target']!r}")
+        self.params = {} if entry.get("params") is None else entry["params"]
+        if not isinstance(self.params, dict):
+            raise ValueError(f"{path}.params must be a mapping, got {self.params!r}")
+        self.path = path
+        self.read = set()
+
+    def get(self, key, kind, default=None):
+        """A parameter of type `kind`; one without default is required."""
+        self.read.add(key)
+        if key not in self.params and default is not None:
+            return default
+        if key not in self.params:
+            raise ValueError(f"{self.path}.params.{key} is missing")
+        value = self.params[key]
+        if kind is float and isinstance(value, str):
+            value = yaml_float(value)
+        good = isinstance(value, (int, float) if kind is float else kind)
+        if isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value):
+            good = False
+        if kind is list and good:
+            good = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+        if not good:
+            wanted = {list: "a list of integers", float: "a finite number", int: "an integer", bool: "true or false"}
+            raise ValueError(f"{self.path}.params.{key} must be {wanted.get(kind, 'a string')}, got {value!r}")
+        return value
+
+    def require(self, key, expected, why, optional=False):
+        """Check a parameter whose value follows from others."""
+        self.read.add(key)
+        if key in self.params:
+            value = self.params[key]
+            if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+                raise ValueError(f"{self.path}.params.{key} must be {expected!r}, {why}; got {value!r}")
+        elif not optional:
+            raise ValueError(f"{self.path}.params.{key} is missing")
+
+    def section(self, key, targets):
+        """A required sub-section."""
+        self.read.add(key)
+        if key not in self.params:
+            raise ValueError(f"{self.path}.params.{key} is missing")
+        return Section(self.params[key], f"{self.path}.params.{key}", targets)
+
+    def finish(self, *without_effect):
+        """Refuse parameters that nobody read, but for the named ones."""
+        unknown = sorted(str(key) for key in set(self.params) - self.read - set(without_effect))
+        if unknown:
+            raise ValueError(f"{self.path}.params has parameters that the converter does not know: {shorten(unknown)}")
+
+
+def yaml_float(text):
+    """`text` as a number if it is one; YAML 1.1 takes 1e-4 for a string, the release's reader for a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def vae_config(model, folder):
+    """`DQVAEConfig` of a section of the class DualGrainVQModel or TripleGrainVQModel."""
+    word = model.target.removesuffix("GrainVQModel")
+    encoder = model.section("encoderconfig", [f"{word}GrainEncoder"])
+    decoder = model.section("decoderconfig", ["Decoder"])
+    codebook = model.section("vqconfig", ["VectorQuantize2"])
+    resolution, z_channels = encoder.get("resolution", int), encoder.get("z_channels", int)
+    multipliers, decoder_multipliers = encoder.get("ch_mult", list), decoder.get("ch_mult", list)
+    num_granularities = len(GRAINS[word])
+    if len(multipliers) < num_granularities:
+        raise ValueError(
+            f"{encoder.path}.params.ch_mult must have a level for each of {num_granularities} granularities, "
+            f"got {multipliers}"
+        )
+    num_decoder_levels = len(multipliers) + 1 - num_granularities  # down to the finest granularity
+    if len(decoder_multipliers) != num_decoder_levels:
+        raise ValueError(
+            f"{decoder.path}.params.ch_mult must have {num_decoder_levels} levels, the encoder's down to the finest "
+            f"granularity; got {decoder_multipliers}"
+        )
+    width, decoder_width = encoder.get("ch", int), decoder.get("ch", int)
+    granularities = [2 ** (len(multipliers) - 1 - granularity) for granularity in range(num_granularities)]
+    fields = dict(
+        image_size=resolution,
+        granularities=granularities,
+        block_out_channels=[width * multiplier for multiplier in multipliers],
+        decoder_block_out_channels=[decoder_width * multiplier for multiplier in decoder_multipliers],
+        layers_per_block=encoder.get("num_res_blocks", int),
+        decoder_layers_per_block=decoder.get("num_res_blocks", int),
+        encoder_attention_factors=attention_factors(encoder, resolution, len(multipliers)),
+        decoder_attention_factors=attention_factors(decoder, resolution, len(decoder_multipliers)),
+        dropout=encoder.get("dropout", float, 0.0),
+        z_channels=z_channels,
+        codebook_size=codebook.get("codebook_size", int),
+        codebook_dim=codebook.get("codebook_dim", int),
+        codebook_decay=codebook.get("decay", float, 0.99),
+        restart_dead_codes=codebook.get("restart_unused_codes", bool, True),
+        commitment_beta=codebook.get("commitment_beta", float, 0.25),
+        position_type=decoder.get("position_type", str),
+        **router_fields(model, encoder, granularities[0], folder),
+        **loss_fields(model, word, [resolution // factor for factor in granularities]),
+    )
+
+    encoder.require("in_channels", 3, "RGB")
+    encoder.require("resamp_with_conv", True, "the only way of downsampling", optional=True)
+    encoder.finish("update_router")
+    decoder.require("in_ch", z_channels, "the encoder's z_channels")
+    decoder.require("out_ch", 3, "RGB")
+    decoder.require("resolution", resolution, "the encoder's resolution")
+    decoder.require("latent_size", resolution // granularities[-1], f"resolution / {granularities[-1]}")
+    decoder.require("dropout", fields["dropout"], "the encoder's dropout", optional=True)
+    decoder.require("resamp_with_conv", True, "the only way of upsampling", optional=True)
+    decoder.require("give_pre_end", False, "or there is no image", optional=True)
+    decoder.finish("window_size")
+    codebook.require("channel_last", False, "the layout of the features", optional=True)
+    codebook.require("accept_image_fmap", True, "the layout of the features", optional=True)
+    codebook.finish()
+    model.require("quant_before_dim", z_channels, "the encoder's z_channels")
+    model.require("quant_after_dim", fields["codebook_dim"], "the quantiser's codebook_dim")
+    model.finish("quant_sample_temperature", "image_key", *SCHEDULE)
+    return DQVAEConfig(**fields)
+
+
+def attention_factors(section, resolution, num_levels):
+    """Downsampling factors of the levels whose resolution is in `attn_resolutions`; others there have no effect."""
+    with_attention = section.get("attn_resolutions", list)
+    return [2**level for level in range(num_levels) if resolution // 2**level in with_attention]
+
+
+def router_fields(model, encoder, coarsest_factor, folder):
+    """Fields of `DQVAEConfig` that describe the router."""
+    word = model.target.removesuffix("GrainVQModel")
+    targets = [f"{word}GrainFeatureRouter"] + ["DualGrainFixedEntropyRouter"] * (word == "Dual")
+    router = encoder.section("router_config", targets)
+    if router.target == "DualGrainFixedEntropyRouter":
+        model.require("entropy_patch_size", coarsest_factor, "the coarsest downsampling factor")
+        model.require("image_size", encoder.get("resolution", int), "the encoder's resolution")
+        threshold = read_threshold(folder / router.get("json_path", str), router.get("fine_grain_ratito", float))
+        router.finish()
+        return {"router": "entropy", "entropy_thresholds": [threshold]}
+
+    router.require("num_channels", encoder.get("z_channels", int), "the encoder's z_channels")
+    gate, normalization = router.get("gate_type", str), router.get("normalization_type", str)
+    gates = {"1layer-fc": None, "2layer-fc-SiLu": "silu", "2layer-fc-ReLu": "relu"}
+    activations = {name.lower(): activation for name, activation in gates.items()}
+    if gate.lower() not in activations:
+        raise ValueError(f"{router.path}.params.gate_type must be one of {', '.join(gates)}; got {gate!r}")
+    groups = re.fullmatch(r"none|group-(\d+)", normalization)
+    if not groups:
+        raise ValueError(
+            f'{router.path}.params.normalization_type must be "none" or "group-" with a number of groups, '
+            f"got {normalization!r}"
+        )
+    router.finish()
+    return {
+        "router": "feature",
+        "router_activation": activations[gate.lower()],
+        "router_norm_num_groups": groups[1] and int(groups[1]),
+    }
+
+
+def read_threshold(path, fine_ratio):
+    """Entropy threshold in nats of a fine ratio, from a table {percentile: threshold}."""
+    percentile = 100 - 100 * fine_ratio
+    if not 0 <= fine_ratio <= 1 or abs(percentile - round(percentile)) > 1e-6:
+        raise ValueError(f"fine_grain_ratito must be a whole percentage between 0 and 1, got {fine_ratio}")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"json_path: cannot read the entropy thresholds {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"json_path: {path} is not a JSON file: {error}") from None
+    key = str(round(percentile))
+    threshold = table.get(key) if isinstance(table, dict) else None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+        raise ValueError(
+            f"json_path: {path} must give a number for percentile {key} (fine_grain_ratito {fine_ratio}), "
+            f"got {threshold!r}; choose a ratio that the table has"
+        )
+    return threshold
+
+
+def loss_fields(model, word, sides):
+    """Fields of `DQVAEConfig` from the training loss; `sides` are the grids' sides, coarsest first."""
+    if "lossconfig" not in model.params:
+        return {}
+    loss = model.section("lossconfig", ["VQLPIPSWithDiscriminator", "DummyLoss"])
+    fields = {"codebook_weight": loss.get("codebook_weight", float, 1.0)}
+    if "budget_loss_config" in loss.params:
+        # The finest term is doubled by calculate_all: the release adds the same squared error of the coarse share.
+        target = {"Dual": "RatioMSE_DualGrain", "Triple": "NormedSeperateRatioMSE_TripleGrain"}[word]
+        budget = loss.section("budget_loss_config", [f"BudgetConstraint_{target}"])
+        fields["budget_gamma"] = budget.get("gamma", float)
+        if word == "Dual":
+            fields["budget_targets"] = [budget.get("target_ratio", float)]
+            fields["budget_gamma"] *= 2 if budget.get("calculate_all", bool) else 1
+        else:
+            fields["budget_targets"] = [budget.get(f"target_{grain}_ratio", float) for grain in ("median", "fine")]
+        for name, side in zip({"Dual": ("min", "max"), "Triple": ("min", "median", "max")}[word], sides):
+            budget.require(f"{name}_grain_size", side, "the side of that granularity's grid")
+        budget.finish()
+    loss.finish(*LOSS, *(key for key in loss.params if str(key).startswith("disc_")))
+    return fields
+
+
+def generation_config(model, folder):
+    """`DQConfig` of a section of the class Dualformer."""
+    first_stage = model.section("first_stage_config", ["DualGrainVQModel"])
+    vae = vae_config(first_stage, folder)
+    stack = model.section("transformer_config", ["StackGPT"])
+    permuter = model.section("permuter_config", ["DualGrainSeperatePermuter"])
+    by_class = "class_cond_stage_config" in model.params
+    if by_class == ("uncond_stage_config" in model.params):
+        raise ValueError(f"{model.path}.params must have either class_cond_stage_config or uncond_stage_config")
+    if by_class:
+        start = model.section("class_cond_stage_config", ["ClassAwareSOSProvider"])
+    else:
+        start = model.section("uncond_stage_config", ["PositionAwareSOSProvider"])
+    order = permuter.get("fine_position_order", str)
+    if order not in ("row-first", "region-first"):
+        raise ValueError(
+            f'{permuter.path}.params.fine_position_order must be "row-first" or "region-first", got {order!r}'
+        )
+    transformer = DQTransformerConfig(
+        grid_sizes=vae.grid_sizes,
+        codebook_size=vae.codebook_size,
+        num_classes=start.get("n_classes", int) if by_class else 0,
+        hidden_size=stack.get("n_embd", int),
+        num_attention_heads=stack.get("n_head", int),
+        num_position_layers=stack.get("position_layer", int),
+        num_content_layers=stack.get("content_layer", int),
+        max_stream_length=stack.get("block_size", int),
+        fine_order=order,
+        embedding_dropout=stack.get("embd_pdrop", float, 0.0),
+        residual_dropout=stack.get("resid_pdrop", float, 0.0),
+        attention_dropout=stack.get("attn_pdrop", float, 0.0),
+        content_loss_weight=model.get("content_loss_weight", float, 1.0),
+        position_loss_weight=model.get("position_loss_weight", float, 1.0),
+    )
+
+    # Special tokens stand behind the codes or cells: pad, end, start or the classes.
+    num_codes = vae.codebook_size
+    cells = {grain: rows * columns for grain, (rows, columns) in zip(GRAINS["Dual"], vae.grid_sizes)}
+    stack.require("vocab_size", transformer.content_vocab_size, "the codes and their special tokens")
+    stack.require("content_pad_code", num_codes, "the number of codes")
+    stack.require("segment_size", 2, "the number of granularities")
+    stack.require("activate_pad_ignore", True, "padding never counts in the loss", optional=True)
+    permuter.require("content_pad_code", num_codes, "the number of codes")
+    permuter.require("content_eos_code", num_codes + 1, "the number of codes + 1")
+    for granularity, (grain, cell) in enumerate(cells.items()):
+        why = f"the number of {grain} cells"
+        size = transformer.position_vocab_sizes[granularity]
+        stack.require(f"{grain}_position_size", size, f"{why} and their special tokens")
+        stack.require(f"{grain}_position_pad_code", cell, why)
+        permuter.require(f"{grain}_hw", vae.grid_sizes[granularity][0], f"the side of the {grain} grid")
+        permuter.require(f"{grain}_position_pad_code", cell, why)
+        permuter.require(f"{grain}_position_eos_code", cell + 1, f"{why} + 1")
+        start.require(f"{grain}_seg_sos", granularity, "the granularity's index")
+        if by_class:
+            start.require(f"threshold_{grain}_position", cell + 2, f"{why} + 2")
+        else:
+            start.require(f"{grain}_sos", num_codes + 2, "the number of codes + 2")
+            start.require(f"{grain}_pos_sos", cell + 2, f"{why} + 2")
+    if by_class:
+        start.require("threshold_content", num_codes + 2, "the number of codes + 2")
+    model.require("activate_sos_for_fine_sequence", True, "a start token opens every granularity", optional=True)
+    for section in (stack, permuter, start):
+        section.finish()
+    model.finish("first_stage_key", "cond_stage_key", *SCHEDULE)
+    return DQConfig(vae_config=vae, transformer_config=transformer)

@@ -1,0 +1,63 @@
+"""Configuration of tokenizer and generator together."""
+
+import copy
+from typing import ClassVar
+
+from .configuration_dqtransformer import DQTransformerConfig
+from .configuration_dqvae import DQVAEConfig
+from .configuration_utils_dq import DQPreTrainedConfig
+
+
+class DQConfig(DQPreTrainedConfig):
+    """A `DQVAEConfig` and a `DQTransformerConfig` that fit each other.
+
+    Args:
+        vae_config: the tokenizer's, as a configuration or a dictionary.
+        transformer_config: the generator's; its class names are this configuration's `id2label`.
+    """
+
+    model_type = "dq"
+    sub_configs: ClassVar = {"vae_config": DQVAEConfig, "transformer_config": DQTransformerConfig}
+
+    vae_config: dict | DQVAEConfig | None = None
+    transformer_config: dict | DQTransformerConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            given = getattr(self, name)
+            if not isinstance(given, (dict, config_class, type(None))):
+                raise TypeError(
+                    f"{name} must be a {config_class.__name__} or a dictionary, got {type(given).__name__}"
+                )
+        # Copies: a composite configuration resets the attention implementation of its parts.
+        self.vae_config, self.transformer_config = copy.deepcopy((self.vae_config, self.transformer_config))
+        if isinstance(self.vae_config, dict):
+            self.vae_config = DQVAEConfig(**self.vae_config)
+        elif self.vae_config is None:
+            self.vae_config = DQVAEConfig()
+        if isinstance(self.transformer_config, dict):
+            self.transformer_config = DQTransformerConfig(**self.transformer_config)
+        elif self.transformer_config is None:
+            vae = self.vae_config
+            self.transformer_config = DQTransformerConfig(grid_sizes=vae.grid_sizes, codebook_size=vae.codebook_size)
+        names = self.transformer_config.id2label
+        if self.id2label is not None and {int(label): name for label, name in self.id2label.items()} != names:
+            raise ValueError(
+                f"class names belong into transformer_config, which has {names}; got id2label {self.id2label}"
+            )
+        self.id2label, self.label2id = dict(names), dict(self.transformer_config.label2id)
+        super().__post_init__(**kwargs)
+
+    def validate_fields(self):
+        self.vae_config.validate()
+        self.transformer_config.validate()
+        for name in ("grid_sizes", "codebook_size"):
+            tokenizer, generator = getattr(self.vae_config, name), getattr(self.transformer_config, name)
+            if tokenizer != generator:
+                raise ValueError(
+                    f"tokenizer and generator do not fit: the tokenizer's {name} is {tokenizer}, the generator's {generator}"
+                )
+
+    def to_diff_dict(self):
+        """What the file holds: the parts as in their own files, without the path that they were loaded from."""
+        return super().to_diff_dict() | {name: getattr(self, name).to_diff_dict() for name in self.sub_configs}

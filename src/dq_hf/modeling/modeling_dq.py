@@ -1,0 +1,191 @@
+"""DQ-VAE and DQ-Transformer together: one folder, one model, from class labels to images."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_dq import DQConfig
+from .image_processing_dq import DQImageProcessor
+from .modeling_dqtransformer import DQTransformerForImageGeneration
+from .modeling_dqvae import DQVAEModel
+from .modeling_utils_dq import StrictLoadingMixin
+from .sampling_dq import in_evaluation_mode
+
+
+@dataclass
+class DQImageGenerationOutput(ModelOutput):
+    """What `DQForImageGeneration.generate` gives.
+
+    Args:
+        pixel_values: (B, 3, height, width), the images, about in [-1, 1].
+        codes: (B, H, W) long.
+        grain_map: (B, h, w) long.
+        lengths: (B,) long, elements of each image's stream.
+    """
+
+    pixel_values: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    grain_map: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
+    """The tokenizer `.vae` and the generator `.transformer`.
+
+    A saved folder holds `config.json`, `model_index.json`, `preprocessor_config.json` and the two models in `vae/` and
+    `transformer/`; `DQPipeline`, `AutoModel` and `pipeline("dq-generation")` load it alike.
+    """
+
+    config_class = DQConfig
+    base_model_prefix = "dq"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DQConfig):
+        config.validate()
+        super().__init__(config)
+        self.vae = DQVAEModel(config.vae_config)
+        self.transformer = DQTransformerForImageGeneration(config.transformer_config)
+        self.post_init()
+
+    @classmethod
+    def from_models(cls, vae, transformer):
+        """Join a tokenizer and a generator, which stay as they are; raises ValueError if they do not fit."""
+        with torch.device("meta"):  # nothing is allocated or initialised for the parts that are replaced
+            model = cls(DQConfig(vae_config=vae.config, transformer_config=transformer.config))
+        model.vae, model.transformer = vae, transformer
+        model.config.vae_config, model.config.transformer_config = vae.config, transformer.config
+        return model
+
+    def forward(self, pixel_values, class_labels=None):
+        """The generator's training losses on images (B, 3, height, width); see `DQTransformerOutput`.
+
+        The tokenizer is frozen: it is put into evaluation mode and gets no gradient.
+        """
+        with torch.no_grad():
+            encoded = self.vae.eval().encode(pixel_values)
+        return self.transformer(encoded.codes, encoded.grain_map, class_labels)
+
+    @torch.no_grad()
+    @in_evaluation_mode
+    def generate(self, class_labels=None, **kwargs) -> DQImageGenerationOutput:
+        """Images of class labels; arguments as in `DQTransformerForImageGeneration.generate`."""
+        generated = self.transformer.generate(class_labels, **kwargs)
+        return DQImageGenerationOutput(
+            pixel_values=self.vae.decode_codes(generated.codes).sample,
+            codes=generated.codes,
+            grain_map=generated.grain_map,
+            lengths=generated.lengths,
+        )
+
+    def save_pretrained(
+        self,
+        save_directory,
+        *,
+        is_main_process=True,
+        max_shard_size="50GB",
+        variant=None,
+        push_to_hub=False,
+        **push_arguments,
+    ):
+        """Save both models and the files that make the folder a pipeline; arguments as in transformers.
+
+        Raises:
+            OSError: the directory is a file, or cannot be written.
+            TypeError: arguments for the Hub (`repo_id`, `token`, ...) without `push_to_hub`, or unknown ones.
+        """
+        if push_arguments and not push_to_hub:
+            raise TypeError(f"unknown argument(s) without push_to_hub=True: {', '.join(sorted(push_arguments))}")
+        save_directory = Path(save_directory)
+        save_directory.mkdir(parents=True, exist_ok=True)
+        for name in PARTS:
+            getattr(self, name).save_pretrained(
+                save_directory / name, is_main_process=is_main_process, max_shard_size=max_shard_size, variant=variant
+            )
+        if is_main_process:
+            write_root_files(self, save_directory)
+        if is_main_process and push_to_hub:
+            self.push_to_hub(push_arguments.pop("repo_id", save_directory.name), **push_arguments)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
+        """Load a folder or repository written by `save_pretrained`; arguments and errors as for one model."""
+        source = str(pretrained_model_name_or_path)
+        if config is None:
+            hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+            config = DQConfig.from_pretrained(source, **hub_arguments)
+        if (attention := kwargs.pop("attn_implementation", None)) is not None:
+            config._attn_implementation = attention  # and that of its parts
+        root = Path(kwargs.pop("subfolder", None) or "")
+        models, infos = {}, {}
+        for name in PARTS:
+            listed = getattr(config, f"{name}_config")
+            options = kwargs | {"attn_implementation": listed._attn_implementation}
+            models[name], infos[name] = load_part(name, source, root, *args, **options)
+            own = models[name].config
+            fields = sorted(own.own_field_names()) + ["id2label"]
+            different = [field for field in fields if getattr(own, field) != getattr(listed, field)]
+            if different:
+                raise ValueError(f"{source}: config.json and {name}/config.json disagree on {', '.join(different)}")
+        model = cls.from_models(**models).eval()
+        return (model, infos) if output_loading_info else model
+
+
+PARTS = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}  # sub-folder and attribute: class
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def load_part(name, source, root, *args, **kwargs):
+    """One of the two models and its loading information, from a sub-folder of a folder or repository."""
+    repository, subfolder = source, str(root / name)
+    if Path(source).is_dir():  # goes in whole, so that messages name it
+        repository, subfolder = str(Path(source, root, name)), ""
+        if not Path(repository).is_dir():
+            raise OSError(f"{Path(source, root)} has no folder {name}; save or download the model again")
+    return PARTS[name].from_pretrained(repository, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
+
+
+def write_root_files(model, folder):
+    """The small files beside `vae/` and `transformer/`: configuration, pipeline index, image processor."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    height, width = model.config.vae_config.image_height_width
+    DQImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+    index = {"_class_name": "DQPipeline", "_diffusers_version": diffusers.__version__}
+    index |= {name: [part.__module__, part.__name__] for name, part in PARTS.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if not (folder / "README.md").exists():  # a card that is there may say more
+        card = CARD.format(height=height, width=width, granularities=model.config.vae_config.granularities)
+        (folder / "README.md").write_text(card)
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: unconditional-image-generation
+tags: [dq_hf, vector-quantization, image-tokenizer, image-generation]
+---
+
+# DQ-VAE and DQ-Transformer
+
+A tokenizer with variable-length codes (dynamic vector quantisation, arXiv 2305.11718; granularities {granularities}) and
+its generator, for images of {height} x {width} pixels.
+
+```python
+import dq_hf
+from transformers import pipeline
+
+image = pipeline("dq-generation", model="this folder or repository")(seed=0)["image"]
+```
+
+`dq_hf.DQPipeline.from_pretrained` loads the same folder for diffusers.
+"""
