@@ -1,0 +1,221 @@
+"""How long sampling takes: with the cache, and re-running the whole prefix for every element, on the same weights.
+
+    python benchmarks/sampling.py                                     # one CPU thread, about ten minutes
+    python benchmarks/sampling.py --device cuda --hidden_size 1024 --num_position_layers 6 --num_content_layers 18
+    python benchmarks/sampling.py --output docs/performance.md        # puts the tables into that file
+
+The weights are random, but for one thing: the end of the coarse part is made certain, so that every region is fine and
+all streams have the wanted number of codes. Re-running computes logits for the last element only, and its streams are
+those that cached sampling gave: every element that it draws is compared with them.
+"""
+
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
+from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from dq_hf.modeling.sampling_dq import choose, make_warpers, random_streams
+from dq_hf.modeling.sequence_dq import StreamState
+
+BEGIN, END = "<!-- begin of benchmarks/sampling.py -->", "<!-- end of benchmarks/sampling.py -->"
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass
+class Arguments:
+    codes: list[int] = field(
+        default_factory=lambda: [40, 160, 640], metadata={"help": "codes an image, multiples of 4"}
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images at a time"})
+    codebook_size: int = field(default=1024, metadata={"help": "number of codes to choose from"})
+    hidden_size: int = field(default=512, metadata={"help": "width of both stacks"})
+    num_attention_heads: int = field(default=8, metadata={"help": "heads of every layer"})
+    num_position_layers: int = field(default=2, metadata={"help": "layers of the Position-Transformer"})
+    num_content_layers: int = field(default=6, metadata={"help": "layers of the Content-Transformer"})
+    every: int = field(
+        default=16, metadata={"help": "re-run the prefix of every n-th element and multiply; 1: of all"}
+    )
+    repeats: int = field(default=2, metadata={"help": "times that everything is timed; the shortest counts"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
+    device: str = field(default="cpu", metadata={"help": "torch device"})
+    seed: int = field(default=0, metadata={"help": "of weights and images"})
+    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    rows, steps = [], {}
+    for codes in args.codes:
+        model = make_model(args, codes)
+        for batch_size in args.batch_sizes:
+            generated, cached, steps[codes, batch_size] = time_cached(model, batch_size, args)
+            assert generated.lengths.tolist() == [codes + 4] * batch_size  # start and end of both parts
+            rerun = time_rerun(model, generated, args)
+            rows.append((codes, batch_size, cached / batch_size, rerun / batch_size))
+            print(f"{codes} codes, batch {batch_size}: {cached:.2f} s cached, {rerun:.2f} s re-run", flush=True)
+    longest = max(args.codes)
+    report = make_report(args, rows, {batch: steps[longest, batch] for batch in args.batch_sizes})
+    print(f"\n{report}")
+    if args.output is not None:
+        write_section(Path(args.output), report)
+
+
+def make_model(args, codes):
+    """A model whose streams all have that many codes, four in each region."""
+    if codes < 4 or codes % 4:
+        raise ValueError(f"codes must be a multiple of 4, got {codes}")
+    regions = codes // 4
+    rows = max(side for side in range(1, math.isqrt(regions) + 1) if regions % side == 0)
+    columns = regions // rows
+    config = DQTransformerConfig(
+        grid_sizes=[[rows, columns], [2 * rows, 2 * columns]],
+        codebook_size=args.codebook_size,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_position_layers=args.num_position_layers,
+        num_content_layers=args.num_content_layers,
+    )
+    torch.manual_seed(args.seed)
+    model = DQTransformerForImageGeneration(config).eval()
+    head, coarse_end = model.position_head, regions + 1
+    with torch.no_grad():
+        # A constant part of the normalised hidden state along the end token's row raises its logit by 100. In the fine
+        # part the same index is an ordinary position; positions are fixed there.
+        direction = head.projection.weight[coarse_end]
+        head.norm.bias.copy_(100 * direction / direction.square().sum())
+    return model.to(args.device)
+
+
+def time_cached(model, batch_size, args):
+    """The streams, seconds in all, and seconds after each element."""
+    now, best = CLOCKS[args.clock], math.inf
+    for _ in range(args.repeats):
+        clock = []
+        start = now()
+        generated = model.generate(
+            num_images=batch_size,
+            generator=torch.Generator().manual_seed(args.seed),
+            on_step_end=lambda step, at_most, state, clock=clock: clock.append(now()),
+        )
+        seconds = now() - start
+        if seconds < best:
+            best, steps = seconds, [moment - start for moment in clock]
+    return generated, best, steps
+
+
+@torch.no_grad()
+def time_rerun(model, generated, args):
+    """Seconds in all, from every n-th element; raises RuntimeError if an element is not what `generated` has."""
+    batch_size, length = generated.contents.shape
+    uniforms = random_streams(torch.Generator().manual_seed(args.seed), batch_size, model.config.longest_stream)
+    uniforms = uniforms.to(model.device)
+    no_warpers = make_warpers("", 1.0, None, 1.0, {}, do_sample=True)
+    state = StreamState(
+        model.layout,
+        position_vocab_size=model.config.position_vocab_sizes[-1],
+        content_vocab_size=model.config.content_vocab_size,
+        labels=torch.zeros_like(generated.lengths),
+        fixed_fine_positions=True,
+    )
+    now, granularities, seconds, timed = CLOCKS[args.clock], [], 0.0, 0
+    for element in range(length):
+        granularities.append(state.granularity)
+        if element > 0 and element % args.every == args.every // 2:  # the middle of those that it stands for
+            prefix = [column[:, :element] for column in (generated.contents, generated.positions)]
+            prefix.append(torch.stack(granularities[:-1], dim=1))
+            best = math.inf
+            for _ in range(args.repeats):
+                synchronize(model.device)
+                start = now()
+                drawn = draw_next(model, prefix, state, uniforms[element], no_warpers)
+                synchronize(model.device)
+                best = min(best, now() - start)
+            if not all(
+                torch.equal(a, b[:, element]) for a, b in zip(drawn, (generated.positions, generated.contents))
+            ):
+                raise RuntimeError(f"re-running the prefix drew another element {element} than cached sampling")
+            seconds, timed = seconds + best, timed + 1
+        state.append(generated.positions[:, element], generated.contents[:, element])
+    return seconds / timed * (length - 1)
+
+
+def draw_next(model, prefix, state, uniforms, warpers):
+    """Position and content (B,) of the element behind the prefix, from nothing but the prefix."""
+    contents, positions, granularities = prefix
+    hidden_states = model.position_transformer(model.embed(contents, positions, granularities))
+    logits = model.position_head(hidden_states[:, -1])
+    next_position = choose(logits, state.allowed_positions(), warpers, uniforms[0])
+    positions = torch.cat([positions[:, 1:], next_position[:, None]], dim=1)
+    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], dim=1)
+    hidden_states = model.content_transformer(hidden_states + model.embed_positions(positions, granularities))
+    logits = model.content_head(hidden_states[:, -1])
+    return next_position, choose(logits, state.allowed_contents(next_position), warpers, uniforms[1])
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def make_report(args, rows, steps):
+    """Two Markdown tables, and how they were made."""
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
+    lines = [
+        f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
+        f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; {where}"
+        + (f", {args.threads} thread(s)" if args.device == "cpu" else "")
+        + f"; torch {torch.__version__}; {args.clock} time. Re-run times are those of every {args.every}. element, multiplied.",
+        "",
+        "| codes | batch | cached, s/image | cached, ms/code | re-run, s/image | re-run, ms/code | re-run / cached |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for codes, batch_size, cached, rerun in rows:
+        lines.append(
+            f"| {codes} | {batch_size} | {cached:.3g} | {1000 * cached / codes:.3g} | {rerun:.3g} | "
+            f"{1000 * rerun / codes:.3g} | {rerun / cached:.1f} |"
+        )
+    num_steps = max(args.codes) + 3  # the first element is the start token
+    edges = [num_steps * quarter // 4 for quarter in range(5)]
+    lines += [
+        "",
+        f"Cached, milliseconds an element (a code of each image) along the streams of {max(args.codes)} codes; only the "
+        "attention has more to do for later ones:",
+        "",
+        "| batch | " + " | ".join(f"{a + 2} to {b + 1}" for a, b in zip(edges, edges[1:])) + " |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for batch_size, clock in steps.items():
+        clock = [0.0, *clock]
+        each = [f"{1000 * (clock[b] - clock[a]) / (b - a):.3g}" for a, b in zip(edges, edges[1:])]
+        lines.append(f"| {batch_size} | " + " | ".join(each) + " |")
+    return "\n".join(lines)
+
+
+def cpu_name():
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_section(path, report):
+    """Put the report between its two marks in a file; they are added at the end, or to a new file."""
+    text = path.read_text() if path.exists() else "# Performance\n\n"
+    if BEGIN not in text:
+        text = text.rstrip("\n") + f"\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{report}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
