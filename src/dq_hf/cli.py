@@ -1,0 +1,311 @@
+"""The command `dq-hf`. Results go to stdout, progress to stderr; nothing is overwritten without --force."""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoConfig
+
+from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
+from .convert import convert_checkpoint
+from .pipelines.class_labels import class_ids
+from .visualize import draw_grain_map, image_grid
+
+SAMPLING_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "position_temperature",
+    "position_top_k",
+    "position_top_p",
+    "guidance_scale",
+)
+
+
+def main(arguments=None):
+    """Run one command; an expected failure ends with exit status 1 and one line on stderr."""
+    args = make_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"dq-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def make_parser():
+    """Commands and their options."""
+    parser = argparse.ArgumentParser(prog="dq-hf", description="Dynamic vector quantisation of images.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    generate = add_command(commands, "generate", run_generate, "sample images")
+    add_model_options(generate)
+    generate.add_argument(
+        "--class-label", nargs="+", metavar="CLASS", help="names or ids, in turn; default: every class"
+    )
+    generate.add_argument("-n", "--num-images", type=int, default=16, help="images in all (default 16)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch-size", type=int, default=16, help="images at a time; changes the speed only")
+    sampling = generate.add_argument_group("sampling", "of codes and, with --position-..., of where they go")
+    for name in SAMPLING_OPTIONS:
+        kind = int if name.endswith("top_k") else float
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="default: the model's")
+    sampling.add_argument("--fine-positions", choices=("fixed", "free"), default="fixed")
+    generate.add_argument("--show-grain-map", action="store_true", help="the variable-length coding beside each image")
+    where = generate.add_mutually_exclusive_group(required=True)
+    where.add_argument("--output", type=Path, metavar="GRID.png", help="one picture with all images")
+    where.add_argument("--output-dir", type=Path, metavar="DIR", help="a file for each image")
+    generate.add_argument("--force", action="store_true", help="overwrite")
+
+    reconstruct = add_command(commands, "reconstruct", run_reconstruct, "encode and decode an image")
+    reconstruct.add_argument("input", type=Path, metavar="IN.png")
+    reconstruct.add_argument("output", type=Path, metavar="OUT.png")
+    add_model_options(reconstruct)
+    reconstruct.add_argument(
+        "--fine-ratio",
+        type=float,
+        nargs="+",
+        help="share of regions coded finely, 0 ... 1; default: the router's choice",
+    )
+    reconstruct.add_argument("--resize", action="store_true", help="scale and crop to the model's image size")
+    reconstruct.add_argument(
+        "--show-grain-map", action="store_true", help="write the coding, drawn over the image, and the reconstruction"
+    )
+    reconstruct.add_argument("--force", action="store_true", help="overwrite")
+
+    convert = add_command(commands, "convert", run_convert, "convert a checkpoint of the paper's release")
+    convert.add_argument("--config", type=Path, required=True, metavar="CONFIG.yml")
+    convert.add_argument("--checkpoint", type=Path, required=True, metavar="MODEL.ckpt")
+    convert.add_argument("--output", type=Path, required=True, metavar="DIR")
+    convert.add_argument("--force", action="store_true", help="write into a folder that has files")
+
+    calibrate = add_command(commands, "calibrate", run_calibrate, "fit entropy thresholds to images")
+    calibrate.add_argument("--data", required=True, help="folder of images or Parquet, or a data set of the Hub")
+    calibrate.add_argument("--model", required=True, metavar="DIR", help="local folder whose configuration is changed")
+    calibrate.add_argument("--split", default="train")
+    calibrate.add_argument("--image-column", default="image")
+    calibrate.add_argument(
+        "--fine-ratio",
+        type=float,
+        nargs="+",
+        default=[0.5],
+        help="share of regions at each granularity but the coarsest",
+    )
+    calibrate.add_argument("--batch-size", type=int, default=32)
+    return parser
+
+
+def add_command(commands, name, run, description):
+    """A sub-command whose function is `run(args)`."""
+    command = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+    command.set_defaults(run=run)
+    return command
+
+
+def add_model_options(command):
+    """Which model, and on which device."""
+    command.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: the embedded emoji model")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_generate(args):
+    """`dq-hf generate`."""
+    if args.num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_device(args.device)
+    if args.output is not None:
+        paths = [args.output]
+    else:
+        paths = [args.output_dir / f"{i:05d}.png" for i in range(args.num_images)]
+    check_outputs(paths, args.force, make_folder=args.output_dir is not None)
+
+    pipe = DQPipeline.from_pretrained(find_model(args.model)).to(args.device)
+    pipe.set_progress_bar_config(desc="generate", unit="code")
+    config = pipe.transformer.config
+    labels = None
+    if args.class_label is not None or config.num_classes:
+        names = args.class_label or list(range(config.num_classes))
+        ids = class_ids(
+            [int(name) if isinstance(name, str) and is_id(name, config) else name for name in names], config
+        )
+        labels = list(itertools.islice(itertools.cycle(ids), args.num_images))
+    generator = torch.Generator().manual_seed(args.seed)
+    images = []
+    for first in range(0, args.num_images, args.batch_size):
+        count = min(args.batch_size, args.num_images - first)
+        output = pipe(
+            class_labels=None if labels is None else labels[first : first + count],
+            num_images_per_label=count if labels is None else 1,
+            fine_positions=args.fine_positions,
+            generator=generator,
+            **{name: getattr(args, name) for name in SAMPLING_OPTIONS},
+        )
+        pictures = output.images
+        if args.show_grain_map:
+            scale = math.ceil(8 / pipe.vae.config.granularities[-1])  # frames of at least 8 pixels, one size for all
+            pictures = [beside_grain_map(*pair, scale) for pair in zip(output.images, output.grain_maps)]
+        if args.output_dir is not None:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            for image, path in zip(pictures, paths[first:]):
+                save_image(image, path)
+        images += pictures
+    if args.output is not None:
+        save_image(image_grid(images), args.output)
+    print(args.output or f"{args.output_dir}: {args.num_images} images")
+
+
+def is_id(name, config):
+    """Whether a class given on the command line is a number, and not a name."""
+    return name not in config.label2id and name.lstrip("-").isdigit()
+
+
+def run_reconstruct(args):
+    """`dq-hf reconstruct`."""
+    check_device(args.device)
+    check_outputs([args.output], args.force)
+    image = read_image(args.input)
+    vae = load_vae(args.model).to(args.device)
+    height, width = vae.config.image_height_width
+    processor = DQImageProcessor(size={"height": height, "width": width}, do_resize=args.resize)
+    pixel_values = processor(image)["pixel_values"].to(args.device)
+    factor = vae.config.granularities[0]
+    if any(side % factor for side in pixel_values.shape[2:]):
+        found_height, found_width = pixel_values.shape[2:]
+        raise ValueError(
+            f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
+            f"give --resize for {width}x{height}, or resize the file"
+        )
+    fine_ratio = args.fine_ratio
+    if fine_ratio is not None and len(fine_ratio) == 1:
+        fine_ratio = fine_ratio[0]
+    with torch.no_grad():
+        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+        decoded = vae.decode_codes(encoded.codes).sample.float().clamp(-1, 1)
+    result = processor.post_process(decoded)[0]
+    if args.show_grain_map:
+        original = processor.post_process(pixel_values)[0]
+        overlay = draw_grain_map(original, encoded.grain_map[0])
+        result = image_grid([overlay, result.resize(overlay.size, Image.NEAREST)], columns=2)
+    save_image(result, args.output)
+
+    num_codes, num_regions = int(encoded.num_codes), encoded.grain_map.numel()
+    code_bits = num_codes * math.log2(vae.config.codebook_size)
+    map_bits = num_regions * math.log2(len(vae.config.granularities))
+    error = (decoded - pixel_values).square().mean().item()
+    psnr = 10 * math.log10(4 / error) if error else math.inf
+    print(f"codes  {num_codes} ({encoded.codes.numel()} if all regions were fine)")
+    print(f"bits   {code_bits + map_bits:.0f} ({code_bits:.0f} codes + {map_bits:.0f} grain map)")
+    print(f"PSNR   {psnr:.2f} dB")
+
+
+def load_vae(model):
+    """The tokenizer of a folder or repository, which may hold both models."""
+    folder = find_model(model)
+    both = AutoConfig.from_pretrained(folder).model_type == DQConfig.model_type
+    return DQVAEModel.from_pretrained(folder / "vae" if both else folder)
+
+
+def run_convert(args):
+    """`dq-hf convert`."""
+    model = convert_checkpoint(args.config, args.checkpoint, args.output, force=args.force)
+    print(f"{args.output}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+def run_calibrate(args):
+    """`dq-hf calibrate`."""
+    from .training.calibration import calibrate_thresholds
+    from .training.data import ImageCollator, load_images
+
+    folder = Path(args.model)
+    if not (folder / "config.json").is_file():
+        raise OSError(f"--model must be a local folder with a config.json, got {folder}; download the model first")
+    config = AutoConfig.from_pretrained(folder)
+    vae_config = config.vae_config if isinstance(config, DQConfig) else config
+    if not isinstance(vae_config, DQVAEConfig) or vae_config.router != "entropy" or len(vae_config.granularities) == 1:
+        raise ValueError(f"{folder} must hold a DQ-VAE with an entropy router that chooses; no other has thresholds")
+    if len(args.fine_ratio) != len(vae_config.granularities) - 1:
+        raise ValueError(
+            f"--fine-ratio needs {len(vae_config.granularities) - 1} share(s), one for each granularity but the coarsest; "
+            f"got {args.fine_ratio}"
+        )
+    height, width = vae_config.image_height_width
+    collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), args.image_column)
+    images = load_images(args.data, args.split, args.image_column)
+    loader = torch.utils.data.DataLoader(images, args.batch_size, collate_fn=collate)
+    batches = (batch["pixel_values"] for batch in loader)
+    vae_config.entropy_thresholds, achieved = calibrate_thresholds(
+        batches, vae_config.granularities[0], args.fine_ratio
+    )
+    config.save_pretrained(folder)
+    if isinstance(config, DQConfig):
+        vae_config.save_pretrained(folder / "vae")
+    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae_config.entropy_thresholds)} nats")
+    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {len(images)} images")
+
+
+def beside_grain_map(image, grain_map, scale):
+    """The image, and beside it the coding drawn over it, both enlarged."""
+    overlay = draw_grain_map(image, grain_map, scale)
+    return image_grid([image.resize(overlay.size, Image.NEAREST), overlay], columns=2)
+
+
+def find_model(model):
+    """The local folder of a model; a repository of the Hub is fetched."""
+    return Path(model if Path(model).is_dir() else DQPipeline.download(model))
+
+
+def read_image(path):
+    """The image in a file, whole, or OSError."""
+    try:
+        with Image.open(path) as file:
+            return file.copy()
+    except FileNotFoundError:
+        raise OSError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path} is damaged, or no image that Pillow can read: {error}") from error
+
+
+def check_device(device):
+    """Raise ValueError if there is no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+
+
+def check_outputs(paths, force, make_folder=False):
+    """Raise OSError or ValueError now, not after the work, if images cannot be written to `paths`, of one folder.
+
+    Args:
+        make_folder: the folder need not exist; it is made later.
+    """
+    suffix, folder = paths[0].suffix.lower(), paths[0].parent
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise ValueError(f"{paths[0]} must end like an image file, for example .png")
+    for path in paths:
+        if path.exists() and not force:
+            raise OSError(f"{path} exists; choose another name or give --force")
+    while make_folder and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if any(path.is_dir() for path in paths) or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{paths[0]} cannot be written; its folder must exist and be writable")
+
+
+def save_image(image, path):
+    """Write through a temporary file, so that what was there is lost only once the new image is whole."""
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        image.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

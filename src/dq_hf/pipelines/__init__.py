@@ -1,0 +1,1 @@
+"""The two ways to images: `DQPipeline` (diffusers) and `DQGenerationPipeline` (transformers)."""

@@ -1,0 +1,173 @@
+"""Images from class labels, the diffusers way."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from PIL import Image
+
+from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.modeling_dq import DQForImageGeneration
+from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from ..modeling.modeling_dqvae import DQVAEModel
+from .class_labels import as_list, class_ids
+
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+CALLBACK_TENSORS = ("codes", "grain_map", "lengths")
+
+
+@dataclass
+class DQPipelineOutput(BaseOutput):
+    """What `DQPipeline` gives.
+
+    Args:
+        images: by output_type: list of PIL images, (B, height, width, 3) float array in [0, 1], (B, 3, height, width)
+            tensor in [0, 1], or the codes.
+        codes: (B, H, W) long, on the finest grid.
+        grain_maps: (B, h, w) long, granularity of each region, 0 = coarsest.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    codes: torch.Tensor
+    grain_maps: torch.Tensor
+
+
+class DQPipeline(DiffusionPipeline):
+    """Samples variable-length codes with a DQ-Transformer and decodes them with a DQ-VAE.
+
+    Args:
+        vae: the tokenizer.
+        transformer: the generator, trained on this tokenizer's codes.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, vae: DQVAEModel, transformer: DQTransformerForImageGeneration):
+        super().__init__()
+        DQForImageGeneration.from_models(vae, transformer)  # raises if they do not fit
+        self.register_modules(vae=vae, transformer=transformer)
+        height, width = vae.config.image_height_width
+        self.image_processor = DQImageProcessor(size={"height": height, "width": width})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels=None,
+        num_images_per_label: int = 1,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        position_temperature: float | None = None,
+        position_top_k: int | None = None,
+        position_top_p: float | None = None,
+        guidance_scale: float | None = None,
+        fine_positions: str = "fixed",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=("codes",),
+    ) -> DQPipelineOutput:
+        """Sample images.
+
+        Args:
+            class_labels: a class name or id, or a list; None for an unconditional model.
+            num_images_per_label: images of each label, one after the other (unconditional: images in all).
+            temperature, top_k, top_p, position_temperature, position_top_k, position_top_p, guidance_scale,
+                fine_positions, generator: as in `DQTransformerForImageGeneration.generate`.
+            output_type: "pil", "np", "pt" or "codes" (nothing is decoded).
+            callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every element of the
+                streams; what it returns is not used.
+            callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
+                the fine grid) and "lengths" (B,).
+
+        Raises:
+            TypeError, ValueError: arguments of another type or range.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
+        if unknown:
+            raise ValueError(f"callback tensors must be among {', '.join(CALLBACK_TENSORS)}; got {sorted(unknown)}")
+        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, int):
+            raise TypeError(f"num_images_per_label must be a whole number, got {num_images_per_label!r}")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        labels, num_images = None, num_images_per_label
+        if class_labels is not None:
+            labels = class_ids(as_list(class_labels), self.transformer.config)
+            if not labels:
+                raise ValueError("class_labels must hold at least one label, got none")
+            labels = [label for label in labels for _ in range(num_images_per_label)]
+            num_images = len(labels)
+
+        with self.progress_bar(total=self.transformer.config.longest_stream - 1) as progress:
+
+            def on_step_end(step, max_steps, state):
+                progress.update()
+                if callback_on_step_end is not None:
+                    tensors = {"codes": state.codes, "grain_map": state.fine_grain_map, "lengths": state.lengths}
+                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_on_step_end(self, step - 1, step - 1, chosen)
+
+            bring_to_device(self.transformer)
+            generated = self.transformer.generate(
+                class_labels=labels,
+                num_images=num_images,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                position_temperature=position_temperature,
+                position_top_k=position_top_k,
+                position_top_p=position_top_p,
+                guidance_scale=guidance_scale,
+                fine_positions=fine_positions,
+                generator=generator,
+                on_step_end=on_step_end,
+            )
+            progress.total = progress.n  # most streams are shorter than the longest
+            progress.refresh()
+        images = generated.codes
+        if output_type != "codes":
+            bring_to_device(self.vae)
+            images = self.image_processor.post_process(self.vae.decode_codes(generated.codes).sample, output_type)
+        self.maybe_free_model_hooks()
+        return DQPipelineOutput(images=images, codes=generated.codes, grain_maps=generated.grain_map)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save the folder that `DQForImageGeneration.save_pretrained` saves: one folder serves both libraries."""
+        DQForImageGeneration.from_models(self.vae, self.transformer).save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """Push what `save_pretrained` saves; arguments as in transformers."""
+        return DQForImageGeneration.from_models(self.vae, self.transformer).push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, but an argument of `from_pretrained` that nothing uses is a `TypeError`, not a warning."""
+        init_dict, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        typos = sorted(set(unused) & set(kwargs))
+        if typos:
+            raise TypeError(f"DQPipeline.from_pretrained has no argument {', '.join(typos)}")
+        return init_dict, unused, hidden
+
+    @classmethod
+    def download(cls, pretrained_model_name, **kwargs):
+        """Fetch a repository, its code files excepted, and return its folder in the cache."""
+        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        options = {key: value for key, value in kwargs.items() if key in known}
+        patterns = ["*.json", "*.safetensors", "README.md"]
+        try:
+            return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"{pretrained_model_name} is no local folder, and could not be fetched from the Hub: {error}"
+            ) from error
+
+
+def bring_to_device(model):
+    """Undo `enable_model_cpu_offload` for a model that is about to work; its hook only sees calls of `forward`."""
+    if hasattr(model, "_hf_hook"):
+        model._hf_hook.pre_forward(model)
