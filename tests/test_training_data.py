@@ -244,3 +244,11 @@ def test_copies_that_a_user_made_do_not_count(run, tmp_path):
 def test_at_least_one_checkpoint_must_be_kept(run, tmp_path):
     with pytest.raises(ValueError, match="keep must be 1 or more, got 0"):
         save_steps(run, tmp_path, [10], keep=0)
+
+
+def test_a_local_folder_may_be_named_like_a_builder_of_datasets(tmp_path, monkeypatch):
+    (tmp_path / "imagefolder" / "train").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "imagefolder" / "train" / "red.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "elsewhere.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images("imagefolder", "train")) == 1

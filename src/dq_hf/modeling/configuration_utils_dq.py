@@ -23,12 +23,12 @@ class DQPreTrainedConfig(PreTrainedConfig):
     """
 
     def __post_init__(self, **kwargs):
-        self.refuse_unknown(kwargs)
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(
                 f"a {type(self).__name__} has model_type {self.model_type!r}, got {kwargs['model_type']!r}; "
                 "load that model with its own class, or give its subfolder"
             )
+        self.refuse_unknown(kwargs)
         super().__post_init__(**kwargs)
         self.validate()
 

@@ -1,5 +1,7 @@
 """Images for training: any `datasets` source, as `pixel_values` with labels."""
 
+from pathlib import Path
+
 import datasets
 import torch
 
@@ -10,7 +12,8 @@ def load_images(data, split, image_column="image"):
     Raises:
         ValueError: no such split or column; the message lists what there is.
     """
-    splits = datasets.load_dataset(str(data))
+    folder = Path(data)  # absolute, because datasets has builders of its own named "parquet", "csv", "imagefolder"
+    splits = datasets.load_dataset(str(folder.absolute() if folder.exists() else data))
     if split not in splits:
         raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
     dataset = splits[split]
