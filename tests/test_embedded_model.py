@@ -127,6 +127,17 @@ def test_its_card_names_data_and_notices():
         assert text in card
 
 
+def test_an_image_of_a_batch_is_the_image_alone_to_the_last_bit():
+    generate = pipeline("dq-generation")
+    together = generate(NAMES[:5], seed=[0, 1, 2, 3, 4], batch_size=5)
+    in_pairs = generate(NAMES[:5], seed=[0, 1, 2, 3, 4], batch_size=2)
+    alone = [generate(name, seed=seed) for seed, name in enumerate(NAMES[:5])]
+    for images in (in_pairs, alone):
+        for one, other in zip(together, images, strict=True):
+            assert torch.equal(one["codes"], other["codes"])
+            assert one["image"].tobytes() == other["image"].tobytes()
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with what the wheel of this repository installs."""

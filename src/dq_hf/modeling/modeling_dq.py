@@ -81,7 +81,7 @@ class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
         """Images of class labels; arguments as in `DQTransformerForImageGeneration.generate`."""
         generated = self.transformer.generate(class_labels, **kwargs)
         return DQImageGenerationOutput(
-            pixel_values=self.vae.decode_codes(generated.codes).sample,
+            pixel_values=self.vae.decode_each(generated.codes).sample,
             codes=generated.codes,
             grain_map=generated.grain_map,
             lengths=generated.lengths,

@@ -281,6 +281,15 @@ class DQVAEModel(StrictLoadingMixin, PreTrainedModel):
         )
         return self.decode(self.quantizer.lookup(codes))
 
+    def decode_each(self, codes) -> DQVAEDecoderOutput:
+        """As `decode_codes`, one image at a time.
+
+        Convolutions of another batch size may round differently; a generated image should not depend on its
+        neighbours, not even in its last bit. Next to sampling, decoding takes no time.
+        """
+        samples = [self.decode_codes(image[None]).sample for image in codes]
+        return DQVAEDecoderOutput(sample=torch.cat(samples))
+
     def forward(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEOutput:
         """Reconstruct images, with the model's own losses (L1, VQ, budget); arguments as in `encode`."""
         encoded = self.encode(pixel_values, fine_ratio=fine_ratio, grain_map=grain_map)

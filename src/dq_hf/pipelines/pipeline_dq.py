@@ -132,7 +132,7 @@ class DQPipeline(DiffusionPipeline):
         images = generated.codes
         if output_type != "codes":
             bring_to_device(self.vae)
-            images = self.image_processor.post_process(self.vae.decode_codes(generated.codes).sample, output_type)
+            images = self.image_processor.post_process(self.vae.decode_each(generated.codes).sample, output_type)
         self.maybe_free_model_hooks()
         return DQPipelineOutput(images=images, codes=generated.codes, grain_maps=generated.grain_map)
 
