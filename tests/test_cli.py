@@ -385,6 +385,18 @@ def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models
     assert grain_map.float().mean().item() == pytest.approx(share, abs=0.5 / 32 + 1e-6)
 
 
+def test_calibrate_reads_a_stream_alike(run, place, photographs):
+    stored = run("calibrate", "--data", "photographs", "--model", "model").out
+    assert run("calibrate", "--data", "photographs", "--model", "model", "--streaming").out == stored
+
+
+def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, photographs, caplog):
+    (photographs / "3.png").write_bytes(b"")
+    printed = run("calibrate", "--data", "photographs", "--model", "model", "--max-broken-share", "0.125")
+    assert printed.out.endswith("of the regions of 7 images\n")
+    assert any("3.png" in record.getMessage() for record in caplog.records)
+
+
 def test_calibrate_changes_nothing_else(run, place, photographs):
     before = {name: json.loads(Path(name).read_text()) for name in ("model/config.json", "model/vae/config.json")}
     files = files_of(place / "model")
@@ -409,6 +421,7 @@ def test_calibrate_changes_nothing_else(run, place, photographs):
         (["--split", "test"], "no split 'test'; it has train"),
         (["--image-column", "picture"], "no column 'picture'; it has image"),
         (["--data", "empty"], "empty"),
+        (["--max-broken-share", "2"], r"\[0, 1\], got 2.0"),
     ],
 )
 def test_calibrate_refuses(refused, place, photographs, options, message):
@@ -420,7 +433,8 @@ def test_calibrate_refuses(refused, place, photographs, options, message):
 def test_a_damaged_image_stops_the_calibration(refused, place, photographs):
     path = photographs / "3.png"
     path.write_bytes(path.read_bytes()[:200])
-    refused("calibrate", "--data", "photographs", "--model", "model")
+    message = refused("calibrate", "--data", "photographs", "--model", "model")
+    assert re.search(r"at most 1.00% .* got 1 of 8, the first: .*3.png", message)
 
 
 def test_the_module_runs_as_a_command(place):

@@ -88,6 +88,13 @@ def make_parser():
     calibrate.add_argument("--model", required=True, metavar="DIR", help="local folder whose configuration is changed")
     calibrate.add_argument("--split", default="train")
     calibrate.add_argument("--image-column", default="image")
+    calibrate.add_argument("--streaming", action="store_true", help="read a data set that does not fit on the disk")
+    calibrate.add_argument(
+        "--max-broken-share",
+        type=float,
+        default=0.01,
+        help="images that cannot be read are skipped and named; above this share it is an error (default 0.01)",
+    )
     calibrate.add_argument(
         "--fine-ratio",
         type=float,
@@ -220,7 +227,7 @@ def run_convert(args):
 def run_calibrate(args):
     """`dq-hf calibrate`."""
     from .training.calibration import calibrate_thresholds
-    from .training.data import ImageCollator, load_images
+    from .training.data import ImageCollator, StreamedImages, load_images
 
     folder = Path(args.model)
     if not (folder / "config.json").is_file():
@@ -236,7 +243,10 @@ def run_calibrate(args):
         )
     height, width = vae_config.image_height_width
     collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), args.image_column)
-    images = load_images(args.data, args.split, args.image_column)
+    dataset = load_images(args.data, args.split, args.image_column, args.streaming)
+    if not args.streaming:
+        dataset = dataset.to_iterable_dataset()
+    images = StreamedImages(dataset, args.image_column, args.max_broken_share, shuffle_buffer=0)
     loader = torch.utils.data.DataLoader(images, args.batch_size, collate_fn=collate)
     batches = (batch["pixel_values"] for batch in loader)
     vae_config.entropy_thresholds, achieved = calibrate_thresholds(
@@ -246,7 +256,8 @@ def run_calibrate(args):
     if isinstance(config, DQConfig):
         vae_config.save_pretrained(folder / "vae")
     print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae_config.entropy_thresholds)} nats")
-    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {len(images)} images")
+    num_images = images.num_rows - images.num_broken
+    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
 
 
 def beside_grain_map(image, grain_map, scale):
