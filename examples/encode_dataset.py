@@ -1,0 +1,130 @@
+"""Encode images once, so that DQ-Transformer (stage 2) trains on their codes and needs neither images nor encoder.
+
+CPU smoke run with the embedded tokenizer, seconds:
+
+    accelerate launch --cpu examples/encode_dataset.py --output_dir runs/codes --max_images 200
+
+One GPU, one's own images and tokenizer:
+
+    accelerate launch examples/encode_dataset.py --data path/to/images --vae runs/vae/model --output_dir runs/codes
+
+Several GPUs or machines, which must share `output_dir`: the same after `accelerate config`, or with a file of
+`examples/configs`; any number of processes writes the same rows. Then `train_dqtransformer.py --codes runs/codes` trains
+on them, with the same `--vae`. A run that was stopped leaves nothing in `output_dir`; give the command again.
+"""
+
+import math
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQVAEModel
+from dq_hf.training.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
+from dq_hf.training.data import ImageCollator, class_names, drop_broken_images, load_images
+
+EMOJI = Path(__file__).parent / "data" / "emoji"
+
+
+@dataclass
+class Arguments:
+    output_dir: str
+    vae: str = field(default=f"{DEFAULT_MODEL}/vae", metadata={"help": "folder or Hub id of a DQVAEModel"})
+    data: str = field(default=str(EMOJI), metadata={"help": "folder of images or Parquet, or a Hub id"})
+    train_split: str = "train"
+    test_split: str | None = field(default="test", metadata={"help": "none: only the training split"})
+    image_column: str = "image"
+    label_column: str | None = field(default="label", metadata={"help": "none: unconditional"})
+    max_images: int | None = field(default=None, metadata={"help": "only the first so many of each split"})
+    max_broken_share: float = field(default=0.01, metadata={"help": "of images that cannot be read; more: an error"})
+
+    horizontal_flips: bool = field(default=True, metadata={"help": "training split: mirror images are rows too"})
+    batch_size: int = field(default=32, metadata={"help": "images at a time, per process"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read images, for each that encodes"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the code cache in output_dir"})
+
+
+def main():
+    args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    # The others wait while one process checks the images, which with millions takes longer than the usual ten minutes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    output_dir = Path(args.output_dir).absolute()
+    check_output_dir(output_dir, args.overwrite)
+    label_column = None if args.label_column in (None, "none") else args.label_column
+
+    vae = DQVAEModel.from_pretrained(args.vae).to(accelerator.device)
+    height, width = vae.config.image_height_width
+    processor = DQImageProcessor(size={"height": height, "width": width})
+    collate = ImageCollator(processor, args.image_column, label_column)
+    split_names = [name for name in (args.train_split, args.test_split) if name not in (None, "none")]
+    with accelerator.main_process_first():  # the others read what it has cached
+        splits = {name: load_split(args, name) for name in split_names}
+    names = class_names(splits[args.train_split], label_column) if label_column else []
+    schema = code_features(vae.config, names).arrow_schema
+
+    partial = output_dir.with_name(f"partial-{output_dir.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    num_rows = {}
+    for name, dataset in splits.items():
+        flips = args.horizontal_flips and name == args.train_split
+        share = own_share(accelerator, dataset, args.batch_size)
+        loader = DataLoader(share, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
+        progress = tqdm(loader, desc=f"encode {name}", disable=not accelerator.is_main_process)
+        number = f"{accelerator.process_index:05d}-of-{accelerator.num_processes:05d}"
+        write_codes(partial / f"{name}-{number}.parquet", schema, encode_batches(vae, progress, names, flips))
+        num_rows[name] = len(dataset) * (2 if flips else 1)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        origin = {"data": args.data, "horizontal_flips": args.horizontal_flips, "command": shlex.join(sys.argv)}
+        write_index(partial, vae, args.vae, names, num_rows, **origin)
+        if output_dir.exists():
+            shutil.rmtree(output_dir)
+        partial.rename(output_dir)
+    accelerator.print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
+    accelerator.end_training()
+
+
+def check_output_dir(output_dir, overwrite):
+    """Raise `ValueError` at a folder with files, unless it is a code cache that may be replaced."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir must be a folder, got the file {output_dir}")
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return
+    if not (output_dir / INDEX_FILE).exists():
+        raise ValueError(f"--output_dir {output_dir} holds files that are no code cache; choose another folder")
+    if not overwrite:
+        raise ValueError(
+            f"--output_dir {output_dir} holds a code cache; choose another folder, or replace it by --overwrite"
+        )
+
+
+def load_split(args, name):
+    """The images of a split that can be read."""
+    dataset = load_images(args.data, name, args.image_column)
+    if args.max_images is not None:
+        dataset = dataset.select(range(min(args.max_images, len(dataset))))
+    return drop_broken_images(dataset, args.image_column, args.max_broken_share, num_proc=args.num_workers or None)
+
+
+def own_share(accelerator, dataset, batch_size):
+    """The images of this process, whole batches in a row: an image is encoded with the same others by any process."""
+    batches = math.ceil(len(dataset) / batch_size)
+    index, processes = accelerator.process_index, accelerator.num_processes
+    first, last = (batch_size * (batches * share // processes) for share in (index, index + 1))
+    return dataset.select(range(first, min(last, len(dataset))))
+
+
+if __name__ == "__main__":
+    main()
