@@ -2,7 +2,7 @@
 
     python benchmarks/sampling.py                                     # one CPU thread, about ten minutes
     python benchmarks/sampling.py --device cuda --hidden_size 1024 --num_position_layers 6 --num_content_layers 18
-    python benchmarks/sampling.py --output docs/performance.md        # puts the tables into that file
+    python benchmarks/sampling.py --output docs/performance.md        # puts the tables of this size into that file
 
 The weights are random, but for one thing: the end of the coarse part is made certain, so that every region is fine and
 all streams have the wanted number of codes. Re-running computes logits for the last element only, and its streams are
@@ -10,23 +10,17 @@ those that cached sampling gave: every element that it draws is compared with th
 """
 
 import math
-import platform
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from report import CLOCKS, describe_device, synchronize, write_section
 from transformers import HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from dq_hf.modeling.sampling_dq import choose, make_warpers, random_streams
 from dq_hf.modeling.sequence_dq import StreamState
-
-BEGIN, END = "<!-- begin of benchmarks/sampling.py -->", "<!-- end of benchmarks/sampling.py -->"
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -66,7 +60,8 @@ def main(args):
     report = make_report(args, rows, {batch: steps[longest, batch] for batch in args.batch_sizes})
     print(f"\n{report}")
     if args.output is not None:
-        write_section(Path(args.output), report)
+        size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
+        write_section(Path(args.output), f"benchmarks/sampling.py, {size}", report)
 
 
 def make_model(args, codes):
@@ -161,19 +156,12 @@ def draw_next(model, prefix, state, uniforms, warpers):
     return next_position, choose(logits, state.allowed_contents(next_position), warpers, uniforms[1])
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def make_report(args, rows, steps):
     """Two Markdown tables, and how they were made."""
-    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
     lines = [
         f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
-        f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; {where}"
-        + (f", {args.threads} thread(s)" if args.device == "cpu" else "")
-        + f"; torch {torch.__version__}; {args.clock} time. Re-run times are those of every {args.every}. element, multiplied.",
+        f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; "
+        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}; {args.clock} time. Re-run times are those of every {args.every}. element, multiplied.",
         "",
         "| codes | batch | cached, s/image | cached, ms/code | re-run, s/image | re-run, ms/code | re-run / cached |",
         "|---:|---:|---:|---:|---:|---:|---:|",
@@ -198,23 +186,6 @@ def make_report(args, rows, steps):
         each = [f"{1000 * (clock[b] - clock[a]) / (b - a):.3g}" for a, b in zip(edges, edges[1:])]
         lines.append(f"| {batch_size} | " + " | ".join(each) + " |")
     return "\n".join(lines)
-
-
-def cpu_name():
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def write_section(path, report):
-    """Put the report between its two marks in a file; they are added at the end, or to a new file."""
-    text = path.read_text() if path.exists() else "# Performance\n\n"
-    if BEGIN not in text:
-        text = text.rstrip("\n") + f"\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{report}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

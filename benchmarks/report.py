@@ -1,0 +1,40 @@
+"""What the benchmarks share: clocks, the device's name, and sections of a Markdown file."""
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def synchronize(device):
+    """Wait until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_device(device, threads):
+    """The device's name, and for a CPU the number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {threads} thread(s)"
+
+
+def cpu_name():
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_section(path, title, report):
+    """Put a report between the two marks of its title; they are added at the end of the file, or to a new one."""
+    begin, end = (f"<!-- {edge} of {title} -->" for edge in ("begin", "end"))
+    text = path.read_text() if path.exists() else "# Performance\n\n"
+    if begin not in text:
+        text = text.rstrip("\n") + f"\n\n{begin}\n{end}\n"
+    before, rest = text.split(begin)
+    path.write_text(f"{before}{begin}\n{report}\n{end}{rest.split(end)[1]}")
