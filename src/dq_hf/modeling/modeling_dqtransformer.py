@@ -244,6 +244,10 @@ class DQTransformerForImageGeneration(StrictLoadingMixin, PreTrainedModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def get_input_embeddings(self):
+        """The contents' table; FSDP asks for it."""
+        return self.content_embedding
+
     @property
     def null_label(self):
         """Start-token label of the hidden class; exists where the configuration has class_dropout."""
