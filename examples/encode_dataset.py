@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQVAEModel
 from dq_hf.training.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
-from dq_hf.training.data import ImageCollator, class_names, drop_broken_images, load_images
+from dq_hf.training.data import ImageCollator, class_names, drop_broken_images, first_rows, load_images
 
 EMOJI = Path(__file__).parent / "data" / "emoji"
 
@@ -43,7 +43,7 @@ class Arguments:
     test_split: str | None = field(default="test", metadata={"help": "none: only the training split"})
     image_column: str = "image"
     label_column: str | None = field(default="label", metadata={"help": "none: unconditional"})
-    max_images: int | None = field(default=None, metadata={"help": "only the first so many of each split"})
+    max_images: int | None = field(default=None, metadata={"help": "at most so many of each split"})
     max_broken_share: float = field(default=0.01, metadata={"help": "of images that cannot be read; more: an error"})
 
     horizontal_flips: bool = field(default=True, metadata={"help": "training split: mirror images are rows too"})
@@ -114,7 +114,7 @@ def load_split(args, name):
     """The images of a split that can be read."""
     dataset = load_images(args.data, name, args.image_column)
     if args.max_images is not None:
-        dataset = dataset.select(range(min(args.max_images, len(dataset))))
+        dataset = first_rows(dataset, args.max_images)
     return drop_broken_images(dataset, args.image_column, args.max_broken_share, num_proc=args.num_workers or None)
 
 

@@ -50,7 +50,7 @@ from dq_hf import (
 )
 from dq_hf.training.checkpoints import check_writable, resume, save_checkpoint, sync, writing
 from dq_hf.training.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
-from dq_hf.training.data import ImageCollator, class_names, load_train_and_test, prepare_loader
+from dq_hf.training.data import ImageCollator, class_names, first_rows, load_train_and_test, prepare_loader
 from dq_hf.training.progress import (
     FiniteCheck,
     Progress,
@@ -159,7 +159,10 @@ def main():
     progress, best = Progress(), BestLoss()
     accelerator.register_for_checkpointing(progress, scheduler, best)
     set_seed(args.seed, device_specific=True)
-    resume(accelerator, output_dir, args.resume)
+    if resume(accelerator, output_dir, args.resume) > args.max_steps:
+        raise ValueError(f"--max_steps must be at least {progress.step}, the checkpoint's step, got {args.max_steps}")
+    if not (output_dir / "model").exists():  # the checkpoint may be another run's
+        best.value = math.inf
     set_learning_rate(scheduler, args.learning_rate)
     accelerator.init_trackers("dqtransformer", config={k: str(v) for k, v in vars(args).items()})
     log = RunLog(output_dir / "log.jsonl", progress.step) if accelerator.is_main_process else None
@@ -215,7 +218,7 @@ def main():
                 accelerator.end_training()
                 return
     if accelerator.is_main_process:
-        describe_and_push(accelerator, args, log.read(), progress, best, len(names))
+        describe_and_push(accelerator, args, log.read(), progress, len(names))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -229,7 +232,7 @@ def make_loaders(accelerator, vae, args):
     sampler, on_epoch = None, None
     if args.codes is not None:
         train_set, test_set = (load_codes(args.codes, split, vae) for split in (args.train_split, args.test_split))
-        test_set = test_set.select(range(min(args.max_test_images, len(test_set))))
+        test_set = first_rows(test_set, args.max_test_images)
         names = class_names(train_set, "label") if label_column and "label" in train_set.column_names else []
         train_collate = test_collate = CodeCollator(vae.config.grid_sizes)
         if args.length_buckets:
@@ -407,10 +410,10 @@ def save_model(joint, folder):
         partial.rename(folder)
 
 
-def describe_and_push(accelerator, args, rows, progress, best, num_classes):
+def describe_and_push(accelerator, args, rows, progress, num_classes):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
     folder = Path(args.output_dir) / "model"
-    measured = next(row for row in rows if row.get("test_loss") == best.value)  # that of the model that was kept
+    measured = min((row for row in rows if "test_loss" in row), key=lambda row: row["test_loss"])  # of the model kept
     shutil.copy(Path(args.output_dir) / f"samples-{measured['step']:06d}.png", folder / "samples.png")
     trained = next(row for row in reversed(rows) if "loss" in row)
     write_model_card(

@@ -144,6 +144,11 @@ def main():
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # one process checks the images, the others wait
         ],
     )
+    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1 and args.disc_weight > 0:
+        raise ValueError(
+            "fp16 cannot accumulate the gradients of two optimisers; use bf16, --gradient_accumulation_steps 1, or "
+            "--disc_weight 0"
+        )
     check_writable(output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         args.push_to_hub = check_push(args.push_to_hub)  # with the user's name
@@ -181,7 +186,6 @@ def main():
     if args.gradient_checkpointing:
         vae.gradient_checkpointing_enable()
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
-    ema.to(accelerator.device)
     discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers)
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
         discriminator.check_size(args.image_size, args.image_size)
@@ -195,11 +199,14 @@ def main():
         "cosine", optimizers[0], num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
     )
     train_loader = prepare_loader(accelerator, train_loader)
+    plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
     vae, discriminator, *optimizers, test_loader = accelerator.prepare(vae, discriminator, *optimizers, test_loader)
     progress = Progress()
     accelerator.register_for_checkpointing(progress, ema, scheduler)
     set_seed(args.seed, device_specific=True)
-    resume(accelerator, output_dir, args.resume)
+    if resume(accelerator, output_dir, args.resume) > args.max_steps:
+        raise ValueError(f"--max_steps must be at least {progress.step}, the checkpoint's step, got {args.max_steps}")
+    ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     accelerator.init_trackers("dqvae", config={k: str(v) for k, v in vars(args).items()})
     log = RunLog(output_dir / "log.jsonl", progress.step) if accelerator.is_main_process else None
@@ -218,10 +225,10 @@ def main():
             reconstruction = reconstruction + args.perceptual_weight * terms["perceptual"]
             loss = loss + args.perceptual_weight * terms["perceptual"]
         if factor > 0:
-            judge = accelerator.unwrap_model(discriminator).requires_grad_(False)
+            judge.requires_grad_(False)
             terms["g_loss"] = generator_loss(judge(output.sample))
             judge.requires_grad_(True)
-            last_weight = accelerator.unwrap_model(vae).decoder.output.conv.weight
+            last_weight = plain_vae.decoder.output.conv.weight
             scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
             terms["lambda"] = adaptive_weight(
                 reconstruction, terms["g_loss"], last_weight, args.disc_weight, scale=scale
@@ -271,16 +278,15 @@ def main():
             step, last = progress.step, progress.step == args.max_steps
             if step % args.log_every == 0 or last:
                 finite.raise_if_bad(step, output_dir)
-                rows = averaged(accelerator, terms) | codebook_use(accelerator.unwrap_model(vae).quantizer)
+                rows = averaged(accelerator, terms) | codebook_use(plain_vae.quantizer)
                 rows["lr"] = scheduler.get_last_lr()[0]
                 record(accelerator, log, step, rows)
                 bar.set_postfix({name: f"{rows[name]:.4g}" for name in ("loss", "l1", "codes")})
             if step % args.sample_every == 0 or last:
                 finite.raise_if_bad(step, output_dir)
                 with averaged_weights(vae, ema, args):
-                    plain = accelerator.unwrap_model(vae, keep_torch_compile=False)  # compiling would take longer
                     picture = output_dir / f"samples-{step:06d}.png"
-                    metrics = evaluate(accelerator, plain, test_loader, processor, picture)
+                    metrics = evaluate(accelerator, plain_vae, test_loader, processor, picture)
                 record(accelerator, log, step, metrics)
                 accelerator.print(f"step {step}: {json.dumps(metrics)}")
             stopping = stop.requested(accelerator)
@@ -293,7 +299,7 @@ def main():
                 return
     if accelerator.is_main_process:
         with averaged_weights(vae, ema, args):
-            save_model(accelerator.unwrap_model(vae, keep_torch_compile=False), processor, output_dir / "model")
+            save_model(plain_vae, processor, output_dir / "model")
         describe_and_push(accelerator, args, log.read(), progress, None if args.streaming else len(train_set), routed)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -397,8 +403,8 @@ def save_model(vae, processor, folder):
 def describe_and_push(accelerator, args, rows, progress, num_images, routed):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
     folder = Path(args.output_dir) / "model"
-    shutil.copy(Path(args.output_dir) / f"samples-{progress.step:06d}.png", folder / "reconstructions.png")
     measured = next(row for row in reversed(rows) if "psnr" in row)
+    shutil.copy(Path(args.output_dir) / f"samples-{measured['step']:06d}.png", folder / "reconstructions.png")
     trained = next(row for row in reversed(rows) if "loss" in row)
     write_model_card(
         folder,

@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["OMP_NUM_THREADS"] = "1"  # and torch, here and in the processes that tests start: they compare bit for bit
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

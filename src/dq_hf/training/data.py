@@ -58,7 +58,7 @@ def class_names(dataset, label_column):
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"label column {label_column!r} must hold class labels (datasets.ClassLabel), got {feature}; "
-            "use dataset.class_encode_column, or train without labels"
+            "use dataset.class_encode_column, or train without labels (--label_column none)"
         )
     return feature.names
 
@@ -132,7 +132,7 @@ def load_train_and_test(accelerator, data, splits, image_column, streaming, max_
     Args:
         splits: names of the two.
         streaming: gives `StreamedImages` for this process, and a list of rows, the same on all processes.
-        max_test_images: only the first so many of the second split.
+        max_test_images: at most so many of the second split, drawn once and for all.
         seed: of a stream's order.
 
     Raises:
@@ -144,11 +144,16 @@ def load_train_and_test(accelerator, data, splits, image_column, streaming, max_
             train_set, test_set = (
                 drop_broken_images(images, image_column, max_broken_share) for images in (train_set, test_set)
             )
-            return train_set, test_set.select(range(min(max_test_images, len(test_set))))
+            return train_set, first_rows(test_set, max_test_images)
     place = (accelerator.process_index, accelerator.num_processes)
     train_set = StreamedImages(train_set, image_column, max_broken_share, *place, seed=seed)
-    test_set = StreamedImages(test_set, image_column, max_broken_share, shuffle_buffer=0, decoded=False)
+    test_set = StreamedImages(test_set, image_column, max_broken_share, decoded=False)
     return train_set, list(itertools.islice(test_set, max_test_images))
+
+
+def first_rows(dataset, num_rows):
+    """The whole data set, or so many rows of it, mixed, for rows often stand in the order of their classes."""
+    return dataset if len(dataset) <= num_rows else dataset.shuffle(seed=0).select(range(num_rows))
 
 
 def image_problem(value):
