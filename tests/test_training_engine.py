@@ -38,8 +38,8 @@ from dq_hf.modeling.quantization_dq import DQQuantizer
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Processes of their own: a server imports the libraries once, and each run of a script is a fork of it.
 FORKS = multiprocessing.get_context("forkserver")
-LIBRARIES = ["conftest", "datasets", "diffusers.optimization", "diffusers.training_utils", "psutil", "pytest"]
-LIBRARIES += ["PIL.ImageFont", "PIL.PngImagePlugin", "torch.distributed", "transformers.modeling_utils"]
+LIBRARIES = ["accelerate.commands.launch", "datasets", "diffusers.optimization", "diffusers.training_utils"]
+LIBRARIES += ["PIL.ImageFont", "PIL.PngImagePlugin", "hypothesis", "psutil", "pytest", "transformers.modeling_utils"]
 LIBRARIES += [f"dq_hf.training.{name}" for name in ("calibration", "codes", "perceptual", "progress", "publish")]
 FORKS.set_forkserver_preload(LIBRARIES)
 
@@ -125,8 +125,10 @@ def rows_of(folder):
 
 
 def wait_for_step(folder, step):
-    """Until a run has logged a step."""
+    """Until a run has logged a step, for two minutes at most."""
+    deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in rows_of(folder)):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -185,25 +187,25 @@ def at(event, name, action, number=1):
     Args:
         event: of Python's audit hooks, such as "open" or "os.rename"; or "save", a file of tensors half written.
     """
-    count = 0
+    left = number
 
-    def happens(what, path):
-        nonlocal count
-        if what == event and re.search(f"(^|/){re.escape(name)}$", str(path)):
-            count += 1
-            if count == number:
-                action()
+    def is_it(what, path):
+        nonlocal left
+        if what != event or not re.search(f"(^|/){re.escape(name)}$", str(path)):
+            return False
+        left -= 1
+        return left == 0
 
     def half_written(save):
-        def save_and_tell(state, path, **options):
+        def save_half(state, path, **options):
             save(state, path, **options)
-            if event == "save" and re.search(f"(^|/){re.escape(name)}$", str(path)):
+            if is_it("save", path):
                 os.truncate(path, os.path.getsize(path) // 2)
-            happens("save", path)
+                action()
 
-        return save_and_tell
+        return save_half
 
-    sys.addaudithook(lambda what, arguments: what == event and happens(what, arguments[0]))
+    sys.addaudithook(lambda what, arguments: what == event and is_it(what, arguments[0]) and action())
     torch.save = half_written(torch.save)
     accelerate.utils.other.safe_save_file = half_written(accelerate.utils.other.safe_save_file)
     transformers.modeling_utils.safe_save_file = half_written(transformers.modeling_utils.safe_save_file)
@@ -262,6 +264,17 @@ def test_a_run_that_is_killed_at_any_time_ends_as_if_never_killed(place, wholes,
 
 
 @both_stages
+def test_a_stream_goes_on_after_a_kill_in_the_middle_of_an_epoch(place, stage):
+    command = f"{STAGE_1 if stage == 1 else STAGE_2} --streaming --gradient_accumulation_steps 2"
+    whole, folder = place / f"stream-{stage}", place / f"stream-killed-{stage}"
+    run_well(whole, command)
+    assert run(folder, command, partial(at, "open", "samples-000006.png", die)) == [-signal.SIGKILL]
+    run_well(folder, command)
+    assert "starting at step 4" in (folder / "out-0.txt").read_text()
+    assert_same_run(folder, whole)
+
+
+@both_stages
 def test_sigterm_saves_and_ends_well(place, wholes, stage):
     folder = place / f"stopped-{stage}"
     [process] = start(folder, WHOLE[stage])
@@ -292,9 +305,9 @@ def lose_rights():
 
 
 def fill_picture():
-    """The disk is full just where a picture is to be written."""
+    """The disk is full where a picture is to be written."""
     picture = Path("run/samples-000006.png")
-    picture.unlink(missing_ok=True)
+    picture.unlink()
     picture.symlink_to("/dev/full")
 
 
@@ -306,15 +319,22 @@ NOT_FINITE = (
     r"RuntimeError: not finite between steps [56] and 6: .*loss.*\. The last good checkpoint is run/checkpoint-4\. "
     r"To go on from there: lower the learning rate, or use bf16 instead of fp16"
 )
-TROUBLES = [  # what is done, more options, and what the message says
-    (partial(at, "os.mkdir", "partial-checkpoint-6", partial(limit_file_size, 100_000)), "", ("checkpoint-6", 4)),
-    (partial(at, "os.mkdir", "partial-checkpoint-6", lose_rights), "", ("checkpoint-6", 4)),
-    (partial(at, "open", "run/log.jsonl", lose_rights, number=4), "", ("log.jsonl", 4)),
-    (fill_picture, "", ("samples-000006.png", 4)),
-    (int, "--learning_rate 1e30", None),
-    (int, "--learning_rate 1e30 --log_every 10", None),
+FULL = partial(at, "os.mkdir", "partial-checkpoint-6", partial(limit_file_size, 100_000))
+FULL_AT_MODEL = partial(at, "os.mkdir", "partial-model", partial(limit_file_size, 40_000))
+READ_ONLY = partial(at, "os.mkdir", "partial-checkpoint-6", lose_rights)
+READ_ONLY_LOG = partial(at, "open", "run/log.jsonl", lose_rights, number=4)
+TROUBLES = [  # what is done, more options, the message, and the newest checkpoint then
+    ([FULL], "", CANNOT_WRITE.format("checkpoint-6", 4), 4),
+    ([READ_ONLY], "", CANNOT_WRITE.format("checkpoint-6", 4), 4),
+    ([READ_ONLY_LOG], "", CANNOT_WRITE.format("log.jsonl", 4), 4),
+    ([fill_picture], "", CANNOT_WRITE.format("samples-000006.png", 4), 4),
+    ([], "--learning_rate 1e30", NOT_FINITE, 4),
+    ([], "--learning_rate 1e30 --log_every 10", NOT_FINITE, 4),
 ]
-NO_ROOM_FOR_MODEL = partial(at, "os.mkdir", "partial-model", partial(limit_file_size, 40_000))
+AT_THE_MODEL = {  # stage 1 writes it at the end, stage 2 whenever it is the best so far
+    1: ([FULL_AT_MODEL], "", CANNOT_WRITE.format("model", 7), 7),
+    2: ([FULL_AT_MODEL], "", CANNOT_WRITE.format("model", 4), 4),
+}
 
 
 @both_stages
@@ -323,19 +343,16 @@ def test_trouble_is_told_and_leaves_the_last_good_checkpoint(place, wholes, stag
     shutil.copytree(whole / "run", folder / "run")
     for step in (6, 7):
         shutil.rmtree(folder / "run" / f"checkpoint-{step}")
-    # Stage 1 writes its model at the end, stage 2 whenever it is the best so far.
-    for prepare, options, words in [*TROUBLES, (NO_ROOM_FOR_MODEL, "", ("model", 7 if stage == 1 else 4))]:
-        folder.chmod(0o755)
-        assert run(folder, f"{WHOLE[stage]} {options}", prepare) == [1]
+    for prepare, options, message, newest in [*TROUBLES, AT_THE_MODEL[stage]]:
+        assert run(folder, f"{WHOLE[stage]} {options}", *prepare) == [1]
         (folder / "run").chmod(0o755)
-        if (folder / "run" / "samples-000006.png").is_symlink():
-            (folder / "run" / "samples-000006.png").unlink()
-        message = NOT_FINITE if words is None else CANNOT_WRITE.format(*words)
+        for link in filter(Path.is_symlink, (folder / "run").iterdir()):
+            link.unlink()
         errors = (folder / "err-0.txt").read_text()
         assert re.search(f"^[a-z_.]*{message}$", errors, re.MULTILINE), errors[-2000:]
-        step = 4 if words is None else words[1]
-        assert contents(folder / "run" / f"checkpoint-{step}") == contents(whole / "run" / f"checkpoint-{step}")
-        assert not (folder / "run" / f"checkpoint-{step + 2}").exists()
+        kept = {path.name: contents(path) for path in (folder / "run").glob("*checkpoint-*")}
+        assert sorted(kept)[-1] == f"checkpoint-{newest}"
+        assert all(files == contents(whole / "run" / name) for name, files in kept.items())
     run_well(folder, WHOLE[stage])
     assert_same_run(folder, whole)
 
@@ -463,13 +480,19 @@ def launch_arguments(name, *options):
 
 @pytest.mark.parametrize(
     ("name", "kind", "machines", "processes"),
-    [("one_gpu", "NO", 1, 1), ("one_node", "MULTI_GPU", 1, 8), ("several_nodes", "MULTI_GPU", 2, 16)],
+    [
+        ("one_gpu", "NO", 1, 1),
+        ("one_node", "MULTI_GPU", 1, 8),
+        ("one_node_fsdp", "FSDP", 1, 8),
+        ("several_nodes", "MULTI_GPU", 2, 16),
+    ],
 )
 def test_accelerate_accepts_the_configurations(name, kind, machines, processes):
     assert load_config_from_file(str(EXAMPLES / "configs" / f"{name}.yaml")).distributed_type == kind
     arguments = launch_arguments(name, "--machine_rank", str(machines - 1), "--main_process_ip", "10.0.0.1")
     assert (arguments.num_machines, arguments.num_processes) == (machines, processes)
-    assert arguments.mixed_precision == "bf16" and arguments.multi_gpu == (kind == "MULTI_GPU")
+    assert (arguments.multi_gpu, arguments.use_fsdp) == (kind == "MULTI_GPU", kind == "FSDP")
+    assert arguments.mixed_precision == "bf16"
     assert launch_arguments(name, "--num_processes", "4").num_processes == 4
 
 
