@@ -87,6 +87,10 @@ class Arguments:
     )
     num_workers: int = 0
 
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub id of a DQTransformerForImageGeneration to go on from; its sizes stay"},
+    )
     hidden_size: int = 256
     num_attention_heads: int = 8
     num_position_layers: int = 2
@@ -144,8 +148,8 @@ def main():
 
     vae.to(accelerator.device).eval().requires_grad_(False)
     train_loader, test_loader, names, on_epoch = make_loaders(accelerator, vae, args)
-    config = make_config(vae, names, args)
-    model = DQTransformerForImageGeneration(config)
+    model = make_model(vae, names, args)
+    config = model.config
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)
     if args.gradient_checkpointing:
@@ -269,23 +273,38 @@ def make_loaders(accelerator, vae, args):
     return train_loader, DataLoader(test_set, args.batch_size, collate_fn=test_collate), names, on_epoch
 
 
-def make_config(vae, names, args):
-    """The generator's configuration, for the codes of this tokenizer."""
-    return DQTransformerConfig(
-        grid_sizes=vae.config.grid_sizes,
-        codebook_size=vae.config.codebook_size,
-        num_classes=len(names),
-        id2label=dict(enumerate(names)),
-        class_dropout=args.class_dropout if names else 0.0,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_position_layers=args.num_position_layers,
-        num_content_layers=args.num_content_layers,
-        fine_order=args.fine_order,
-        embedding_dropout=args.dropout,
-        residual_dropout=args.dropout,
-        attention_dropout=args.attention_dropout,
-    )
+SIZES = ("hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers", "fine_order")
+SIZES += ("class_dropout",)
+
+
+def make_model(vae, names, args):
+    """The generator for the codes of this tokenizer: new, or the one to go on from."""
+    fitting = {
+        "grid_sizes": vae.config.grid_sizes,
+        "codebook_size": vae.config.codebook_size,
+        "num_classes": len(names),
+        "id2label": dict(enumerate(names)),
+    }
+    dropout = {"embedding_dropout": args.dropout, "residual_dropout": args.dropout}
+    dropout["attention_dropout"] = args.attention_dropout
+    if args.start_from is None:
+        sizes = {name: getattr(args, name) for name in SIZES} | ({} if names else {"class_dropout": 0.0})
+        return DQTransformerForImageGeneration(DQTransformerConfig(**fitting, **sizes, **dropout))
+    model = DQTransformerForImageGeneration.from_pretrained(args.start_from, **dropout)
+    defaults = Arguments(output_dir=args.output_dir)
+    for name, value in fitting.items():
+        if getattr(model.config, name) != value:
+            raise ValueError(
+                f"--start_from must have {name} {value}, as the tokenizer and the images have; "
+                f"got {getattr(model.config, name)}; train a new generator for them"
+            )
+    for name in SIZES:
+        value = getattr(model.config, name)
+        if getattr(args, name) not in (value, getattr(defaults, name)):
+            raise ValueError(
+                f"--{name} is {value} in the model of --start_from, got {getattr(args, name)}; leave it out"
+            )
+    return model
 
 
 @torch.no_grad()
@@ -437,6 +456,7 @@ def describe_and_push(accelerator, args, rows, progress, num_classes):
             "images seen": progress.images,
             "batch, all processes": args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             "learning rate, highest": args.learning_rate,
+            "started from": args.start_from,
         }
         | machine_facts(accelerator),
         command=command_line(),

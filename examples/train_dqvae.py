@@ -78,6 +78,14 @@ class Arguments:
     )
     num_workers: int = 0
 
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub id of a DQVAEModel to go on from; its sizes and thresholds stay"},
+    )
+    decoder_only: bool = field(
+        default=False,
+        metadata={"help": "with --start_from: all codes stay as they are, and so do caches and generators of them"},
+    )
     image_size: int = 64
     granularities: list[int] = field(default_factory=lambda: [8, 4])
     router: str = field(default="entropy", metadata={"help": "entropy or feature"})
@@ -152,6 +160,11 @@ def main():
     check_writable(output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         args.push_to_hub = check_push(args.push_to_hub)  # with the user's name
+    start = DQVAEModel.from_pretrained(args.start_from) if args.start_from is not None else None
+    if start is not None:
+        take_sizes(args, start.config)
+    elif args.decoder_only:
+        raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
     set_seed(args.seed)
     torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a compiled graph twice more
 
@@ -181,8 +194,12 @@ def main():
     test_loader = DataLoader(test_set, args.batch_size, collate_fn=collate)
 
     # Models, and one optimiser for each (method section 5).
-    config, routed = make_config(args, train_set, collate)
-    vae = DQVAEModel(config)
+    config, routed = (start.config, {}) if start is not None else make_config(args, train_set, collate)
+    vae = start if start is not None else DQVAEModel(config)
+    if args.decoder_only:
+        vae.requires_grad_(False)
+        for part in (vae.post_quant_conv, vae.decoder):
+            part.requires_grad_(True)
     if args.gradient_checkpointing:
         vae.gradient_checkpointing_enable()
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
@@ -193,7 +210,8 @@ def main():
     if args.perceptual_weight > 0:
         perceptual = make_perceptual_loss(args.perceptual).to(accelerator.device)
     optimizers = [
-        torch.optim.Adam(model.parameters(), lr=args.learning_rate, betas=(0.5, 0.9)) for model in (vae, discriminator)
+        torch.optim.Adam(filter(is_trained, model.parameters()), lr=args.learning_rate, betas=(0.5, 0.9))
+        for model in (vae, discriminator)
     ]
     scheduler = get_scheduler(
         "cosine", optimizers[0], num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
@@ -254,7 +272,8 @@ def main():
     bar = progress_bar(args.max_steps, images_per_step, progress.step, disable=not accelerator.is_main_process)
     with StopSignal() as stop:
         for batch in batches(train_loader, progress, accelerator, train_collate.set_epoch, args.max_steps):
-            vae.train()
+            vae.train(not args.decoder_only)
+            plain_vae.decoder.train()
             pixel_values = batch["pixel_values"]
             factor = disc_factor(progress.step, args.disc_start, args.disc_ramp) if args.disc_weight > 0 else 0.0
             with accelerator.accumulate(vae, discriminator):
@@ -306,6 +325,35 @@ def main():
 
 
 PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss")
+
+
+SIZES = ("granularities", "router", "block_out_channels", "layers_per_block", "norm_num_groups", "z_channels")
+SIZES += ("codebook_size", "codebook_dim")
+
+
+def take_sizes(args, config):
+    """Put the sizes of the model to go on from into the arguments.
+
+    Raises:
+        ValueError: an argument that asks for another size.
+    """
+    height, width = config.image_height_width
+    if height != width:
+        raise ValueError(f"--start_from must be a model of square images, got {height}x{width}")
+    sizes = {name: getattr(config, name) for name in SIZES}
+    sizes |= {"image_size": height, "fine_ratios": config.budget_targets or []}
+    defaults = Arguments(output_dir=args.output_dir)
+    for name, value in sizes.items():
+        if getattr(args, name) not in (value, getattr(defaults, name)):
+            raise ValueError(
+                f"--{name} is {value} in the model of --start_from, got {getattr(args, name)}; leave it out"
+            )
+        setattr(args, name, value)
+
+
+def is_trained(parameter):
+    """Whether this parameter is to change."""
+    return parameter.requires_grad
 
 
 def make_config(args, train_set, collate):
@@ -423,6 +471,8 @@ def describe_and_push(accelerator, args, rows, progress, num_images, routed):
             "batch, all processes": args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
             "learning rate, highest": args.learning_rate,
             "perceptual loss": args.perceptual if args.perceptual_weight > 0 else None,
+            "started from": args.start_from,
+            "only the decoder was trained": args.decoder_only or None,
         }
         | machine_facts(accelerator),
         command=command_line(),

@@ -524,6 +524,54 @@ def test_a_pushed_run_loads_in_a_fresh_process(hub, place, full, generator):
     assert np.array_equal(Image.open(place / "pulled.png"), image)
 
 
+STARTED = (
+    "--perceptual_weight 0 --disc_weight 0 --warmup_steps 1 --batch_size 5 --log_every 1 --max_steps 2 --save_every 2"
+)
+
+
+def test_stage_1_goes_on_from_a_finished_model(place, plain):
+    run_here(place, f"train_dqvae.py --data tables --start_from plain/model --output_dir further {STARTED}")
+    start, further = (DQVAEModel.from_pretrained(place / run / "model") for run in ("plain", "further"))
+    assert further.config.to_diff_dict() == start.config.to_diff_dict()
+    assert "started from" in card_figures(place / "further" / "model")
+    moved = [name for name, value in further.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
+    assert {"encoder.conv_in.weight", "quantizer.codebook", "decoder.conv_in.weight"} <= set(moved)
+    with pytest.raises(ValueError, match="--codebook_size is 16 in the model of --start_from, got 32; leave it out"):
+        run_here(
+            place,
+            f"train_dqvae.py --data tables --start_from plain/model --output_dir no --codebook_size 32 {STARTED}",
+        )
+
+
+def test_training_the_decoder_only_changes_no_code(place, full):
+    command = f"train_dqvae.py --data folders --start_from full/model --decoder_only --output_dir decoder {STARTED}"
+    run_here(place, f"{command} --disc_weight 0.5 --disc_start 0 --disc_layers 1 --disc_channels 4")
+    start, further = (DQVAEModel.from_pretrained(place / run / "model") for run in ("full", "decoder"))
+    moved = {name for name, value in further.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    parts = {name.split(".")[0] for name in moved}
+    assert parts == {"decoder", "post_quant_conv"}
+    pixel_values, _ = test_images(place)
+    before, after = start.encode(pixel_values), further.encode(pixel_values)
+    assert torch.equal(before.codes, after.codes) and torch.equal(before.grain_map, after.grain_map)
+    with pytest.raises(ValueError, match="--decoder_only trains the decoder of a finished model"):
+        run_here(place, f"{PLAIN} --output_dir no --decoder_only")
+
+
+def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
+    command = "train_dqtransformer.py --vae plain/model --codes codes --batch_size 10 --log_every 1 --warmup_steps 0"
+    command += f" --start_from generator/model/transformer {NO_DROPOUT.replace('--class_dropout 0', '')}"
+    command += " --max_steps 1 --save_every 1 --sample_every 1"
+    run_here(place, f"{command} --output_dir same --learning_rate 0")
+    start = generator / "model" / "transformer" / "model.safetensors"
+    assert_same_weights(place / "same" / "model" / "transformer" / "model.safetensors", start)
+    for message, arguments in (
+        ("--hidden_size is 16 in the model of --start_from, got 32; leave it out", "--hidden_size 32"),
+        ("--start_from must have num_classes 0.*got 2; train a new generator", "--label_column none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_here(place, f"{command} --output_dir no {arguments}")
+
+
 def test_what_cannot_work_is_refused_at_once(place, plain):
     (place / "file").write_text("")
     for error, message, arguments in (
