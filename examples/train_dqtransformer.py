@@ -42,12 +42,15 @@ from transformers import HfArgumentParser
 
 from dq_hf import (
     DEFAULT_MODEL,
+    DQConfig,
     DQForImageGeneration,
     DQImageProcessor,
     DQTransformerConfig,
     DQTransformerForImageGeneration,
     DQVAEModel,
 )
+from dq_hf.modeling.hub_dq import check_push
+from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.training.checkpoints import check_writable, resume, save_checkpoint, sync, writing
 from dq_hf.training.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
 from dq_hf.training.data import ImageCollator, class_names, first_rows, load_train_and_test, prepare_loader
@@ -61,7 +64,7 @@ from dq_hf.training.progress import (
     progress_bar,
     set_learning_rate,
 )
-from dq_hf.training.publish import check_push, command_line, machine_facts, push_folder, write_model_card
+from dq_hf.training.publish import command_line, machine_facts, push_folder
 from dq_hf.visualize import image_grid
 
 
@@ -222,7 +225,7 @@ def main():
                 accelerator.end_training()
                 return
     if accelerator.is_main_process:
-        describe_and_push(accelerator, args, log.read(), progress, len(names))
+        describe_and_push(accelerator, args, log.read(), progress, len(names), vae)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -429,7 +432,7 @@ def save_model(joint, folder):
         partial.rename(folder)
 
 
-def describe_and_push(accelerator, args, rows, progress, num_classes):
+def describe_and_push(accelerator, args, rows, progress, num_classes, vae):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
     folder = Path(args.output_dir) / "model"
     measured = min((row for row in rows if "test_loss" in row), key=lambda row: row["test_loss"])  # of the model kept
@@ -437,10 +440,10 @@ def describe_and_push(accelerator, args, rows, progress, num_classes):
     trained = next(row for row in reversed(rows) if "loss" in row)
     write_model_card(
         folder,
+        DQConfig.from_pretrained(folder),
+        {"vae": vae},
         title=args.push_to_hub or Path(args.output_dir).name,
-        summary="A DQ-VAE, an image tokenizer with variable-length codes, and a DQ-Transformer, which generates such codes "
-        "from coarse to fine.",
-        repo_id=args.push_to_hub,
+        repository=args.push_to_hub,
         dataset=args.data if args.codes is None else read_index(args.codes)["data"],
         test_split=args.test_split,
         metrics={name: measured[name] for name in ("test_loss", "test_content_loss", "test_position_loss")},

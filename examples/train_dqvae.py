@@ -43,6 +43,8 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
+from dq_hf.modeling.hub_dq import check_push
+from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
 from dq_hf.training.calibration import calibrate_thresholds
 from dq_hf.training.checkpoints import check_writable, resume, save_checkpoint, sync, writing
@@ -58,7 +60,7 @@ from dq_hf.training.progress import (
     progress_bar,
     set_learning_rate,
 )
-from dq_hf.training.publish import check_push, command_line, machine_facts, push_folder, write_model_card
+from dq_hf.training.publish import command_line, machine_facts, push_folder
 from dq_hf.visualize import draw_grain_map, image_grid
 
 
@@ -456,9 +458,9 @@ def describe_and_push(accelerator, args, rows, progress, num_images, routed):
     trained = next(row for row in reversed(rows) if "loss" in row)
     write_model_card(
         folder,
+        DQVAEConfig.from_pretrained(folder),
         title=args.push_to_hub or Path(args.output_dir).name,
-        summary="A DQ-VAE: an image tokenizer that spends more codes where the picture needs them.",
-        repo_id=args.push_to_hub,
+        repository=args.push_to_hub,
         dataset=args.data,
         test_split=args.test_split,
         metrics={name: measured[name] for name in ("psnr", "codes_per_image")},

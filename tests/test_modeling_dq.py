@@ -134,10 +134,21 @@ def test_other_processes_than_the_main_one_write_no_file(model, tmp_path):
     assert list_files(tmp_path) == []
 
 
-@pytest.mark.parametrize("argument", ["max_shards", "state_dict", "repo_id"])
+@pytest.mark.parametrize("argument", ["max_shards", "save_function", "repo_id", "token"])
 def test_saving_refuses_unknown_arguments(model, tmp_path, argument):
     with pytest.raises(TypeError, match=argument):
         model.save_pretrained(tmp_path / "new", **{argument: "x"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_are_given_are_saved_if_they_are_all(model, tmp_path):
+    state_dict = {key: value.clone().fill_(0.5) for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "given", state_dict=state_dict)
+    loaded = DQForImageGeneration.from_pretrained(tmp_path / "given").state_dict()
+    assert loaded.keys() == state_dict.keys() and all((value == 0.5).all() for value in loaded.values())
+    del state_dict["vae.quantizer.codebook"]
+    with pytest.raises(ValueError, match="1 are missing or left over: vae.quantizer.codebook"):
+        model.save_pretrained(tmp_path / "new", state_dict=state_dict)
     assert not (tmp_path / "new").exists()
 
 

@@ -6,11 +6,13 @@ from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from
+
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
 
 
-class DQImageProcessor(BaseImageProcessor):
+class DQImageProcessor(PushMixin, BaseImageProcessor):
     """PIL images, numpy arrays or torch tensors, one or a list, to `pixel_values` in [-1, 1], and back.
 
     Args:
@@ -57,6 +59,17 @@ class DQImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack(tensors) * 2 - 1})
 
     preprocess = __call__
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from a folder or a repository of the Hub; arguments and errors as for a model."""
+        place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        with loading_from(pretrained_model_name_or_path, **place):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def write_folder(self, folder, title=None, repository=None):
+        """Write its file; a processor has no card."""
+        self.save_pretrained(folder)
 
     def post_process(self, pixel_values, output_type="pil"):
         """Images of `pixel_values` (B, 3, height, width) about in [-1, 1]; what lies outside is clipped.

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dq import DQConfig
+from .hub_dq import HUB_ARGUMENTS, HubMixin, loading_from
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
@@ -34,7 +35,7 @@ class DQImageGenerationOutput(ModelOutput):
     lengths: torch.Tensor | None = None
 
 
-class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
+class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
     """The tokenizer `.vae` and the generator `.transformer`.
 
     A saved folder holds `config.json`, `model_index.json`, `preprocessor_config.json` and the two models in `vae/` and
@@ -87,34 +88,20 @@ class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
             lengths=generated.lengths,
         )
 
-    def save_pretrained(
-        self,
-        save_directory,
-        *,
-        is_main_process=True,
-        max_shard_size="50GB",
-        variant=None,
-        push_to_hub=False,
-        **push_arguments,
-    ):
-        """Save both models and the files that make the folder a pipeline; arguments as in transformers.
+    @property
+    def card_parts(self):
+        return {name: getattr(self, name) for name in PARTS}
 
-        Raises:
-            OSError: the directory is a file, or cannot be written.
-            TypeError: arguments for the Hub (`repo_id`, `token`, ...) without `push_to_hub`, or unknown ones.
-        """
-        if push_arguments and not push_to_hub:
-            raise TypeError(f"unknown argument(s) without push_to_hub=True: {', '.join(sorted(push_arguments))}")
-        save_directory = Path(save_directory)
-        save_directory.mkdir(parents=True, exist_ok=True)
-        for name in PARTS:
-            getattr(self, name).save_pretrained(
-                save_directory / name, is_main_process=is_main_process, max_shard_size=max_shard_size, variant=variant
-            )
+    def write_files(self, folder, *, is_main_process=True, state_dict=None, **arguments):
+        """Write both models and the files that make the folder a pipeline."""
+        for name, part in self.card_parts.items():
+            weights = None
+            if state_dict is not None:
+                prefix = f"{name}."
+                weights = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
+            part.write_files(folder / name, is_main_process=is_main_process, state_dict=weights, **arguments)
         if is_main_process:
-            write_root_files(self, save_directory)
-        if is_main_process and push_to_hub:
-            self.push_to_hub(push_arguments.pop("repo_id", save_directory.name), **push_arguments)
+            write_root_files(self, folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
@@ -122,7 +109,8 @@ class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
         source = str(pretrained_model_name_or_path)
         if config is None:
             hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            config = DQConfig.from_pretrained(source, **hub_arguments)
+            with loading_from(source, **hub_arguments):
+                config = DQConfig.from_pretrained(source, **hub_arguments)
         if (attention := kwargs.pop("attn_implementation", None)) is not None:
             config._attn_implementation = attention  # and that of its parts
         root = Path(kwargs.pop("subfolder", None) or "")
@@ -141,7 +129,6 @@ class DQForImageGeneration(StrictLoadingMixin, PreTrainedModel):
 
 
 PARTS = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}  # sub-folder and attribute: class
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 def load_part(name, source, root, *args, **kwargs):
@@ -163,29 +150,3 @@ def write_root_files(model, folder):
     index = {"_class_name": "DQPipeline", "_diffusers_version": diffusers.__version__}
     index |= {name: [part.__module__, part.__name__] for name, part in PARTS.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if not (folder / "README.md").exists():  # a card that is there may say more
-        card = CARD.format(height=height, width=width, granularities=model.config.vae_config.granularities)
-        (folder / "README.md").write_text(card)
-
-
-CARD = """\
----
-library_name: transformers
-pipeline_tag: unconditional-image-generation
-tags: [dq_hf, vector-quantization, image-tokenizer, image-generation]
----
-
-# DQ-VAE and DQ-Transformer
-
-A tokenizer with variable-length codes (dynamic vector quantisation, arXiv 2305.11718; granularities {granularities}) and
-its generator, for images of {height} x {width} pixels.
-
-```python
-import dq_hf
-from transformers import pipeline
-
-image = pipeline("dq-generation", model="this folder or repository")(seed=0)["image"]
-```
-
-`dq_hf.DQPipeline.from_pretrained` loads the same folder for diffusers.
-"""

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_dqtransformer import DQTransformerConfig
+from .hub_dq import HubMixin
 from .modeling_utils_dq import StrictLoadingMixin, check_indices
 from .sampling_dq import choose, guide, in_evaluation_mode, make_warpers, random_streams, with_guidance_rows
 from .sequence_dq import DQStream, StreamLayout, StreamState
@@ -203,7 +204,7 @@ class DQHead(nn.Module):
         return self.projection(self.norm(hidden_states))
 
 
-class DQTransformerForImageGeneration(StrictLoadingMixin, PreTrainedModel):
+class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
     """The generator: Position-Transformer and Content-Transformer (arXiv 2305.11718, section 3.2).
 
     Differs: from the paper's two granularities to any number; from the release as `sequence_dq` says.

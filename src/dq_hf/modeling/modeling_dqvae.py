@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dqvae import DQVAEConfig
+from .hub_dq import HubMixin
 from .layers_dq import (
     DQLevel,
     DQMiddle,
@@ -163,7 +164,7 @@ class DQVAEDecoder(nn.Module):
         return self.output(hidden_states)
 
 
-class DQVAEModel(StrictLoadingMixin, PreTrainedModel):
+class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
     """The tokenizer: encoder, router, quantiser, decoder (arXiv 2305.11718, section 3.1).
 
     Any image size that the coarsest granularity divides is accepted, square or not.

@@ -118,6 +118,10 @@ class DQGenerationPipeline(Pipeline):
         """Save the model's folder, which this task and `DQPipeline` load."""
         self.model.save_pretrained(save_directory, **kwargs)
 
+    def push_to_hub(self, repo_id, **kwargs):
+        """Push the model; arguments as in `DQForImageGeneration.push_to_hub`."""
+        return self.model.push_to_hub(repo_id, **kwargs)
+
 
 def make_generators(seed, num_images):
     """One generator (integer seed), one for each image (list), or None.

@@ -1,6 +1,7 @@
 """Images from class labels, the diffusers way."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from diffusers.utils import BaseOutput
 from huggingface_hub import snapshot_download
 from PIL import Image
 
+from ..modeling.hub_dq import loading_from
 from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.model_card_dq import find_file, pictures_of
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
@@ -155,16 +158,17 @@ class DQPipeline(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
-        """Fetch a repository, its code files excepted, and return its folder in the cache."""
+        """Fetch a repository, its code files excepted, and return its folder in the cache; errors as for a model."""
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         options = {key: value for key, value in kwargs.items() if key in known}
-        patterns = ["*.json", "*.safetensors", "README.md"]
-        try:
-            return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"{pretrained_model_name} is no local folder, and could not be fetched from the Hub: {error}"
-            ) from error
+        with loading_from(pretrained_model_name, **options):
+            patterns = ["*.json", "*.safetensors", "README.md"]
+            folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
+            if (folder / "README.md").is_file():
+                options["revision"] = folder.name  # of the same commit
+                for picture in pictures_of((folder / "README.md").read_text("utf-8", "replace")):
+                    find_file(pretrained_model_name, picture, **options)
+        return str(folder)
 
 
 def bring_to_device(model):
