@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, is_offline_mode
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_download,
+    is_offline_mode,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -96,11 +104,11 @@ class HubMixin(PushMixin):
         """
         place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         with loading_from(pretrained_model_name_or_path, **place):
+            kwargs["revision"] = place["revision"] = pin_revision(pretrained_model_name_or_path, **place)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-            if pretrained_model_name_or_path is not None:
-                model.source_card = read_source_card(model, pretrained_model_name_or_path, **place)
+            model.source_card = read_source_card(model, pretrained_model_name_or_path, **place)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *, is_main_process=True, push_to_hub=False, repo_id=None, **arguments):
@@ -323,28 +331,42 @@ def plain_errors(failure):
 
 
 @contextmanager
-def loading_from(source, revision=None, **hub_arguments):
-    """Where a folder or repository is loaded: what the Hub refuses becomes an error that says which thing it is."""
+def loading_from(source, revision=None, subfolder=None, **hub_arguments):
+    """Where a folder or repository is loaded: an error says of which repository, revision, file or right it tells."""
     try:
         yield
     except Exception as error:
-        found = None if Path(str(source)).is_dir() else hub_error(error)
-        if found is None:
+        if Path(str(source)).is_dir():
             raise
-        raise describe(found, source, revision or "main") from error
+        revision, place = revision or "main", f", sub-folder {subfolder}" if subfolder else ""
+        if (found := hub_error(error)) is not None:
+            raise describe(found, source, revision) from error
+        if isinstance(error, OSError):
+            raise OSError(f"{source}, revision {revision!r}{place}: {error}") from error
+        raise
+
+
+def pin_revision(source, revision=None, subfolder=None, **hub_arguments):
+    """The commit that a repository's revision is now, so that all files are of one; for a folder `revision` itself."""
+    if Path(str(source)).is_dir():
+        return revision
+    path = hf_hub_download(str(source), "config.json", subfolder=subfolder, revision=revision, **hub_arguments)
+    return re.search(r"/snapshots/([^/]+)/", Path(path).as_posix())[1]
 
 
 def hub_error(error):
-    """The error of the Hub's client behind this one, or None."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
+    """The error of the Hub's client, or of its connection, behind this one; None if it has another reason."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
         error = error.__cause__ or error.__context__
-    ours = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError)
-    kinds = ("httpx", "requests")
-    found = [e for e in seen if isinstance(e, ours) or type(e).__module__.split(".")[0] in kinds]
-    http = [e for e in found if isinstance(e, HfHubHTTPError)]
-    return (http or found or [None])[0]
+    answered = [error for error in chain if isinstance(error, (HfHubHTTPError, HFValidationError))]
+    broken = [
+        error
+        for error in chain
+        if isinstance(error, LocalEntryNotFoundError) or type(error).__module__.startswith("httpx")
+    ]
+    return next(iter(answered + broken), None)
 
 
 def describe(error, source, revision):

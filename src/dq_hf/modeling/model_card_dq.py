@@ -110,7 +110,6 @@ def read_source_card(model, source, subfolder="", **hub_arguments):
         source, subfolder = str(Path(source, subfolder).absolute()), ""
         above = [(str(Path(source).parent), "")]
     else:
-        hub_arguments["revision"] = getattr(model.config, "_commit_hash", None) or hub_arguments.get("revision")
         above = [(source, Path(subfolder).parent.as_posix().removeprefix("."))] if subfolder else []
 
     def find(place, name):
@@ -133,13 +132,16 @@ def find_file(source, path, *, local_files_only=False, **hub_arguments):
     """A file of a folder, or of a repository (it is then in the cache); None if there is none."""
     if Path(source).is_dir():
         return Path(source, path) if Path(source, path).is_file() else None
+    known = {name: hub_arguments.get(name) for name in ("cache_dir", "revision")}
+    cached = try_to_load_from_cache(source, path, **known)
+    if re.fullmatch("[0-9a-f]{40}", known["revision"] or "") and cached is not None:  # a commit does not change
+        return Path(cached) if isinstance(cached, str) else None
     try:
         return Path(hf_hub_download(source, path, local_files_only=local_files_only, **hub_arguments))
     except LocalEntryNotFoundError as error:
         if not (local_files_only or is_offline_mode()):
             raise ConnectionError(f"{source}: its card's file {path} could not be fetched: {error}") from error
-        place = {name: hub_arguments.get(name) for name in ("cache_dir", "revision")}
-        if try_to_load_from_cache(source, path, **place) is None:  # else it is known not to exist
+        if cached is None:  # else it is known not to exist
             logger.warning(f"{path} of {source} is not in the cache: where this model is saved, it will be missing")
     except EntryNotFoundError:
         pass

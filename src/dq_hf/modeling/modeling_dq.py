@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dq import DQConfig
-from .hub_dq import HUB_ARGUMENTS, HubMixin, loading_from
+from .hub_dq import HUB_ARGUMENTS, HubMixin, loading_from, pin_revision
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
@@ -107,9 +107,10 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
         """Load a folder or repository written by `save_pretrained`; arguments and errors as for one model."""
         source = str(pretrained_model_name_or_path)
-        if config is None:
-            hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-            with loading_from(source, **hub_arguments):
+        hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        with loading_from(source, **hub_arguments):
+            kwargs["revision"] = hub_arguments["revision"] = pin_revision(source, **hub_arguments)
+            if config is None:
                 config = DQConfig.from_pretrained(source, **hub_arguments)
         if (attention := kwargs.pop("attn_implementation", None)) is not None:
             config._attn_implementation = attention  # and that of its parts

@@ -164,6 +164,8 @@ class DQPipeline(DiffusionPipeline):
         with loading_from(pretrained_model_name, **options):
             patterns = ["*.json", "*.safetensors", "README.md"]
             folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
+            if not (folder / "model_index.json").is_file():
+                raise OSError("there is no file model_index.json")
             if (folder / "README.md").is_file():
                 options["revision"] = folder.name  # of the same commit
                 for picture in pictures_of((folder / "README.md").read_text("utf-8", "replace")):
