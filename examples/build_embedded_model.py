@@ -19,75 +19,32 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
-from dq_hf.modeling.modeling_dq import write_root_files
+from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.training.data import ImageCollator, load_images
 from dq_hf.visualize import draw_grain_map, image_grid
 
-CARD = """\
----
-library_name: transformers
-pipeline_tag: unconditional-image-generation
-license: cc-by-4.0
-tags: [dq_hf, vector-quantization, image-tokenizer, image-generation]
----
+SUMMARY = """\
+The model that dq_hf carries with it: a DQ-VAE and a class-conditional DQ-Transformer ({vae_parameters:,} and
+{transformer_parameters:,} parameters), trained from scratch on emoji. It shows what dynamic vector quantisation does,
+right after installing and offline; it is small and was trained on two CPU cores."""
 
-# dq-emoji
-
-The model that dq_hf carries with it: a DQ-VAE (64x64 pixels, granularities 8 and 4, entropy router) and a
-class-conditional DQ-Transformer (nine classes), trained from scratch on emoji. It shows what dynamic vector quantisation
-does, right after installing and offline; it is small and was trained on two CPU cores.
-
-```python
-from transformers import pipeline
-import dq_hf
-
-pipeline("dq-generation")("food", seed=0)["image"].save("food.png")
-```
-
-![samples](samples.png)
-
+SAMPLES = """\
 Samples, one row a class ({classes}); seed 0, not chosen. What is not given is drawn with {sampling} (`sampling_defaults`
-in the configuration).
+in the configuration)."""
 
-![reconstructions](reconstructions.png)
+DATA = """\
+{num_train:,} training and {num_images:,} held-out pictures of 64x64, split by emoji; the figures above are of all that were
+held out, with the shipped (bfloat16) weights, computed in float32.
 
-Held-out images, their variable-length coding, and their reconstructions.
+The pictures of Google's Noto Emoji are under the Apache License 2.0; those of Twitter's Twemoji (copyright 2020 Twitter,
+Inc and other contributors) are under CC-BY 4.0. They were composited on white. The weights are derived from both; keep
+this notice when you pass them on."""
 
-## Measured
-
-On the {num_images} held-out pictures, with the shipped (bfloat16) weights, computed in float32:
-
-| | |
-|---|---|
-| reconstruction PSNR, mean over images | {psnr:.2f} dB |
-| codes an image, mean (64 at least, 256 at most) | {codes:.1f} |
-| code bits an image, mean, and grain map | {bits:.0f} + 64 |
-| nats a content element | {content_loss:.3f} (uniform over {codebook_size} codes: {uniform:.3f}) |
-| nats a position element, mean of coarse and fine | {position_loss:.3f} |
-| nats a code: contents and positions of a stream, over its codes | {nats_per_code:.3f} |
-| parameters: tokenizer, generator | {vae_parameters:,} and {transformer_parameters:,} |
-
-## Data
-
-`examples/data/emoji`: {num_train} training and {num_images} held-out pictures of 64x64, split by emoji. The pictures of
-Google's Noto Emoji are under the Apache License 2.0; those of Twitter's Twemoji (copyright 2020 Twitter, Inc and other
-contributors) are under CC-BY 4.0. They were composited on white. The weights are derived from both; keep this notice
-when you pass them on.
-
-## Training
-
-```
-{commands}```
-
-{steps}
-
-## Limits
-
+LIMITS = """\
 Trained on few pictures of one style: other images are reconstructed coarsely, and small text and small faces are lost.
 The generator's held-out loss had stopped falling: more would need more pictures. People, flags, symbols, travel (mostly
 clocks) and smileys can be recognised; animals, food, objects and activities are mostly coloured shapes. The sampling
-defaults favour typical pictures over varied ones.
-"""
+defaults favour typical pictures over varied ones."""
 
 
 @dataclass
@@ -127,19 +84,24 @@ def main():
     test_set = load_images(args.data, "test")
     figures = measure(model, test_set, folder)
     draw_samples(model, folder / "samples.png")
-    card = CARD.format(
-        classes=", ".join(model.config.id2label.values()),
-        num_train=len(load_images(args.data, "train")),
-        commands=Path(args.commands).read_text(),
-        steps=args.steps,
-        sampling=", ".join(f"{name} {value}" for name, value in model.transformer.config.sampling_defaults.items()),
-        vae_parameters=model.vae.num_parameters(),
-        transformer_parameters=model.transformer.num_parameters(),
-        codebook_size=model.vae.config.codebook_size,
-        uniform=math.log(model.vae.config.codebook_size),
-        **figures,
+    sampling = ", ".join(f"{name} {value}" for name, value in model.transformer.config.sampling_defaults.items())
+    write_model_card(
+        folder,
+        model.config,
+        title=output_dir.name,
+        summary=SUMMARY.format(
+            vae_parameters=model.vae.num_parameters(), transformer_parameters=model.transformer.num_parameters()
+        ),
+        dataset=args.data,
+        test_split="test",
+        metrics=figures,
+        data=DATA.format(num_train=len(load_images(args.data, "train")), num_images=len(test_set)),
+        training=args.steps,
+        command=Path(args.commands).read_text().rstrip(),
+        limits=LIMITS,
+        license="cc-by-4.0",
+        captions={"samples.png": SAMPLES.format(classes=", ".join(model.config.id2label.values()), sampling=sampling)},
     )
-    (folder / "README.md").write_text(card)
     shutil.rmtree(output_dir, ignore_errors=True)
     folder.rename(output_dir)
     size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
@@ -148,21 +110,15 @@ def main():
 
 def save_bfloat16(model, folder):
     """Weights in bfloat16 but the codebook; the configuration says float32, so that loading computes in float32."""
-    for name in ("vae", "transformer"):
-        part = getattr(model, name)
-        weights = {
-            key: value if key.startswith("quantizer.") else value.bfloat16()
-            for key, value in part.state_dict().items()
-        }
-        part.save_pretrained(folder / name, state_dict=weights)
-    write_root_files(model, folder)
+    weights = {key: value if ".quantizer." in key else value.bfloat16() for key, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
 
 
 def measure(model, test_set, folder):
     """Figures on held-out images; a picture of the first 24: image with coding above, reconstruction below."""
     height, width = model.vae.config.image_height_width
     processor = DQImageProcessor(size={"height": height, "width": width})
-    sums = dict.fromkeys(("psnr", "codes", "content_loss", "position_loss", "nats"), 0.0)
+    sums = dict.fromkeys(("psnr", "codes_per_image", "content_loss", "position_loss", "nats"), 0.0)
     overlays, reconstructions = [], []
     for batch in tqdm(DataLoader(test_set, 1, collate_fn=ImageCollator(processor, "image", "label"))):
         pixel_values = batch["pixel_values"]
@@ -170,7 +126,7 @@ def measure(model, test_set, folder):
         decoded = model.vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
         output = model.transformer(encoded.codes, encoded.grain_map, batch["class_labels"])
         sums["psnr"] += 10 * torch.log10(4 / (decoded - pixel_values).square().mean()).item()
-        sums["codes"] += encoded.num_codes.item()
+        sums["codes_per_image"] += encoded.num_codes.item()
         sums["content_loss"] += output.content_loss.item()
         sums["position_loss"] += output.position_loss.item()
         sums["nats"] += stream_nats(output)
@@ -180,9 +136,9 @@ def measure(model, test_set, folder):
     rows = [overlays[:12], reconstructions[:12], overlays[12:], reconstructions[12:]]
     image_grid([image for row in rows for image in row], columns=12).save(folder / "reconstructions.png")
     figures = {name: value / len(test_set) for name, value in sums.items()}
-    figures["nats_per_code"] = figures.pop("nats") / figures["codes"]
-    figures["bits"] = figures["codes"] * math.log2(model.vae.config.codebook_size)
-    return figures | {"num_images": len(test_set)}
+    figures["nats_per_code"] = figures.pop("nats") / figures["codes_per_image"]
+    figures["code_bits_per_image"] = figures["codes_per_image"] * math.log2(model.vae.config.codebook_size)
+    return figures
 
 
 def stream_nats(output):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 import dq_hf
-from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline, DQVAEModel
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "examples" / "data" / "emoji" / "test-00000-of-00001.parquet"
@@ -113,16 +113,29 @@ def test_it_reconstructs_held_out_emoji(figures):
 def test_its_card_states_what_is_measured_here(figures):
     card = Path(DEFAULT_MODEL, "README.md").read_text()
     psnrs, codes = figures
-    num_images = int(re.search(r"On the (\d+) held-out", card)[1])
-    psnr = float(re.search(r"^\| reconstruction PSNR.*\| ([\d.]+) dB \|$", card, re.M)[1])
+    num_images = int(re.search(r"(\d+) held-out pictures", card)[1])
+    psnr = float(re.search(r"^\| PSNR of the reconstructions.*\| ([\d.]+) dB \|$", card, re.M)[1])
     num_codes = float(re.search(r"^\| codes an image.*\| ([\d.]+) \|$", card, re.M)[1])
+    bits = float(re.search(r"^\| code bits an image.*\| ([\d.]+) bits \|$", card, re.M)[1])
     assert num_images == len(psnrs)
     assert psnr == pytest.approx(psnrs.mean(), abs=0.05)
     assert num_codes == pytest.approx(codes.mean(), abs=0.05)
+    assert bits == pytest.approx(codes.mean() * 9, abs=0.5)  # 512 codes
 
 
 def test_its_card_names_data_and_notices():
     card = Path(DEFAULT_MODEL, "README.md").read_text()
+    for text in ("license: cc-by-4.0", "Noto Emoji", "Apache License 2.0", "Twemoji", "CC-BY 4.0"):
+        assert text in card
+
+
+def test_its_notices_go_along_where_it_is_saved(tmp_path):
+    names = ["README.md", "samples.png", "reconstructions.png"]
+    DQPipeline.from_pretrained(DEFAULT_MODEL).save_pretrained(tmp_path / "whole")
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == Path(DEFAULT_MODEL, name).read_bytes()
+    DQVAEModel.from_pretrained(DEFAULT_MODEL, subfolder="vae").save_pretrained(tmp_path / "part")
+    card = (tmp_path / "part" / "README.md").read_text()
     for text in ("license: cc-by-4.0", "Noto Emoji", "Apache License 2.0", "Twemoji", "CC-BY 4.0"):
         assert text in card
 

@@ -1,6 +1,5 @@
-"""Model cards say what was measured and nothing else, and a finished folder goes to a Hub and comes back unchanged."""
+"""What a run tells about itself, and a finished folder that goes to a Hub and comes back unchanged."""
 
-import math
 import re
 import shlex
 import sys
@@ -9,45 +8,31 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from conftest import make_transformer, make_vae
-from hub_server import HubServer, card_errors, run_client
-from huggingface_hub import ModelCard
+from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor
-from dq_hf.training.publish import check_push, command_line, machine_facts, push_folder, write_model_card
-
-VAE_FACTS = dict(
-    title="tiny-vae",
-    summary="A tokenizer of a test.",
-    repo_id="user/vae",
-    dataset="someone/pictures",
-    test_split="test",
-    metrics={"psnr": 24.5312, "codes_per_image": 40.0},
-    losses={"loss": 0.123456, "share_2": 0.5},
-    data={"training images": 3426, "unreadable images dropped": None, "split": "a|b"},
-    training={"steps": 4000, "epochs": 37.44, "mirrored": True},
-    command="python train.py --data 'my pictures'",
-    license="mit",
-)
+from dq_hf.modeling.hub_dq import check_push
+from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.training.publish import command_line, machine_facts, push_folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Finished folders: `vae`, and `joint`, of three classes, with a picture of samples."""
+    """Finished folders: `vae`, and `joint`, of three classes, with pictures beside them."""
     place = tmp_path_factory.mktemp("publish")
     vae = make_vae()
     vae.save_pretrained(place / "vae")
     DQImageProcessor(size={"height": 16, "width": 16}).save_pretrained(place / "vae")
-    write_model_card(place / "vae", **VAE_FACTS)
+    write_model_card(place / "vae", vae.config, title="tiny", repository="user/vae", metrics={"psnr": 24.5})
     names = {0: "sun", 1: "full moon", 2: "star"}
     joint = DQForImageGeneration.from_models(vae, make_transformer(num_classes=3, id2label=names))
     joint.save_pretrained(place / "joint")
     Image.new("RGB", (8, 8)).save(place / "joint" / "samples.png")
-    write_model_card(place / "joint", title="tiny", summary="Both stages.", repo_id="user/joint")
+    write_model_card(place / "joint", joint.config, title="tiny", repository="user/joint")
     Image.new("RGB", (20, 30)).save(place / "image.png")
     return place
 
@@ -56,85 +41,6 @@ def place(tmp_path_factory):
 def hub():
     with HubServer() as hub:
         yield hub
-
-
-# Cards
-
-
-def read_card(folder):
-    """Header and body."""
-    return re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL).groups()
-
-
-def test_the_header_names_task_data_and_results(place):
-    header = yaml.safe_load(read_card(place / "vae")[0])
-    (model,) = header.pop("model-index")
-    assert header == {
-        "library_name": "transformers",
-        "pipeline_tag": "image-feature-extraction",
-        "license": "mit",
-        "datasets": ["someone/pictures"],
-        "tags": ["dq_hf", "vector-quantization", "image-tokenizer"],
-    }
-    assert model["name"] == "tiny-vae"
-    (result,) = model["results"]
-    assert result["dataset"] == {"name": "someone/pictures", "type": "someone/pictures", "split": "test"}
-    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
-        ("psnr", 24.5312),
-        ("codes_per_image", 40.0),
-    ]
-    assert not card_errors((place / "vae" / "README.md").read_text())
-
-
-def test_the_client_reads_the_header_back(place):
-    data = ModelCard.load(place / "vae" / "README.md").data
-    assert data.license == "mit" and data.model_name == "tiny-vae"
-    assert {result.metric_type: result.metric_value for result in data.eval_results}["psnr"] == 24.5312
-
-
-def test_the_body_has_what_was_measured_with_units(place):
-    body = read_card(place / "vae")[1]
-    for row in (
-        "| held out, split `test` | |\n|---|---|\n| PSNR of the reconstructions, mean over images | 24.53 dB |",
-        "| codes an image, mean | 40 |",
-        "| loss, all terms | 0.1235 |\n| share of regions with 2 x 2 pixels a code | 0.5 |",
-        "| images | someone/pictures |\n| training images | 3,426 |\n| split | a\\|b |",
-        "| steps | 4,000 |\n| epochs | 37.44 |\n| mirrored | yes |\n| software | dq_hf ",
-        f"torch {torch.__version__}",
-        "| image size | 16 x 16 |\n| granularities | 4 x 4 and 2 x 2 pixels a code |\n| router | entropy |",
-        "```\npython train.py --data 'my pictures'\n```",
-        "arXiv:2305.11718",
-    ):
-        assert row in body
-    assert "dropped" not in body and "None" not in body
-
-
-def test_what_is_not_known_is_left_out(place):
-    header, body = read_card(place / "joint")
-    assert yaml.safe_load(header) == {
-        "library_name": "transformers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["dq_hf", "vector-quantization", "image-tokenizer", "image-generation"],
-    }
-    assert re.findall("^## (.*)", body, re.MULTILINE) == ["Use", "Measured", "Training", "Citation"]
-    assert "![samples](samples.png)" in body and "reconstructions.png" not in body
-    assert "held out" not in body and "None" not in body and "| classes | 3 |" in body
-
-
-def test_local_data_and_infinite_figures_stay_out_of_the_header(place, tmp_path):
-    folder = tmp_path / "model"
-    make_vae().save_pretrained(folder)
-    with pytest.raises(FileNotFoundError, match="has no preprocessor_config.json; save"):
-        write_model_card(folder, title="t", summary="s")
-    DQImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    for dataset, header_says in ((str(tmp_path), "custom"), ("examples/data/emoji", "custom"), ("cifar10", "cifar10")):
-        metrics = {"psnr": math.inf, "codes_per_image": 3}
-        write_model_card(folder, title="t", summary="s", dataset=dataset, metrics=metrics)
-        header = yaml.safe_load(read_card(folder)[0])
-        assert ("datasets" in header) == (header_says != "custom")
-        (result,) = header["model-index"][0]["results"]
-        assert result["dataset"]["type"] == header_says and len(result["metrics"]) == 1
-        assert "| inf dB |" in read_card(folder)[1]
 
 
 def test_the_command_line_can_be_pasted_and_keeps_secrets(monkeypatch):
@@ -149,7 +55,9 @@ def test_the_command_line_can_be_pasted_and_keeps_secrets(monkeypatch):
 
 def test_machine_facts_tell_processes_and_precision():
     facts = machine_facts(Accelerator(cpu=True))
+    software = facts.pop("software")
     assert facts == {"processes": 1, "precision": "float32", "device of a process": "cpu"}
+    assert software.startswith("dq_hf ") and f"torch {torch.__version__}" in software
 
 
 # To the Hub and back
@@ -173,7 +81,8 @@ def test_the_hub_of_these_tests_serves_parts_of_files(hub):
 PUSH = """
 import os
 from huggingface_hub import HfApi, constants
-from dq_hf.training.publish import check_push, push_folder
+from dq_hf.modeling.hub_dq import check_push
+from dq_hf.training.publish import push_folder
 
 def error_of(function, *arguments, **options):
     try:

@@ -249,14 +249,15 @@ def write_model_card(
         f"![{Path(file).stem}]({file})\n\n{text}" for file, text in captions.items() if (folder / file).is_file()
     ]
     origins, files = tell_origins(parts or {})
-    data, training = (value if isinstance(value, str) else table(value or {}) for value in (data, training))
+    data = [table({"images": dataset}), data] if isinstance(data, str) else [table({"images": dataset} | (data or {}))]
+    training = training if isinstance(training, str) else table(training or {})
     sections = [
         f"# {title}",
         summary or kind["summary"],
         table(model_facts(config)),
         *section("Use", kind["usage"](config, repository or UNNAMED, folder)),
         *section("Measured", figures(metrics, held_out), figures(losses, "end of the training"), *pictures),
-        *section("Data", table({"images": dataset}), data),
+        *section("Data", *data),
         *section("Training", training, command and f"```\n{command}\n```"),
         *section("Limits", limits, *known_limits(config, dataset if metrics else None)),
         *origins,
@@ -354,12 +355,13 @@ def tell_origins(parts):
         whose = "" if is_whole(names) else f" of the {NOUNS[names[0]]}"
         same = all(parts[name].source_card.still_describes(parts[name]) for name in names)
         link = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
-        words = "Weights and configuration are those of" if same else "Weights or configuration were changed since"
+        whole = f"the {NOUNS[card.part]} of {link}" if len(names) == 1 and card.part in NOUNS else link
+        words = "Weights and configuration are those of" if same else "Weights or configuration are no longer those of"
         licence = split_card(card.text)[0].get("license")
-        folder = "-".join(["origin", *names]).rstrip("-")
+        folder = "origin" if is_whole(names) else f"origin-{names[0]}"
         sections += [
             f"## Origin{whose}",
-            f"{words} {link}, whose card says:",
+            f"{words} {whole}, whose card says:",
             *([f"Licence: {licence}"] if licence else []),
             *quote(card, folder),
         ]

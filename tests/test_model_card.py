@@ -1,0 +1,278 @@
+"""Model cards say what is known and nothing else, and travel with the models that they describe."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import make_transformer, make_vae
+from hub_server import card_errors
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModel
+
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
+from dq_hf.modeling.model_card_dq import MARK, merge_with_owner, pictures_of, write_model_card
+
+VAE_FACTS = dict(
+    title="tiny-vae",
+    summary="A tokenizer of a test.",
+    repository="user/vae",
+    dataset="someone/pictures",
+    test_split="test",
+    metrics={"psnr": 24.5312, "codes_per_image": 40.0},
+    losses={"loss": 0.123456, "share_2": 0.5},
+    data={"training images": 3426, "unreadable images dropped": None, "split": "a|b"},
+    training={"steps": 4000, "epochs": 37.44, "mirrored": True},
+    command="python train.py --data 'my pictures'",
+    license="mit",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Finished folders: `vae`, and `joint`, of three classes, with a picture of samples."""
+    place = tmp_path_factory.mktemp("cards")
+    vae = make_vae()
+    vae.save_pretrained(place / "vae")
+    DQImageProcessor(size={"height": 16, "width": 16}).save_pretrained(place / "vae")
+    write_model_card(place / "vae", vae.config, **VAE_FACTS)
+    names = {0: "sun", 1: "full moon", 2: "star"}
+    joint = DQForImageGeneration.from_models(vae, make_transformer(num_classes=3, id2label=names))
+    joint.save_pretrained(place / "joint")
+    Image.new("RGB", (8, 8)).save(place / "joint" / "samples.png")
+    write_model_card(place / "joint", joint.config, title="tiny", license="cc-by-4.0", limits="Only tests.")
+    return place
+
+
+# Cards
+
+
+def read_card(folder):
+    """Header and body."""
+    return re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(), re.DOTALL).groups()
+
+
+def test_the_header_names_task_data_and_results(place):
+    header = yaml.safe_load(read_card(place / "vae")[0])
+    (model,) = header.pop("model-index")
+    assert header == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "license": "mit",
+        "datasets": ["someone/pictures"],
+        "metrics": ["psnr", "codes_per_image"],
+        "tags": ["dq_hf", "vector-quantization", "image-tokenizer"],
+    }
+    assert model["name"] == "tiny-vae"
+    (result,) = model["results"]
+    assert result["dataset"] == {"name": "someone/pictures", "type": "someone/pictures", "split": "test"}
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [
+        ("psnr", 24.5312),
+        ("codes_per_image", 40.0),
+    ]
+    assert not card_errors((place / "vae" / "README.md").read_text())
+
+
+def test_the_client_reads_the_header_back(place):
+    data = ModelCard.load(place / "vae" / "README.md").data
+    assert data.license == "mit" and data.model_name == "tiny-vae"
+    assert {result.metric_type: result.metric_value for result in data.eval_results}["psnr"] == 24.5312
+
+
+def test_the_body_has_what_was_measured_with_units(place):
+    body = read_card(place / "vae")[1]
+    for row in (
+        "| held out, split `test` | |\n|---|---|\n| PSNR of the reconstructions, mean over images | 24.53 dB |",
+        "| codes an image, mean | 40 |",
+        "| loss, all terms | 0.1235 |\n| share of regions with 2 x 2 pixels a code | 0.5 |",
+        "| images | someone/pictures |\n| training images | 3,426 |\n| split | a\\|b |",
+        "| steps | 4,000 |\n| epochs | 37.44 |\n| mirrored | yes |\n\n",
+        "an image of 16 x 16 becomes between 16 and 64 codes of 4 bits.",
+        "The figures were measured on held-out images of someone/pictures; for other images they are not known.",
+        "| image size | 16 x 16 |\n| granularities | 4 x 4 and 2 x 2 pixels a code |\n| router | entropy |",
+        "```\npython train.py --data 'my pictures'\n```",
+        "arXiv:2305.11718",
+    ):
+        assert row in body
+    assert "dropped" not in body and "None" not in body
+
+
+def test_what_is_not_known_is_left_out(place):
+    header, body = read_card(place / "joint")
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "pipeline_tag": "unconditional-image-generation",
+        "license": "cc-by-4.0",
+        "tags": ["dq_hf", "vector-quantization", "image-tokenizer", "image-generation"],
+    }
+    assert re.findall("^## (.*)", body, re.MULTILINE) == ["Use", "Measured", "Limits", "Citation"]
+    assert "![samples](samples.png)" in body and "reconstructions.png" not in body
+    assert "held out" not in body and "None" not in body and "| classes | 3 |" in body
+    assert "Only tests.\n\nCoding loses detail" in body and "at 16 x 16 pixels only, and only of its 3 classes" in body
+
+
+def test_local_data_and_infinite_figures_stay_out_of_the_header(place, tmp_path):
+    vae = make_vae()
+    for dataset, header_says in ((str(tmp_path), "custom"), ("examples/data/emoji", "custom"), ("cifar10", "cifar10")):
+        metrics = {"psnr": math.inf, "codes_per_image": 3}
+        write_model_card(tmp_path, vae.config, title="t", dataset=dataset, metrics=metrics)
+        header = yaml.safe_load(read_card(tmp_path)[0])
+        assert ("datasets" in header) == (header_says != "custom") and header["metrics"] == ["codes_per_image"]
+        (result,) = header["model-index"][0]["results"]
+        assert result["dataset"]["type"] == header_says and len(result["metrics"]) == 1
+        assert "| inf dB |" in read_card(tmp_path)[1]
+
+
+@pytest.mark.parametrize("kind", ["vae", "bare-vae", "conditional", "unconditional", "joint"])
+def test_the_code_of_a_card_runs(place, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 30)).save("image.png")
+    if kind in ("vae", "joint"):
+        (tmp_path / "model").symlink_to(place / kind)
+    elif kind == "bare-vae":  # without its image processor
+        make_vae().save_pretrained("model")
+    else:
+        make_transformer(num_classes=3 * (kind == "conditional")).save_pretrained("model")
+    blocks = re.findall("```python\n(.*?)```", read_card(tmp_path / "model")[1], re.DOTALL)
+    variables = {}
+    for block in blocks:
+        exec(re.sub("path/to/this/folder|user/vae", "model", block), variables)
+    assert len(blocks) == (2 if kind == "joint" else 1)
+    assert {"vae": "image", "bare-vae": "image", "joint": "images"}.get(kind, "generated") in variables
+
+
+# Travelling
+
+ALL = ["README.md", "samples.png"]
+
+
+def bytes_of(folder, names=ALL):
+    return [(folder / name).read_bytes() for name in names]
+
+
+@pytest.mark.parametrize("door", [DQForImageGeneration, DQPipeline, AutoModel])
+def test_the_card_of_a_loaded_model_is_saved_with_it_and_its_pictures(place, tmp_path, door):
+    door.from_pretrained(place / "joint").save_pretrained(tmp_path / "once")
+    assert bytes_of(tmp_path / "once") == bytes_of(place / "joint")
+    door.from_pretrained(tmp_path / "once", dtype=torch.bfloat16).save_pretrained(tmp_path / "twice")
+    assert bytes_of(tmp_path / "twice") == bytes_of(place / "joint")
+    model = door.from_pretrained(place / "joint").to(torch.bfloat16)  # rounded, but no other model
+    model.save_pretrained(tmp_path / "rounded")
+    assert bytes_of(tmp_path / "rounded") == bytes_of(place / "joint")
+
+
+def test_the_card_of_a_folder_that_is_gone_by_then_is_saved_too(place, tmp_path):
+    shutil.copytree(place / "joint", tmp_path / "gone")
+    model = DQForImageGeneration.from_pretrained(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "new")
+    assert bytes_of(tmp_path / "new") == bytes_of(place / "joint")
+
+
+@pytest.mark.parametrize("name", ["vae", "transformer"])
+def test_a_part_that_is_saved_alone_tells_where_it_comes_from(place, tmp_path, name):
+    noun = {"vae": "tokenizer", "transformer": "generator"}[name]
+    load = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}[name].from_pretrained
+    for number, model in enumerate((load(place / "joint", subfolder=name), load(place / "joint" / name))):
+        model.save_pretrained(tmp_path / f"{number}")
+        header, body = read_card(tmp_path / f"{number}")
+        # The same weights, so the same licence; other figures and limits than those of both.
+        assert yaml.safe_load(header)["license"] == "cc-by-4.0"
+        assert f"## Origin\n\nWeights and configuration are those of the {noun} of tiny, whose card says:\n\n" in body
+        assert "\n\nLicence: cc-by-4.0\n\n" in body
+        assert "#### Limits\n\nOnly tests." in body and "\n## Measured" not in body
+        assert "![samples](origin/samples.png)" in body and body.count("## Citation") == 1
+        assert bytes_of(tmp_path / f"{number}" / "origin", ["samples.png"]) == bytes_of(place / "joint", ALL[1:])
+
+
+def test_figures_of_other_weights_are_told_as_those_of_the_origin(place, tmp_path):
+    for number, change in enumerate(
+        (
+            lambda model: model.transformer.content_embedding.weight.data.add_(1e-3),
+            lambda model: model.vae.quantizer.codebook.data[3].add_(0.1),
+            lambda model: setattr(model.vae.config, "entropy_thresholds", [0.1]),
+        )
+    ):
+        model = DQForImageGeneration.from_pretrained(place / "joint")
+        change(model)
+        model.save_pretrained(tmp_path / f"{number}")
+        header, body = read_card(tmp_path / f"{number}")
+        assert "license" not in yaml.safe_load(header) and "\n## Measured" not in body
+        assert "## Origin\n\nWeights or configuration are no longer those of tiny, whose card says:" in body
+        assert "![samples](origin/samples.png)" in body and body.count("#### Limits") == 1
+
+
+def test_a_tokenizer_takes_its_card_along_to_a_new_generator(place, tmp_path):
+    vae = DQVAEModel.from_pretrained(place / "vae")
+    DQForImageGeneration.from_models(vae, make_transformer()).save_pretrained(tmp_path)
+    header, body = read_card(tmp_path)
+    header = yaml.safe_load(header)
+    assert header["datasets"] == ["someone/pictures"] and not {"license", "model-index"} & header.keys()
+    assert "## Origin of the tokenizer\n\nWeights and configuration are those of tiny-vae, whose card says:" in body
+    assert "#### Measured\n\n| held out, split `test` | |" in body
+
+
+def test_code_in_a_card_that_is_quoted_stays_as_it_is(place, tmp_path):
+    vae = make_vae()
+    vae.save_pretrained(tmp_path / "a")
+    write_model_card(tmp_path / "a", vae.config, title="a", command="# Two cores\npython train.py")
+    loaded = DQVAEModel.from_pretrained(tmp_path / "a")
+    loaded.quantizer.codebook.data += 1
+    loaded.save_pretrained(tmp_path / "b")
+    body = read_card(tmp_path / "b")[1]
+    assert "#### Training\n\n```\n# Two cores\npython train.py\n```" in body
+
+
+def test_a_card_of_its_owner_stays_and_one_of_ours_does_not(place, tmp_path, caplog):
+    vae = make_vae()
+    for owners in ("# Mine\n", "---\nlicense: mit\n---\n# Mine\n", (place / "vae" / "README.md").read_text()):
+        (tmp_path / "README.md").write_text(owners.replace(MARK, ""))
+        vae.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == owners.replace(MARK, "")
+    shutil.copy(place / "vae" / "README.md", tmp_path)
+    vae.save_pretrained(tmp_path)
+    assert "24.53" not in (tmp_path / "README.md").read_text()  # nobody measured this model
+
+
+def test_what_an_owner_put_into_the_header_of_an_empty_card_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n")  # as the Hub makes it
+    make_vae().save_pretrained(tmp_path)
+    header, body = read_card(tmp_path)
+    header = yaml.safe_load(header)
+    assert header["license"] == "mit" and header["language"] == ["en"] and header["library_name"] == "transformers"
+    assert body.startswith("\n# ") and body.endswith(f"{MARK}\n")
+    assert merge_with_owner("ours", "no header: [\n---\n") is None
+
+
+def test_a_card_can_take_nothing_but_pictures_and_only_from_its_folder(place, tmp_path):
+    folder = shutil.copytree(place / "vae", tmp_path / "a" / "model")
+    (tmp_path / "a" / "secret.png").write_bytes(b"secret")
+    (folder / "deep").mkdir()
+    for name in ("own.png", "deep/er.JPG"):
+        (folder / name).write_bytes(b"picture")
+    text = (
+        f"![a](../secret.png) ![b]({tmp_path}/a/secret.png) ![c](config.json) <img alt='d' src='own.png'> ![e](deep/er.JPG)"
+        " ![f](https://example.org/x.png) ![g](missing.png) ![h](deep/../../secret.png) ![i](own.png) ![j](*.png)"
+    )
+    assert pictures_of(text) == ["own.png", "deep/er.JPG", "missing.png"]
+    (folder / "README.md").write_text(text)
+    (folder / "config.json").write_text((folder / "config.json").read_text())
+    DQVAEModel.from_pretrained(folder).save_pretrained(tmp_path / "b" / "model")
+    assert (tmp_path / "b" / "model" / "README.md").read_text() == text
+    files = sorted(
+        path.relative_to(tmp_path / "b").as_posix() for path in (tmp_path / "b").rglob("*") if path.is_file()
+    )
+    expected = ["README.md", "config.json", "deep/er.JPG", "model.safetensors", "own.png"]
+    assert files == [f"model/{name}" for name in expected]
+
+
+def test_a_card_in_another_encoding_or_without_a_valid_header_travels_as_text(place, tmp_path):
+    folder = shutil.copytree(place / "vae", tmp_path / "model")
+    (folder / "README.md").write_bytes(b"---\nlicense: [\n---\n# caf\xe9\n")
+    vae = DQVAEModel.from_pretrained(folder)
+    vae.quantizer.codebook.data += 1
+    vae.save_pretrained(tmp_path / "new")
+    assert "no longer those of caf\ufffd, whose card says:" in read_card(tmp_path / "new")[1]
