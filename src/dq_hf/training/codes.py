@@ -28,8 +28,13 @@ def fingerprint(vae):
     the same on every device, and after saving and loading, alone or as part of a joint model.
     """
     config = {name: getattr(vae.config, name) for name in vae.config.own_field_names() - TRAINING_FIELDS}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(vae.state_dict().items()):
+    return hash_weights(vae, json.dumps(config, sort_keys=True))
+
+
+def hash_weights(module, text=""):
+    """16 hex digits of a text and of all weights of a module, as float32."""
+    digest = hashlib.sha256(text.encode())
+    for name, weight in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.float().flatten().cpu().numpy())
     return digest.hexdigest()[:16]

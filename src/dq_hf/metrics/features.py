@@ -1,0 +1,52 @@
+"""What metrics on features of images share."""
+
+from abc import ABC
+
+import torch
+
+from .extractors import make_extractor
+from .streaming import StreamingMetric, unit_images
+
+
+class FeatureMetric(StreamingMetric, ABC):
+    """A metric that sees images through a feature extractor, which every result names.
+
+    Args:
+        extractor: as in `make_extractor`: "auto", "inception-v3", "efficientnet-lite0" or a `FeatureExtractor`, which may
+            be shared by several metrics. It follows the images to their device.
+    """
+
+    def __init__(self, extractor="auto", **kwargs):
+        self.extractor = make_extractor(extractor)
+        super().__init__(**kwargs)
+
+    @property
+    def identity(self):
+        return {"extractor": self.extractor.description}
+
+    def unit_images(self, images):
+        """Images for the extractor, which is then on their device."""
+        images = unit_images(images).float()
+        self.extractor.to(images.device)
+        return images
+
+    def update(self, predictions, references):
+        for side, images in (("predictions", predictions), ("references", references)):
+            if images is not None:
+                self.add_features(**{side: self.extractor.features(self.unit_images(images))})
+
+    def add_features(self, predictions=None, references=None):
+        """Add features (B, D) of this metric's extractor instead of images."""
+        raise NotImplementedError
+
+
+def check_features(features, width=None):
+    """Features (B, D) on the CPU; ValueError for another shape, or NaN."""
+    if not isinstance(features, torch.Tensor) or features.dim() != 2 or not features.is_floating_point():
+        got = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features)
+        raise TypeError(f"features must be a float tensor (B, D), got {got}")
+    if width is not None and features.shape[1] != width:
+        raise ValueError(f"features must have {width} columns as before, got {features.shape[1]}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got NaN or infinite values")
+    return features.detach().cpu()
