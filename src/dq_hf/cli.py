@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
 from .convert import convert_checkpoint
+from .files import whole_file
 from .pipelines.class_labels import class_ids
 from .visualize import draw_grain_map, image_grid
 
@@ -50,11 +51,7 @@ def make_parser():
     generate.add_argument("-n", "--num-images", type=int, default=16, help="images in all (default 16)")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--batch-size", type=int, default=16, help="images at a time; changes the speed only")
-    sampling = generate.add_argument_group("sampling", "of codes and, with --position-..., of where they go")
-    for name in SAMPLING_OPTIONS:
-        kind = int if name.endswith("top_k") else float
-        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="default: the model's")
-    sampling.add_argument("--fine-positions", choices=("fixed", "free"), default="fixed")
+    add_sampling_options(generate)
     generate.add_argument("--show-grain-map", action="store_true", help="the variable-length coding beside each image")
     where = generate.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="GRID.png", help="one picture with all images")
@@ -103,7 +100,60 @@ def make_parser():
         help="share of regions at each granularity but the coarsest",
     )
     calibrate.add_argument("--batch-size", type=int, default=32)
+
+    add_evaluate_commands(commands)
     return parser
+
+
+def add_evaluate_commands(commands):
+    """`evaluate reconstruction` and `evaluate generation`."""
+    evaluate = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="kind")
+    reconstruction = add_command(
+        kinds, "reconstruction", run_evaluate_reconstruction, "what encoding and decoding images loses and takes"
+    )
+    generation = add_command(
+        kinds,
+        "generation",
+        run_evaluate_generation,
+        "how samples compare with real images; with `accelerate launch -m dq_hf evaluate generation` in many processes",
+    )
+    for command in (reconstruction, generation):
+        command.add_argument(
+            "--model", default=DEFAULT_MODEL, help="folder or Hub id; default: the embedded emoji model"
+        )
+        command.add_argument("--data", required=True, help="real images: a folder of images or Parquet, or a Hub id")
+        command.add_argument("--split", default="test")
+        command.add_argument("--image-column", default="image")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--batch-size", type=int, default=32, help="images at a time")
+        command.add_argument(
+            "--extractor",
+            default="auto",
+            help="of features: inception-v3, efficientnet-lite0, or auto: the first whose weights are to be had",
+        )
+        command.add_argument("--output", type=Path, required=True, metavar="REPORT.json")
+        command.add_argument("--force", action="store_true", help="overwrite the report")
+    reconstruction.add_argument("-n", "--num-images", type=int, help="drawn by the seed; default: all")
+    reconstruction.add_argument(
+        "--perceptual",
+        default="auto",
+        help="lpips, efficientnet-lite0, or auto: the first whose weights are to be had",
+    )
+    reconstruction.add_argument("--fine-ratio", type=float, nargs="+", help="as in `dq-hf reconstruct`")
+    generation.add_argument("-n", "--num-images", type=int, help="samples; default: as many as real images")
+    generation.add_argument("--num-references", type=int, help="real images, drawn by the seed; default: all")
+    generation.add_argument(
+        "--image-dir", type=Path, metavar="DIR", help="the samples, to go on from; default: beside the report"
+    )
+    generation.add_argument(
+        "--class-labels",
+        choices=("reference", "balanced"),
+        default="reference",
+        help="those of the real images, in a mixed order, or every class in turn",
+    )
+    generation.add_argument("--label-column", default="label")
+    add_sampling_options(generation)
 
 
 def add_command(commands, name, run, description):
@@ -117,6 +167,15 @@ def add_model_options(command):
     """Which model, and on which device."""
     command.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: the embedded emoji model")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_sampling_options(command):
+    """How codes and positions are drawn."""
+    sampling = command.add_argument_group("sampling", "of codes and, with --position-..., of where they go")
+    for name in SAMPLING_OPTIONS:
+        kind = int if name.endswith("top_k") else float
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="default: the model's")
+    sampling.add_argument("--fine-positions", choices=("fixed", "free"), default="fixed")
 
 
 def run_generate(args):
@@ -188,11 +247,8 @@ def run_reconstruct(args):
             f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
             f"give --resize for {width}x{height}, or resize the file"
         )
-    fine_ratio = args.fine_ratio
-    if fine_ratio is not None and len(fine_ratio) == 1:
-        fine_ratio = fine_ratio[0]
     with torch.no_grad():
-        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+        encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
         decoded = vae.decode_codes(encoded.codes).sample.float().clamp(-1, 1)
     result = processor.post_process(decoded)[0]
     if args.show_grain_map:
@@ -260,6 +316,88 @@ def run_calibrate(args):
     print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
 
 
+def run_evaluate_reconstruction(args):
+    """`dq-hf evaluate reconstruction`."""
+    check_report(args)
+    from .metrics.evaluation import evaluate_reconstruction
+
+    finish_report(
+        args,
+        evaluate_reconstruction(
+            load_vae(args.model),
+            model_name(args.model),
+            args.data,
+            args.split,
+            image_column=args.image_column,
+            num_images=args.num_images,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            fine_ratio=single(args.fine_ratio),
+            networks={"extractor": args.extractor, "perceptual": args.perceptual},
+        ),
+    )
+
+
+def run_evaluate_generation(args):
+    """`dq-hf evaluate generation`."""
+    check_report(args)
+    from .metrics.evaluation import evaluate_generation
+
+    options = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
+    finish_report(
+        args,
+        evaluate_generation(
+            DQPipeline.from_pretrained(find_model(args.model)),
+            model_name(args.model),
+            args.data,
+            args.split,
+            args.image_dir or args.output.with_suffix(""),
+            image_column=args.image_column,
+            num_images=args.num_images,
+            num_references=args.num_references,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            label_rule=args.class_labels,
+            label_column=args.label_column,
+            sampling=options | {"fine_positions": args.fine_positions},
+            networks={"extractor": args.extractor},
+        ),
+    )
+
+
+def model_name(model):
+    """What a report calls a model: the embedded one has another path on every machine."""
+    return "embedded" if model == DEFAULT_MODEL else model
+
+
+def check_report(args):
+    """Raise OSError or ValueError now, not after the work, if the report cannot be written."""
+    if args.output.suffix != ".json":
+        raise ValueError(f"--output must end in .json, got {args.output}")
+    if args.output.exists() and not args.force:
+        raise OSError(f"{args.output} exists; choose another name or give --force")
+    if args.output.is_dir() or not args.output.parent.is_dir() or not os.access(args.output.parent, os.W_OK):
+        raise OSError(f"{args.output} cannot be written; its folder must exist and be writable")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+
+
+def finish_report(args, report):
+    """Write and print what all processes have measured, once."""
+    from accelerate import PartialState
+
+    from .metrics.evaluation import report_table, write_report
+
+    if PartialState().is_main_process:
+        write_report(report, args.output)
+        print(report_table(report))
+
+
+def single(shares):
+    """One share as a number, more as the list, None as None."""
+    return shares[0] if shares is not None and len(shares) == 1 else shares
+
+
 def beside_grain_map(image, grain_map, scale):
     """The image, and beside it the coding drawn over it, both enlarged."""
     overlay = draw_grain_map(image, grain_map, scale)
@@ -310,12 +448,8 @@ def check_outputs(paths, force, make_folder=False):
 
 def save_image(image, path):
     """Write through a temporary file, so that what was there is lost only once the new image is whole."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
+    with whole_file(path) as partial:
         image.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class LPIPS(PerceptualLoss):
 
     def __init__(self, vgg="timm/vgg16.tv_in1k", heads=None):
         super().__init__()
+        heads = _read_heads(heads, [widths[-1] for widths in self.stages])  # before a download
         layers, self.ends, channels = [], [], 3
         with torch.device("meta"):  # memory and values come with the weights
             for widths in self.stages:
@@ -95,7 +96,7 @@ class LPIPS(PerceptualLoss):
         # From [-1, 1] to what VGG16 was trained on: about mean 0 and deviation 1 in each colour over ImageNet.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-        self.freeze(_read_heads(heads, [widths[-1] for widths in self.stages]))
+        self.freeze(heads)
 
     def feature_maps(self, pixel_values):
         hidden = (pixel_values - self.shift) / self.scale
