@@ -22,7 +22,7 @@ INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 
 
 class FeatureExtractor(nn.Module):
-    """A frozen network that describes images; `train()` does not concern it.
+    """A frozen network that describes images; `train()` changes nothing.
 
     Attributes:
         description: network, features, resampling and a hash of the weights. Features of extractors with different
@@ -37,6 +37,10 @@ class FeatureExtractor(nn.Module):
         self.description = description
         self.requires_grad_(False)
         self.eval()
+
+    def train(self, mode=True):
+        """Nothing: batch norms and dropout stay as in evaluation."""
+        return super().train(False)
 
     def features(self, images):
         """Features (B, D) of images (B, 3, H, W), float32 in [0, 1]."""
