@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from datasets import ClassLabel
 from PIL import Image
 from tqdm.auto import tqdm
@@ -115,18 +115,18 @@ def evaluate_reconstruction(
         ValueError: fewer than two images, an image that cannot be read, or arguments that `encode` refuses.
         ImportError, OSError: a network that cannot be had.
     """
+    state = Accelerator().state  # which, other than PartialState, heeds ACCELERATE_USE_CPU
     references = ReferenceImages(vae, data, split, num_images=num_images, seed=seed, **columns)
     check_number(len(references), 2, "images")
     networks = {"extractor": "auto", "perceptual": "auto"} | (networks or {})
-    with PartialState().main_process_first():  # which downloads
+    with state.main_process_first():  # which downloads
         frechet = FrechetDistance(networks["extractor"])
         perceptual = PerceptualDistance(networks["perceptual"])
     codes = CodeStatistics(vae.config.codebook_size, len(vae.config.granularities))
     pairwise = [PSNR(), SSIM(), perceptual, frechet]
-    device = PartialState().device
-    vae = vae.to(device).eval()
+    vae = vae.to(state.device).eval()
     for originals in references.batches(batch_size):
-        originals = originals.to(device)
+        originals = originals.to(state.device)
         encoded = vae.encode(from_bytes(originals), fine_ratio=fine_ratio)
         reconstructions = to_bytes(vae.decode_codes(encoded.codes).sample)
         for metric in pairwise:
@@ -192,9 +192,9 @@ def evaluate_generation(
         OSError: a sample that cannot be read or written.
         ImportError, OSError: a network that cannot be had.
     """
+    state = Accelerator().state
     references = ReferenceImages(pipe.vae, data, split, num_images=num_references, seed=seed, **columns)
     num_images = len(references) if num_images is None else num_images
-    state = PartialState()
     with state.main_process_first():  # which downloads
         extractor = make_extractor((networks or {}).get("extractor", "auto"))
     frechet, score, neighbours = (kind(extractor) for kind in (FrechetDistance, InceptionScore, PrecisionRecall))
