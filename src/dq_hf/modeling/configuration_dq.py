@@ -25,7 +25,8 @@ class DQConfig(DQPreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             given = getattr(self, name)
-            if not isinstance(given, (dict, config_class, type(None))):
+            kind = getattr(given, "model_type", None)  # not its class: remote code may have been loaded twice
+            if not (given is None or isinstance(given, dict) or kind == config_class.model_type):
                 raise TypeError(
                     f"{name} must be a {config_class.__name__} or a dictionary, got {type(given).__name__}"
                 )

@@ -7,6 +7,8 @@ from dataclasses import fields
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
+from .remote_code_dq import without_remote_code
+
 # Keys without a dataclass field that transformers itself hands to a configuration or writes into its file.
 LIBRARY_KEYS = frozenset(
     "model_type transformers_version _name_or_path name_or_path _commit_hash auto_map torch_dtype num_labels "
@@ -23,6 +25,7 @@ class DQPreTrainedConfig(PreTrainedConfig):
     """
 
     def __post_init__(self, **kwargs):
+        kwargs = without_remote_code(kwargs)
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(
                 f"a {type(self).__name__} has model_type {self.model_type!r}, got {kwargs['model_type']!r}; "

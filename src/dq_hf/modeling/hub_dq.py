@@ -30,12 +30,13 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .model_card_dq import find_file, merge_with_owner, read_source_card, save_card
+from .remote_code_dq import IN_PACKAGE, auto_classes, write_code
 
 logger = logging.get_logger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PUSH_ARGUMENTS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
-SAVE_ARGUMENTS = ("state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format")
+SAVE_ARGUMENTS = ("state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format", "export_code")
 STAGE = ".partial"  # where a folder's new files wait until all are written
 
 
@@ -93,6 +94,11 @@ class HubMixin(PushMixin):
         """{sub-folder: model} of the models in a saved folder."""
         return {"": self}
 
+    @property
+    def code_classes(self):
+        """{JSON file of a saved folder: {Auto class's name: class}}, for exported code."""
+        return {"config.json": auto_classes(type(self))}
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """Load a folder or a repository of the Hub, with the card that it has.
@@ -122,7 +128,9 @@ class HubMixin(PushMixin):
             is_main_process: False writes nothing.
             push_to_hub: upload the folder's new files too, to `repo_id` (default: the folder's name), with the arguments
                 of `push_to_hub`.
-            arguments: state_dict, max_shard_size, variant, save_peft_format, save_original_format as in transformers.
+            arguments: state_dict, max_shard_size, variant, save_peft_format, save_original_format as in transformers;
+                export_code=True writes the model's code too: `AutoModel.from_pretrained(folder, trust_remote_code=True)`
+                then needs no dq_hf, and with dq_hf no trust. Default: False, unless the class came from such code.
 
         Raises:
             OSError: the directory is a file, or cannot be written; with `push_to_hub` also what that raises.
@@ -138,6 +146,7 @@ class HubMixin(PushMixin):
             check_state_dict(self, arguments["state_dict"])
         folder = Path(save_directory)
         if not is_main_process:
+            arguments.pop("export_code", None)
             self.write_files(folder, is_main_process=False, **arguments)
             return None
         if push_to_hub:
@@ -157,9 +166,11 @@ class HubMixin(PushMixin):
         message = push_arguments.pop("commit_message", None) or f"Upload {type(self).__name__}"
         return upload(folder, repo_id, message, files=written, token=target["token"], **push_arguments)
 
-    def write_folder(self, folder, title, repository=None, **arguments):
+    def write_folder(self, folder, title, repository=None, export_code=not IN_PACKAGE, **arguments):
         """Write all that a saved folder holds into an empty one."""
         self.write_files(folder, **arguments)
+        if export_code:
+            write_code(folder, self.code_classes)
         if (folder / "config.json").is_file():  # else these are an adapter's weights
             save_card(folder, self.config, self.card_parts, title, repository)
 

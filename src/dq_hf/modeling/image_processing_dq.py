@@ -7,6 +7,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from
+from .remote_code_dq import without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
@@ -26,7 +27,7 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
     def __init__(self, size=None, do_resize=True, **kwargs):
         if unknown := sorted(set(kwargs) - FILE_KEYS):
             raise TypeError(f"DQImageProcessor has no argument {', '.join(unknown)}; it has size and do_resize")
-        super().__init__(**kwargs)
+        super().__init__(**without_remote_code(kwargs))
         self.size = check_size({"height": 256, "width": 256} if size is None else size)
         self.do_resize = check_do_resize(do_resize)
 

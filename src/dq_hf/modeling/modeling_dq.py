@@ -15,6 +15,7 @@ from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
 from .modeling_utils_dq import StrictLoadingMixin
+from .remote_code_dq import auto_classes
 from .sampling_dq import in_evaluation_mode
 
 
@@ -92,6 +93,12 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
     def card_parts(self):
         return {name: getattr(self, name) for name in PARTS}
 
+    @property
+    def code_classes(self):
+        parts = {f"{name}/config.json": auto_classes(part) for name, part in PARTS.items()}
+        processor = {"preprocessor_config.json": {"AutoImageProcessor": DQImageProcessor}}
+        return super().code_classes | parts | processor
+
     def write_files(self, folder, *, is_main_process=True, state_dict=None, **arguments):
         """Write both models and the files that make the folder a pipeline."""
         for name, part in self.card_parts.items():
@@ -149,5 +156,7 @@ def write_root_files(model, folder):
     height, width = model.config.vae_config.image_height_width
     DQImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
     index = {"_class_name": "DQPipeline", "_diffusers_version": diffusers.__version__}
-    index |= {name: [part.__module__, part.__name__] for name, part in PARTS.items()}
+    # Named as in the package also where this is an exported copy, for `DQPipeline`.
+    modules = {name: f"dq_hf.modeling.{part.__module__.rpartition('.')[2]}" for name, part in PARTS.items()}
+    index |= {name: [modules[name], part.__name__] for name, part in PARTS.items()}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

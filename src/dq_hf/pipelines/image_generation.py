@@ -6,7 +6,6 @@ import torch
 from transformers import Pipeline
 
 from ..modeling.image_processing_dq import DQImageProcessor
-from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from .class_labels import as_list, class_ids
 
@@ -32,7 +31,7 @@ class DQGenerationPipeline(Pipeline):
     _load_tokenizer = False
 
     def __init__(self, model, **kwargs):
-        if not isinstance(model, DQForImageGeneration):
+        if getattr(getattr(model, "config", None), "model_type", None) != "dq":  # its class may be another copy
             raise ValueError(
                 f'the task "dq-generation" needs a DQForImageGeneration (tokenizer and generator), got {type(model).__name__}'
             )
