@@ -27,6 +27,7 @@ class DQGenerationPipeline(Pipeline):
 
     _load_processor = False
     _load_image_processor = False
+    _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
 

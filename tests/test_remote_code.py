@@ -1,0 +1,299 @@
+"""`export_code=True`: what is saved loads without dq_hf, by trust, and with dq_hf as ever; and the Auto classes."""
+
+import ast
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_transformer, make_vae
+from hub_server import HubServer, run_client
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, pipeline
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+import dq_hf
+from dq_hf import (
+    DQConfig,
+    DQForImageGeneration,
+    DQImageProcessor,
+    DQPipeline,
+    DQTransformerConfig,
+    DQTransformerForImageGeneration,
+    DQVAEConfig,
+    DQVAEModel,
+)
+
+KINDS = {
+    "vae": (DQVAEConfig, DQVAEModel),
+    "transformer": (DQTransformerConfig, DQTransformerForImageGeneration),
+    "both": (DQConfig, DQForImageGeneration),
+}
+FILES = {
+    "vae": "configuration_dqvae modeling_dqvae layers_dq quantization_dq routing_dq",
+    "transformer": "configuration_dqtransformer modeling_dqtransformer sampling_dq sequence_dq",
+}
+SHARED = {"configuration_utils_dq", "modeling_utils_dq", "remote_code_dq"}
+OF_TASK = {"image_generation", "class_labels"}
+EXPECTED = {kind: set(names.split()) | SHARED for kind, names in FILES.items()}
+EXPECTED["both"] = EXPECTED["vae"] | EXPECTED["transformer"] | OF_TASK
+EXPECTED["both"] |= {"configuration_dq", "modeling_dq", "image_processing_dq"}
+
+
+def make_models():
+    vae = make_vae()
+    transformer = make_transformer(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
+    return {
+        "vae": vae,
+        "transformer": transformer,
+        "both": DQForImageGeneration.from_models(vae, transformer),
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with a sub-folder of each kind of model, with its code."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind, model in make_models().items():
+        model.save_pretrained(folder / kind, export_code=True)
+    return folder
+
+
+# Runs with a package dq_hf that cannot be imported; `TRUST` is all that it has.
+BLOCK = """
+import sys
+
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dq_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NoPackage())
+try:
+    import dq_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("dq_hf is there")
+"""
+
+LOAD = """
+import json
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+TRUST = {"trust_remote_code": True}
+classes = {}
+places = [(kind, kind, "") for kind in ("vae", "transformer", "both")]
+places += [(f"both-{part}", "both", part) for part in ("vae", "transformer")]
+for name, place, subfolder in places:
+    config = AutoConfig.from_pretrained(f"exported/{place}", subfolder=subfolder, **TRUST)
+    model = AutoModel.from_pretrained(f"exported/{place}", subfolder=subfolder, **TRUST)
+    classes[name] = [type(config).__name__, type(model).__name__]
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, f"{name}.safetensors")
+    model.save_pretrained(f"again-{name}")
+    AutoModel.from_pretrained(f"again-{name}", **TRUST)
+classes["processor"] = [type(AutoImageProcessor.from_pretrained("exported/both", **TRUST)).__name__]
+for name, model in (("folder", "exported/both"), ("hub", "user/emoji")):
+    generate = pipeline("dq-generation", model=model, **TRUST)
+    generate("sun", seed=3)["image"].save(f"{name}.png")
+pipeline(model="exported/both", **TRUST)("sun", seed=3)["image"].save("no-task.png")
+for name, subfolder in (("hub", ""), ("hub-vae", "vae")):
+    classes[name] = [type(AutoModel.from_pretrained("user/emoji", subfolder=subfolder, **TRUST)).__name__]
+try:
+    AutoModel.from_pretrained("exported/both", trust_remote_code=False)
+except ValueError as error:
+    classes["no trust"] = str(error)
+classes["modules"] = [name for name in sys.modules if name.startswith("dq_hf")]
+json.dump(classes, open("classes.json", "w"))
+"""
+
+PUSH = """
+from dq_hf import DQForImageGeneration, DQPipeline
+DQForImageGeneration.from_pretrained("exported/both").push_to_hub("user/emoji", export_code=True)
+DQForImageGeneration.from_pretrained("exported/both").push_to_hub("user/plain")
+DQPipeline.from_pretrained("exported/both").push_to_hub("user/pipeline", export_code=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh(exported, tmp_path_factory):
+    """Folder with what a fresh process without dq_hf found, and the files that one with it pushed to the Hub."""
+    place = tmp_path_factory.mktemp("fresh")
+    (place / "exported").symlink_to(exported)
+    with HubServer() as hub:
+        run_client(hub, PUSH, cwd=place)
+        names = {name: set(hub.files(f"user/{name}")) for name in ("emoji", "plain", "pipeline")}
+        run_client(hub, BLOCK + LOAD, cwd=place)
+    return place, names
+
+
+def python_files(folder):
+    return {path.stem for path in folder.rglob("*.py")}
+
+
+def remote_entries(folder):
+    """Files that name code, with what they name."""
+    entries = {}
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        named = {key: content[key] for key in ("auto_map", "custom_pipelines") if key in content}
+        if named:
+            entries[str(path.relative_to(folder))] = named
+    return entries
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_is_written_where_it_is_wanted_and_only_what_is_needed(kind, exported):
+    folder = exported / kind
+    assert python_files(folder) == EXPECTED[kind] and not list(folder.glob("*/*.py"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_code_imports_only_its_neighbours_by_name_and_libraries(kind, exported):
+    for path in (exported / kind).glob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert all(node.level <= 1 for node in imports), path
+        neighbours = {node.module for node in imports if node.level == 1}
+        assert neighbours <= EXPECTED[kind]
+        assert set(get_relative_imports(path)) == neighbours  # the scan takes texts for imports
+        assert not any((node.module or "").startswith("dq_hf") for node in imports)
+
+
+def test_saved_files_name_their_classes(exported):
+    auto_map = {"AutoConfig": "configuration_dqvae.DQVAEConfig", "AutoModel": "modeling_dqvae.DQVAEModel"}
+    assert remote_entries(exported / "vae") == {"config.json": {"auto_map": auto_map}}
+    entries = remote_entries(exported / "both")
+    assert set(entries) == {"config.json", "vae/config.json", "transformer/config.json", "preprocessor_config.json"}
+    assert entries["vae/config.json"] == {"auto_map": auto_map}
+    assert (
+        entries["config.json"]["custom_pipelines"]["dq-generation"]["impl"] == "image_generation.DQGenerationPipeline"
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded from exported code"])
+def test_without_the_flag_no_code_is_written_or_named(kind, loaded, exported, tmp_path):
+    model = KINDS[kind][1].from_pretrained(exported / kind) if loaded else make_models()[kind]
+    model.save_pretrained(tmp_path)
+    assert not python_files(tmp_path) and not remote_entries(tmp_path)
+    if kind == "both":
+        DQPipeline(model.vae, model.transformer).save_pretrained(tmp_path / "diffusers")
+        pipeline("dq-generation", model=model).save_pretrained(tmp_path / "task")
+        AutoImageProcessor.from_pretrained(exported / "both").save_pretrained(tmp_path / "processor")
+        assert not python_files(tmp_path) and not remote_entries(tmp_path)
+
+
+def test_both_pipelines_export_what_the_model_exports(exported, tmp_path):
+    model = make_models()["both"]
+    DQPipeline(model.vae, model.transformer).save_pretrained(tmp_path / "diffusers", export_code=True)
+    pipeline("dq-generation", model=model).save_pretrained(tmp_path / "task", export_code=True)
+    for folder in (tmp_path / "diffusers", tmp_path / "task"):
+        assert python_files(folder) == EXPECTED["both"] and remote_entries(folder) == remote_entries(exported / "both")
+
+
+def test_only_the_main_process_writes_code(tmp_path):
+    for kind, model in make_models().items():
+        model.save_pretrained(tmp_path / kind, is_main_process=False, export_code=True)
+    assert not python_files(tmp_path)
+
+
+def test_saving_and_pushing_one_model_in_one_call_with_code_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"call push_to_hub\(repo_id, export_code=True\)"):
+        make_vae().save_pretrained(tmp_path, export_code=True, push_to_hub=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_models_load_in_a_fresh_process_without_the_package(fresh):
+    place, _ = fresh
+    found = json.loads((place / "classes.json").read_text())
+    assert found["modules"] == []
+    names = {kind: [loaded.__name__ for loaded in classes] for kind, classes in KINDS.items()}
+    names |= {f"both-{part}": names[part] for part in ("vae", "transformer")}
+    assert {kind: found[kind] for kind in names} == names
+    assert found["processor"] == ["DQImageProcessor"]
+    assert (found["hub"], found["hub-vae"]) == (["DQForImageGeneration"], ["DQVAEModel"])
+    assert "trust_remote_code=True" in found["no trust"]
+
+
+def test_weights_loaded_without_the_package_are_those_that_were_saved(fresh):
+    place, _ = fresh
+    models = make_models()
+    for name, kind in {**{kind: kind for kind in KINDS}, "both-vae": "vae", "both-transformer": "transformer"}.items():
+        weights, expected = load_file(place / f"{name}.safetensors"), models[kind].state_dict()
+        assert set(weights) == set(expected)
+        assert all(torch.equal(weights[key], expected[key]) for key in weights)
+
+
+def test_the_task_gives_the_same_image_without_the_package(fresh):
+    place, _ = fresh
+    expected = pipeline("dq-generation", model=make_models()["both"])("sun", seed=3)["image"]
+    for name in ("folder", "hub", "no-task"):
+        assert np.array_equal(np.array(Image.open(place / f"{name}.png")), np.array(expected)), name
+
+
+def test_what_a_process_without_the_package_saved_loads_with_code_and_with_the_package(fresh):
+    place, _ = fresh
+    for kind, (_, model_class) in KINDS.items():
+        model = model_class.from_pretrained(place / f"again-{kind}")
+        expected = make_models()[kind].state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        assert python_files(place / f"again-{kind}") >= EXPECTED[kind] - OF_TASK
+    assert isinstance(DQPipeline.from_pretrained(place / "again-both"), DQPipeline)
+
+
+def test_a_pushed_repository_has_code_only_on_request(fresh):
+    _, names = fresh
+    code = {f"{name}.py" for name in EXPECTED["both"]}
+    assert names["emoji"] >= code and names["emoji"] - code == names["plain"]
+    assert names["pipeline"] == names["emoji"]
+
+
+def test_with_the_package_exported_models_load_without_trust(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.rglob("*.py"):
+        path.write_text("raise AssertionError('code from the folder ran')\n")
+    for kind, (config_class, model_class) in KINDS.items():
+        for trust in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}):
+            assert type(AutoConfig.from_pretrained(tmp_path / kind, **trust)) is config_class
+            assert type(AutoModel.from_pretrained(tmp_path / kind, **trust)) is model_class
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "both")) is DQImageProcessor
+    generate = pipeline("dq-generation", model=tmp_path / "both")
+    assert type(generate) is dq_hf.DQGenerationPipeline and generate("sun", seed=3)["label"] == "sun"
+    assert isinstance(DQPipeline.from_pretrained(tmp_path / "both"), DQPipeline)
+    assert "run the custom code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_classes_load_every_model_from_folder_and_sub_folder(kind, tmp_path):
+    config_class, model_class = KINDS[kind]
+    model = make_models()[kind]
+    model.save_pretrained(tmp_path / "a" / "b")
+    for folder, subfolder in ((tmp_path / "a" / "b", ""), (tmp_path, "a/b")):
+        config = AutoConfig.from_pretrained(folder, subfolder=subfolder)
+        loaded = AutoModel.from_pretrained(folder, subfolder=subfolder)
+        assert type(config) is config_class and type(loaded) is model_class
+        assert config.to_diff_dict() == model.config.to_diff_dict()
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_auto_model_makes_every_model_from_its_configuration():
+    for model in make_models().values():
+        assert type(AutoModel.from_config(model.config)) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["vae", "both"])
+def test_auto_image_processor_loads_by_its_own_name_and_by_the_models(kind, tmp_path):
+    make_models()[kind].save_pretrained(tmp_path)
+    DQImageProcessor(size={"height": 16, "width": 8}).save_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).size == {"height": 16, "width": 8}
+    path = tmp_path / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    assert content.pop("image_processor_type") == "DQImageProcessor"
+    path.write_text(json.dumps(content))
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is DQImageProcessor and loaded.size == {"height": 16, "width": 8}
