@@ -2,7 +2,15 @@
 
 import math
 
-from .configuration_utils_dq import DQPreTrainedConfig, require_positive, require_probability
+from .configuration_utils_dq import (
+    MOST_COUNT,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    DQPreTrainedConfig,
+    require_at_most,
+    require_positive,
+    require_probability,
+)
 
 SAMPLING_DEFAULTS = (
     "temperature",
@@ -58,12 +66,10 @@ class DQTransformerConfig(DQPreTrainedConfig):
     sampling_defaults: dict[str, int | float] | None = None
 
     def __post_init__(self, **kwargs):
-        for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise TypeError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
-        if self.id2label is None and self.label2id is not None:
+        if self.id2label is None and isinstance(self.label2id, dict):
             self.id2label = {i: name for name, i in self.label2id.items()}
         elif self.id2label is None and isinstance(self.num_classes, int):  # else transformers names two classes
+            require_at_most(self, MOST_WIDTH, "num_classes")
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_classes)}
         super().__post_init__(**kwargs)
 
@@ -108,6 +114,9 @@ class DQTransformerConfig(DQPreTrainedConfig):
     def validate_fields(self):
         require_positive(self, "codebook_size", "hidden_size", "num_attention_heads")
         require_positive(self, "num_position_layers", "num_content_layers")
+        require_at_most(self, MOST_LAYERS, "num_position_layers", "num_content_layers")
+        require_at_most(self, MOST_WIDTH, "hidden_size", "num_classes")
+        require_at_most(self, MOST_COUNT, "codebook_size")
         require_probability(self, "class_dropout", "embedding_dropout", "residual_dropout", "attention_dropout")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -120,6 +129,7 @@ class DQTransformerConfig(DQPreTrainedConfig):
                 "grid_sizes must be [rows, columns] pairs, coarsest first, each twice the one before, "
                 f"like [[16, 16], [32, 32]]; got {grids}"
             )
+        require_at_most(self, MOST_COUNT, "max_stream_length")
         if self.max_stream_length < self.longest_stream:
             raise ValueError(
                 f"max_stream_length must be at least {self.longest_stream}, the longest stream of grid_sizes {grids}; "

@@ -2,7 +2,15 @@
 
 import math
 
-from .configuration_utils_dq import DQPreTrainedConfig, require_positive, require_probability
+from .configuration_utils_dq import (
+    MOST_COUNT,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    DQPreTrainedConfig,
+    require_at_most,
+    require_positive,
+    require_probability,
+)
 
 
 class DQVAEConfig(DQPreTrainedConfig):
@@ -98,6 +106,10 @@ class DQVAEConfig(DQPreTrainedConfig):
     def validate_fields(self):
         require_positive(self, "layers_per_block", "decoder_layers_per_block", "norm_num_groups")
         require_positive(self, "z_channels", "codebook_size", "codebook_dim", "codebook_eps")
+        require_at_most(self, MOST_LAYERS, "layers_per_block", "decoder_layers_per_block")
+        require_at_most(self, MOST_WIDTH, "z_channels", "codebook_dim", "image_size", "granularities")
+        require_at_most(self, MOST_WIDTH, "block_out_channels", "decoder_block_out_channels")
+        require_at_most(self, MOST_COUNT, "codebook_size")
         require_probability(self, "dropout", "codebook_decay")
         for name in ("commitment_beta", "codebook_weight", "budget_gamma"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -1,9 +1,12 @@
 """What the three configurations share: typed fields, no unknown keys, impossible combinations refused."""
 
 import difflib
+import json
 import math
 from dataclasses import fields
+from pathlib import Path
 
+import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
@@ -11,11 +14,17 @@ from .remote_code_dq import without_remote_code
 
 # Keys without a dataclass field that transformers itself hands to a configuration or writes into its file.
 LIBRARY_KEYS = frozenset(
-    "model_type transformers_version _name_or_path name_or_path _commit_hash auto_map torch_dtype num_labels "
+    "model_type transformers_version _name_or_path name_or_path _commit_hash auto_map torch_dtype "
     "attn_implementation _attn_implementation _attn_implementation_internal experts_implementation "
     "_experts_implementation _experts_implementation_internal output_attentions tie_word_embeddings "
     "quantization_config custom_pipelines".split()
 )
+
+# Above these a configuration is damaged, and would take hours to build or more memory than there is.
+MOST_LAYERS = 1000  # in one place
+MOST_WIDTH = 2**20  # channels, pixels of a side or classes
+MOST_COUNT = 2**31 - 1  # codes or elements: indices of 32 bits
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class DQPreTrainedConfig(PreTrainedConfig):
@@ -32,26 +41,39 @@ class DQPreTrainedConfig(PreTrainedConfig):
                 "load that model with its own class, or give its subfolder"
             )
         self.refuse_unknown(kwargs)
+        self.check_library_values(kwargs)
         super().__post_init__(**kwargs)
         self.validate()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, but no file is an error (`OSError`), not the default configuration."""
+        place = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        kwargs["_place"] = place  # for messages
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json, or it is empty; save the model again")
         return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        """As in transformers, but what `kwargs` change is checked too."""
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        config.validate()
-        if return_unused_kwargs:
-            return config, unused
-        config.refuse_unknown(unused)
-        return config
+        """As in transformers, but what `kwargs` change is checked too, and errors name the file."""
+        place = kwargs.pop("_place", kwargs.get("name_or_path"))  # AutoConfig gives the name
+        try:
+            config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+            config.validate()
+            if not return_unused_kwargs:
+                config.refuse_unknown(unused)
+        except Exception as error:  # transformers reads fields of its own before anyone has checked them
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            problem = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"
+            raise kind(problem if place is None else f"{Path(place, 'config.json')}: {problem}") from error
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        read_json_object(json_file)
+        return super()._dict_from_json_file(json_file)
 
     def refuse_unknown(self, keys):
         """Raise `ValueError` at a key that is no field."""
@@ -62,6 +84,24 @@ class DQPreTrainedConfig(PreTrainedConfig):
                 own = ", ".join(sorted(self.own_field_names()))
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {own}"
                 raise ValueError(f"{type(self).__name__} has no field {key!r}; {hint}")
+
+    def check_library_values(self, keys):
+        """Raise `TypeError` or `ValueError` at values that transformers would take unchecked."""
+        for name in ("dtype", "torch_dtype"):
+            dtype = self.dtype if name == "dtype" else keys.get(name)
+            dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+            if dtype is not None and dtype not in DTYPES:
+                known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                raise ValueError(f"{name} must be one of {known}, got {dtype!r}")
+        quantization = keys.get("quantization_config")
+        if isinstance(quantization, dict) and not isinstance(quantization.get("quant_method"), str):
+            raise ValueError(f"quantization_config must name its quant_method, got {quantization}")
+        for name in ("attn_implementation", "_attn_implementation", "quantization_config"):
+            if isinstance(keys.get(name), (bool, int, float, list)):
+                raise TypeError(f"{name} must be a name or a dictionary, got {keys[name]!r}")
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise TypeError(f"{name} must be a dictionary, got {getattr(self, name)!r}")
 
     def validate(self):
         """Check every field; a model calls this first, because fields may have been set since construction."""
@@ -101,8 +141,27 @@ def require_positive(config, *names):
             raise ValueError(f"{name} must be positive and finite, got {getattr(config, name)}")
 
 
+def require_at_most(config, limit, *names):
+    """Raise `ValueError` if a named field, or one of its numbers, is above the limit."""
+    for name in names:
+        value = getattr(config, name)
+        if max(value if isinstance(value, list) else [value], default=0) > limit:
+            raise ValueError(f"{name} must be at most {limit}, got {value}")
+
+
 def require_probability(config, *names):
     """Raise `ValueError` unless each named field lies in [0, 1)."""
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+
+
+def read_json_object(path):
+    """The dictionary that a JSON file holds; raises OSError if it is damaged or holds something else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is damaged and no JSON file ({error}); download or save it again") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} must hold a JSON object, got {type(content).__name__}; download or save it again")
+    return content

@@ -1,11 +1,14 @@
 """Images to `pixel_values` and back."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .configuration_utils_dq import MOST_WIDTH, read_json_object
 from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from
 from .remote_code_dq import without_remote_code
 
@@ -72,6 +75,20 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
         """Write its file; a processor has no card."""
         self.save_pretrained(folder)
 
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but a damaged file is an `OSError` that names it."""
+        file = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "preprocessor_config.json")
+        if file.is_file():
+            read_json_object(file)
+        content, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            cls(**content)
+        except (TypeError, ValueError) as error:
+            source = file if file.is_file() else pretrained_model_name_or_path
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{source}: {error}") from error
+        return content, kwargs
+
     def post_process(self, pixel_values, output_type="pil"):
         """Images of `pixel_values` (B, 3, height, width) about in [-1, 1]; what lies outside is clipped.
 
@@ -98,8 +115,8 @@ def check_size(size):
     """A copy of `size`, checked to be {"height": n, "width": n} with positive integers."""
     if not isinstance(size, dict) or set(size) != {"height", "width"}:
         raise ValueError(f'size must be {{"height": ..., "width": ...}}, got {size!r}')
-    if any(type(side) is not int or side < 1 for side in size.values()):
-        raise ValueError(f"size must hold positive whole numbers, got {size!r}")
+    if any(type(side) is not int or not 1 <= side <= MOST_WIDTH for side in size.values()):
+        raise ValueError(f"size must hold positive whole numbers up to {MOST_WIDTH}, got {size!r}")
     return dict(size)
 
 

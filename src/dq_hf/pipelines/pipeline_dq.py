@@ -10,10 +10,11 @@ from diffusers.utils import BaseOutput
 from huggingface_hub import snapshot_download
 from PIL import Image
 
+from ..modeling.configuration_utils_dq import read_json_object
 from ..modeling.hub_dq import loading_from
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.model_card_dq import find_file, pictures_of
-from ..modeling.modeling_dq import DQForImageGeneration
+from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
 from .class_labels import as_list, class_ids
@@ -157,6 +158,14 @@ class DQPipeline(DiffusionPipeline):
         return init_dict, unused, hidden
 
     @classmethod
+    def load_config(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, but an index that is damaged, or not this pipeline's, is an error that names it."""
+        file = Path(pretrained_model_name_or_path, cls.config_name)
+        if file.is_file():
+            check_index(file)
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """Fetch a repository, its code files excepted, and return its folder in the cache; errors as for a model."""
         known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -171,6 +180,17 @@ class DQPipeline(DiffusionPipeline):
                 for picture in pictures_of((folder / "README.md").read_text("utf-8", "replace")):
                     find_file(pretrained_model_name, picture, **options)
         return str(folder)
+
+
+def check_index(file):
+    """Raise `OSError` or `ValueError` if a `model_index.json` is not one that `save_pretrained` writes."""
+    index = read_json_object(file)
+    parts = {name: [part.__module__, part.__name__] for name, part in PARTS.items()}
+    for key, expected in ({"_class_name": "DQPipeline"} | parts).items():
+        if index.get(key) != expected:
+            raise ValueError(f"{file}: {key} must be {expected}, got {index.get(key)}; save the model again")
+    if unknown := sorted(key for key in set(index) - set(parts) if not key.startswith("_")):
+        raise ValueError(f"{file} has unknown entries {', '.join(unknown)}")
 
 
 def bring_to_device(model):
