@@ -41,12 +41,14 @@ class DQConfig(DQPreTrainedConfig):
         elif self.transformer_config is None:
             vae = self.vae_config
             self.transformer_config = DQTransformerConfig(grid_sizes=vae.grid_sizes, codebook_size=vae.codebook_size)
-        names = self.transformer_config.id2label
+        names, ids = self.transformer_config.id2label, self.transformer_config.label2id
         if self.id2label is not None and {int(label): name for label, name in self.id2label.items()} != names:
             raise ValueError(
                 f"class names belong into transformer_config, which has {names}; got id2label {self.id2label}"
             )
-        self.id2label, self.label2id = dict(names), dict(self.transformer_config.label2id)
+        if self.label2id is not None and self.label2id != ids:
+            raise ValueError(f"label2id must be transformer_config's, {ids}; got {self.label2id}")
+        self.id2label, self.label2id = dict(names), dict(ids)
         super().__post_init__(**kwargs)
 
     def validate_fields(self):

@@ -52,7 +52,7 @@ class DQPreTrainedConfig(PreTrainedConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kwargs["_place"] = place  # for messages
         if not config_dict:
-            raise OSError(f"{pretrained_model_name_or_path} has no config.json, or it is empty; save the model again")
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json; save the model again")
         return config_dict, kwargs
 
     @classmethod
@@ -72,18 +72,25 @@ class DQPreTrainedConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        read_json_object(json_file)
+        content = read_json_object(json_file)
+        if not content:
+            raise OSError(f"{json_file} is empty; download or save it again")
+        try:
+            cls.refuse_unknown(content)  # before transformers follows keys of its own, such as configuration_files
+        except ValueError as error:
+            raise ValueError(f"{json_file}: {error}") from None
         return super()._dict_from_json_file(json_file)
 
-    def refuse_unknown(self, keys):
+    @classmethod
+    def refuse_unknown(cls, keys):
         """Raise `ValueError` at a key that is no field."""
-        known = {field.name for field in fields(self)}
+        known = {field.name for field in fields(cls)}
         for key in keys:
             if key not in known | LIBRARY_KEYS:
                 close = difflib.get_close_matches(key, known, n=1)
-                own = ", ".join(sorted(self.own_field_names()))
+                own = ", ".join(sorted(cls.own_field_names()))
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {own}"
-                raise ValueError(f"{type(self).__name__} has no field {key!r}; {hint}")
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}")
 
     def check_library_values(self, keys):
         """Raise `TypeError` or `ValueError` at values that transformers would take unchecked."""
@@ -116,16 +123,16 @@ class DQPreTrainedConfig(PreTrainedConfig):
             if isinstance(value, tuple):
                 value = list(value)
                 setattr(self, field.name, value)
-            if field.name in self.own_field_names():
-                try:
-                    type_validator(field.name, value, field.type)
-                except TypeError as error:
-                    raise TypeError(f"{type(self).__name__}: {error}") from None
+            try:
+                type_validator(field.name, value, field.type)
+            except TypeError as error:
+                raise TypeError(f"{type(self).__name__}: {error}") from None
 
-    def own_field_names(self):
+    @classmethod
+    def own_field_names(cls):
         """Names of the fields that our configuration classes declare, without those of transformers."""
         inherited = {field.name for field in fields(PreTrainedConfig)}
-        return {field.name for field in fields(self)} - inherited
+        return {field.name for field in fields(cls)} - inherited
 
     def fill_defaults(self):
         """Set the fields at None whose default depends on other fields."""
