@@ -123,10 +123,11 @@ class DQPreTrainedConfig(PreTrainedConfig):
             if isinstance(value, tuple):
                 value = list(value)
                 setattr(self, field.name, value)
-            try:
-                type_validator(field.name, value, field.type)
-            except TypeError as error:
-                raise TypeError(f"{type(self).__name__}: {error}") from None
+            if field.name in self.own_field_names():
+                try:
+                    type_validator(field.name, value, field.type)
+                except TypeError as error:
+                    raise TypeError(f"{type(self).__name__}: {error}") from None
 
     @classmethod
     def own_field_names(cls):
