@@ -32,7 +32,7 @@ for config_class, model_class in (
     (DQConfig, DQForImageGeneration),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)  # transformers has no Auto class for image generation
 AutoImageProcessor.register(DQConfig, slow_image_processor_class=DQImageProcessor, exist_ok=True)
 AutoImageProcessor.register(DQVAEConfig, slow_image_processor_class=DQImageProcessor, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
