@@ -1,7 +1,7 @@
 """A small Hub on this machine: enough of its HTTP interface for the real huggingface_hub to push to and to pull from.
 
     with HubServer() as hub:
-        run_client(hub, "from dq_hf.training.publish import push_folder; push_folder('model', 'user/model')", cwd=place)
+        run_client(hub, "from dq_hf import DQPipeline; DQPipeline.from_pretrained('model').push_to_hub('user/model')", cwd=place)
         hub.files("user/model")["README.md"].content
 
 Two users, "user" and "other"; tokens in `TOKENS`. Every commit is a snapshot that stays; an object of LFS exists once its
@@ -31,7 +31,7 @@ TOKENS = {"hf_write": ("user", "write"), "hf_read": ("user", "read"), "hf_other"
 LFS_SUFFIXES = {".bin", ".parquet", ".png", ".safetensors"}
 
 
-def run_client(hub, code, *, token="hf_write", check=True, cwd=None, **environment):
+def run_client(hub, code, *, token="hf_write", check=True, cwd=None, stdin=None, **environment):
     """Run Python code, or a list of command line arguments, in a fresh process whose Hub is `hub`.
 
     `environment` adds variables. Cache and, by default, working folder are temporary. Gives the finished process, with
@@ -46,6 +46,7 @@ def run_client(hub, code, *, token="hf_write", check=True, cwd=None, **environme
             [sys.executable, "-c", code] if isinstance(code, str) else code,
             env=clean | hub_variables | environment,
             cwd=cwd or home,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=300,
@@ -217,6 +218,16 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403 if user else 401, "You do not have the right to write to this repository")
         return repository
 
+    def drop(self, body):
+        """For clients that meet several broken connections: {method, pattern, after_bytes, times}; {} forgets all."""
+        wanted = json.loads(body)
+        drops, left = self.hub.drops, len(self.hub.drops)
+        if not wanted:
+            drops.clear()
+        for _ in range(wanted.pop("times", 1) if wanted else 0):
+            self.hub.drop_next(**wanted)
+        return 200, {"left": left}, {}
+
     # One method for each route, given the body and the named parts of the path: status, content or JSON, headers.
 
     def whoami(self, body):
@@ -343,6 +354,7 @@ API = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
 PAGE = r"/(?:(?P<kind>datasets)/)?(?P<name>[^/]+/[^/]+)"
 OBJECT = r"/lfs/(?P<kind>\w+)/(?P<name>[^/]+/[^/]+)/(?P<oid>\w+)"
 ROUTES = [
+    ("POST", r"/drop", Handler.drop),
     ("GET", r"/api/whoami-v2", Handler.whoami),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("POST", r"/api/repos/create", Handler.create),
