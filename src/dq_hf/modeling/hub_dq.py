@@ -357,11 +357,14 @@ def loading_from(source, revision=None, subfolder=None, **hub_arguments):
         raise
 
 
-def pin_revision(source, revision=None, subfolder=None, **hub_arguments):
-    """The commit that a repository's revision is now, so that all files are of one; for a folder `revision` itself."""
+def pin_revision(source, revision=None, subfolder=None, *, file="config.json", **hub_arguments):
+    """The commit that a repository's revision is now, so that all files are of one; for a folder `revision` itself.
+
+    It is found by a file that must be there.
+    """
     if Path(str(source)).is_dir():
         return revision
-    path = hf_hub_download(str(source), "config.json", subfolder=subfolder, revision=revision, **hub_arguments)
+    path = hf_hub_download(str(source), file, subfolder=subfolder, revision=revision, **hub_arguments)
     return re.search(r"/snapshots/([^/]+)/", Path(path).as_posix())[1]
 
 

@@ -7,9 +7,10 @@ import torch
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .configuration_utils_dq import MOST_WIDTH, read_json_object
-from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from
+from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from, pin_revision
 from .remote_code_dq import without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
@@ -69,6 +70,7 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
         """Load from a folder or a repository of the Hub; arguments and errors as for a model."""
         place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         with loading_from(pretrained_model_name_or_path, **place):
+            kwargs["revision"] = pin_revision(pretrained_model_name_or_path, file=IMAGE_PROCESSOR_NAME, **place)
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def write_folder(self, folder, title=None, repository=None):
