@@ -226,11 +226,11 @@ MOMENTS = {
         ("save", "partial-checkpoint-6/model_1.safetensors"),
         ("os.rename", "partial-checkpoint-7"),
         ("os.remove", "optimizer.bin"),  # of the oldest checkpoint
-        ("save", "partial-model/model.safetensors"),
+        ("save", "partial-model/.partial/model.safetensors"),
         ("open", "model/README.md"),
     ],
     2: [
-        ("save", "partial-model/transformer/model.safetensors"),
+        ("save", "partial-model/.partial/transformer/model.safetensors"),
         ("save", "partial-checkpoint-2/optimizer.bin"),
         ("os.rename", "partial-model"),  # the old one is gone
         ("save", "partial-checkpoint-4/custom_checkpoint_2.pkl"),

@@ -388,17 +388,19 @@ def describe(error, source, revision):
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = "run `hf auth login`, set HF_TOKEN or give token="
     if isinstance(error, HFValidationError):
-        return OSError(f'{source} is no folder, and no repository can have this name; expected "user/name": {error}')
+        return OSError(
+            f'{source} is no local folder, and no repository can have this name; expected "user/name": {error}'
+        )
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{source} is gated: ask for access at {constants.ENDPOINT}/{source}, then {login}")
     if isinstance(error, RepositoryNotFoundError):
         if status == 401:
             return PermissionError(
-                f"{source} is no folder, and no repository that can be seen without a valid token: "
+                f"{source} is no local folder, and no repository that can be seen without a valid token: "
                 f"check its name or, if it is private, {login}"
             )
         return OSError(
-            f"{source} is no folder, and there is no such repository at {constants.ENDPOINT}, or it is private "
+            f"{source} is no local folder, and there is no such repository at {constants.ENDPOINT}, or it is private "
             f"and the token has no right to it: check its name or {login}"
         )
     if isinstance(error, RevisionNotFoundError):
@@ -410,12 +412,9 @@ def describe(error, source, revision):
         return PermissionError(f"{source} cannot be read: the token is not valid or has no right to it; {login}")
     if status is not None:
         return OSError(f"{source} cannot be read: {error}")
+    absent = f"{source} is no local folder, and as a repository (revision {revision!r}) it is not whole in the cache"
     if is_offline_mode():
-        return ConnectionError(
-            f"{source} (revision {revision!r}) is not whole in the cache, and offline mode is on; "
-            "unset HF_HUB_OFFLINE to download it"
-        )
+        return ConnectionError(f"{absent}; offline mode is on: unset HF_HUB_OFFLINE to download it")
     return ConnectionError(
-        f"{source} (revision {revision!r}) could not be downloaded from {constants.ENDPOINT}, and is not "
-        f"whole in the cache: {error}; try again when the connection works"
+        f"{absent} and could not be downloaded from {constants.ENDPOINT}: {error}; try again when the connection works"
     )

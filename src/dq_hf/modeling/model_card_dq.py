@@ -105,12 +105,12 @@ def read_source_card(model, source, subfolder="", **hub_arguments):
     Raises:
         ConnectionError: the repository did not answer.
     """
-    source, subfolder = str(source), Path(subfolder or "").as_posix().removeprefix(".")
+    source, subfolder = str(source), "/".join(Path(subfolder or "").parts)
     if Path(source).is_dir():
         source, subfolder = str(Path(source, subfolder).absolute()), ""
         above = [(str(Path(source).parent), "")]
     else:
-        above = [(source, Path(subfolder).parent.as_posix().removeprefix("."))] if subfolder else []
+        above = [(source, subfolder.rpartition("/")[0])] if subfolder else []
 
     def find(place, name):
         return find_file(place[0], f"{place[1]}/{name}".removeprefix("/"), **hub_arguments)
@@ -121,10 +121,15 @@ def read_source_card(model, source, subfolder="", **hub_arguments):
         place, part = above[0], Path(subfolder or source).name
         card = find(place, "README.md")
     if card is None:
+        if may_be_uncached(source, f"{subfolder}/README.md".removeprefix("/"), **hub_arguments):
+            logger.warning(f"no card of {source} is in the cache; where this model is saved, it will have a new one")
         return None
     text = card.read_text(encoding="utf-8", errors="replace")
     found = {path: find(place, path) for path in pictures_of(text)}
     pictures = {path: file.read_bytes() for path, file in found.items() if file is not None}
+    for path in found.keys() - pictures.keys():
+        if may_be_uncached(source, f"{place[1]}/{path}".removeprefix("/"), **hub_arguments):
+            logger.warning(f"{path} of {source} is not in the cache; where this model is saved, it will be missing")
     return SourceCard(text, pictures, None if Path(source).is_dir() else source, part, model_state(model))
 
 
@@ -141,11 +146,16 @@ def find_file(source, path, *, local_files_only=False, **hub_arguments):
     except LocalEntryNotFoundError as error:
         if not (local_files_only or is_offline_mode()):
             raise ConnectionError(f"{source}: its card's file {path} could not be fetched: {error}") from error
-        if cached is None:  # else it is known not to exist
-            logger.warning(f"{path} of {source} is not in the cache: where this model is saved, it will be missing")
     except EntryNotFoundError:
         pass
     return None
+
+
+def may_be_uncached(source, path, *, local_files_only=False, cache_dir=None, revision=None, **hub_arguments):
+    """Whether a repository that is read from the cache alone may have this file, which is not there."""
+    if Path(source).is_dir() or not (local_files_only or is_offline_mode()):
+        return False
+    return try_to_load_from_cache(source, path, cache_dir, revision) is None  # else it is known not to exist
 
 
 def pictures_of(text):
