@@ -36,7 +36,7 @@ FILES = {
     "vae": "configuration_dqvae modeling_dqvae layers_dq quantization_dq routing_dq",
     "transformer": "configuration_dqtransformer modeling_dqtransformer sampling_dq sequence_dq",
 }
-SHARED = {"configuration_utils_dq", "modeling_utils_dq", "remote_code_dq"}
+SHARED = {"configuration_utils_dq", "hub_dq", "model_card_dq", "modeling_utils_dq", "remote_code_dq"}
 OF_TASK = {"image_generation", "class_labels"}
 EXPECTED = {kind: set(names.split()) | SHARED for kind, names in FILES.items()}
 EXPECTED["both"] = EXPECTED["vae"] | EXPECTED["transformer"] | OF_TASK
@@ -201,12 +201,6 @@ def test_only_the_main_process_writes_code(tmp_path):
     for kind, model in make_models().items():
         model.save_pretrained(tmp_path / kind, is_main_process=False, export_code=True)
     assert not python_files(tmp_path)
-
-
-def test_saving_and_pushing_one_model_in_one_call_with_code_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"call push_to_hub\(repo_id, export_code=True\)"):
-        make_vae().save_pretrained(tmp_path, export_code=True, push_to_hub=True)
-    assert not any(tmp_path.iterdir())
 
 
 def test_models_load_in_a_fresh_process_without_the_package(fresh):
