@@ -123,10 +123,9 @@ def assert_same_weights(path, other):
 
 
 def card_figures(folder, head=""):
-    """What the card's tables with this head say, {text: value}; of all tables without one."""
-    tables = re.findall(
-        r"^\| (.*) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", (folder / "README.md").read_text(), re.MULTILINE
-    )
+    """What the card's tables with this head say, {text: value}; of all tables without one. Not those of its origin."""
+    card = (folder / "README.md").read_text().partition("\n## Origin")[0]
+    tables = re.findall(r"^\| (.*) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", card, re.MULTILINE)
     rows = "".join(rows for name, rows in tables if name.startswith(head))
     return dict(re.findall(r"^\| (.+?) \| (.+?) \|$", rows, re.MULTILINE))
 
@@ -429,6 +428,12 @@ def test_the_card_of_stage_2_tells_the_logged_figures(generator, place):
         }
     figures = card_figures(generator / "model")
     assert figures["classes"] == "2" and figures["images seen"] == "60" and figures["images"] == "folders"
+    card = (generator / "model" / "README.md").read_text()
+    psnr = card_figures(place / "plain" / "model")["PSNR of the reconstructions, mean over images"]
+    origin = card.partition(
+        "## Origin of the tokenizer\n\nWeights and configuration are those of plain, whose card says:"
+    )[2]
+    assert f"PSNR of the reconstructions, mean over images | {psnr} |" in origin
 
     pixel_values, labels = test_images(place)
     model = DQForImageGeneration.from_pretrained(generator / "model")
