@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, CompileConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -182,10 +182,10 @@ class DQStack(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None):
         """(B, L, width) to (B, L, width); with a cache, L = 1: the element behind those that it holds."""
-        attention_mask = None  # one element attends to all before it
-        if past_key_values is None:
+        attention_mask = None  # one element attends to all that a growing cache holds
+        if past_key_values is None or past_key_values.is_compileable:  # such a cache has room behind the last element
             attention_mask = create_causal_mask(
-                self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
+                self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
             )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, past_key_values)
@@ -357,13 +357,14 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
             raise ValueError(f"class_labels must hold one label or one for each of {batch} images, got {len(labels)}")
         return labels
 
-    def embed(self, contents, positions, granularities, first=0):
-        """Input of the Position-Transformer, (B, L, width), for elements first ... first + L - 1 of the stream."""
-        place = torch.arange(first, first + contents.shape[1], device=contents.device)
+    def embed(self, contents, positions, granularities, places=None):
+        """Input of the Position-Transformer, (B, L, width), for elements at `places` (L,) of the stream, else its first."""
+        if places is None:
+            places = torch.arange(contents.shape[1], device=contents.device)
         return self.dropout(
             self.content_embedding(contents)
             + self.embed_positions(positions, granularities)
-            + self.stream_embedding(place)
+            + self.stream_embedding(places)
             + self.granularity_embedding(granularities)
         )
 
@@ -402,6 +403,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         fine_positions="fixed",
         generator=None,
         on_step_end=None,
+        compile_config=None,
     ) -> DQGenerationOutput:
         """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
 
@@ -421,6 +423,8 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
                 The draw seeds the image's own random stream, so that its result depends on nothing else. Default:
                 torch's global generator.
             on_step_end: called with (step, number of steps at most, `StreamState`) after every step.
+            compile_config: a `transformers.CompileConfig` compiles the step, once for each batch size and setting; the
+                caches then have room for the longest stream from the start. None: nothing is compiled.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
@@ -428,7 +432,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         labels = self._prepare_labels(class_labels, num_images)
         if guidance_scale is None:
             guidance_scale = self.config.sampling_defaults.get("guidance_scale", 1.0)
-        guided = self._check_guidance(guidance_scale)
+        self._check_guidance(guidance_scale)
         defaults = self.config.sampling_defaults if do_sample else {}
         content_warpers = make_warpers("", temperature, top_k, top_p, defaults, do_sample)
         position_warpers = make_warpers(
@@ -436,7 +440,12 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         )
         if fine_positions not in ("fixed", "free"):
             raise ValueError(f'fine_positions must be "fixed" or "free", got {fine_positions!r}')
+        step = compiled_step = self.generation_step
+        if compile_config is not None:
+            self._check_compile_config(compile_config)
+            compiled_step = torch.compile(step, **compile_config.to_dict())
         longest_stream = self.config.longest_stream
+        places = torch.arange(longest_stream, device=labels.device)
         uniforms = [(None, None)] * longest_stream
         if do_sample:
             uniforms = random_streams(generator, len(labels), longest_stream).to(labels.device)  # (steps, 2, B)
@@ -448,43 +457,59 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
             labels=labels,
             fixed_fine_positions=fine_positions == "fixed",
         )
-        position_cache, content_cache = (Cache(layer_class_to_replicate=GrowingLayer) for _ in range(2))
-        granularity = state.granularity
         positions = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
-        contents = state.allowed_contents(positions).long().argmax(1)
-        state.append(positions, contents)
-        elements = [(positions, contents)]
-        for step in range(1, longest_stream):
-            hidden_states = self.embed(
-                with_guidance_rows(guided, contents, self.hide_class_in_contents(contents)),
-                with_guidance_rows(guided, positions, self.hide_class_in_positions(positions, granularity)),
-                with_guidance_rows(guided, granularity, granularity),
-                first=step - 1,
-            )
-            hidden_states = self.position_transformer(hidden_states, position_cache)
-            logits = guide(self.position_head(hidden_states[:, -1]), guidance_scale)
-            granularity = state.granularity
-            positions = choose(logits, state.allowed_positions(), position_warpers, uniforms[step][0])
-
-            hidden_states = hidden_states + self.embed_positions(
-                with_guidance_rows(guided, positions, self.hide_class_in_positions(positions, granularity)),
-                with_guidance_rows(guided, granularity, granularity),
-            )
-            hidden_states = self.content_transformer(hidden_states, content_cache)
-            logits = guide(self.content_head(hidden_states[:, -1]), guidance_scale)
-            contents = choose(logits, state.allowed_contents(positions), content_warpers, uniforms[step][1])
-
-            state.append(positions, contents)
-            elements.append((positions, contents))
+        state.append(positions, state.allowed_contents(positions).long().argmax(1))
+        elements = [state.last]
+        caches = [
+            make_cache(num_layers, None if compile_config is None else longest_stream)
+            for num_layers in (self.config.num_position_layers, self.config.num_content_layers)
+        ]
+        warpers = (position_warpers, content_warpers)
+        for i in range(1, longest_stream):
+            step(state, places[i - 1 : i], uniforms[i], caches, warpers, guidance_scale)
+            step = compiled_step  # the first step is not compiled: it makes the caches' buffers
+            elements.append(state.last)
             if on_step_end is not None:
-                on_step_end(step, longest_stream - 1, state)
+                on_step_end(i, longest_stream - 1, state)
             if state.finished.all():  # the one place that waits for the device
                 break
         codes, grain_map = state.grids()
-        positions, contents = (torch.stack(column, dim=1) for column in zip(*elements))
+        contents, positions, _ = (torch.stack(column, dim=1) for column in zip(*elements))
         return DQGenerationOutput(
             codes=codes, grain_map=grain_map, positions=positions, contents=contents, lengths=state.lengths
         )
+
+    def generation_step(self, state, place, uniforms, caches, warpers, guidance_scale):
+        """Draw the element behind `state.last`: its position, then its content.
+
+        Args:
+            state: `StreamState`, to which the element is appended.
+            place: (1,) long, place of `state.last` in the streams.
+            uniforms: (2, B) float64 in [0, 1), for position and content; (None, None) for the largest logits.
+            caches: of the Position- and the Content-Transformer.
+            warpers: of positions and contents.
+            guidance_scale: as in `generate`.
+        """
+        guided = guidance_scale != 1
+        contents, positions, granularity = state.last
+        hidden_states = self.embed(
+            with_guidance_rows(guided, contents, self.hide_class_in_contents(contents)),
+            with_guidance_rows(guided, positions, self.hide_class_in_positions(positions, granularity)),
+            with_guidance_rows(guided, granularity, granularity),
+            place,
+        )
+        hidden_states = self.position_transformer(hidden_states, caches[0])
+        logits = guide(self.position_head(hidden_states[:, -1]), guidance_scale)
+        granularity = state.granularity
+        positions = choose(logits, state.allowed_positions(), warpers[0], uniforms[0])
+
+        hidden_states = hidden_states + self.embed_positions(
+            with_guidance_rows(guided, positions, self.hide_class_in_positions(positions, granularity)),
+            with_guidance_rows(guided, granularity, granularity),
+        )
+        hidden_states = self.content_transformer(hidden_states, caches[1])
+        logits = guide(self.content_head(hidden_states[:, -1]), guidance_scale)
+        state.append(positions, choose(logits, state.allowed_contents(positions), warpers[1], uniforms[1]))
 
     def _prepare_labels(self, class_labels, num_images):
         """Start-token label of each image to generate, (B,) long."""
@@ -498,7 +523,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         return labels
 
     def _check_guidance(self, guidance_scale):
-        """Whether guidance is on."""
+        """Refuse a scale that is no number, out of range, or that the model was not trained for."""
         if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)):
             raise TypeError(f"guidance_scale must be a number, got {guidance_scale!r}")
         if not 0 <= guidance_scale < math.inf:
@@ -507,7 +532,23 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
             raise ValueError(
                 "guidance_scale other than 1 needs a model trained with class_dropout; this one has class_dropout 0"
             )
-        return guidance_scale != 1
+
+    def _check_compile_config(self, compile_config):
+        """Refuse another type, and attention that has no mask for a cache with room behind the last element."""
+        if not isinstance(compile_config, CompileConfig):
+            raise TypeError(f"compile_config must be a transformers.CompileConfig, got {compile_config!r}")
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"compile_config does not work with attn_implementation {self.config._attn_implementation!r}; "
+                'load the model with "sdpa"'
+            )
+
+
+def make_cache(num_layers, max_length=None):
+    """A cache for one stack that grows, or one whose shapes are fixed, as compiling needs, with room for `max_length`."""
+    if max_length is None:
+        return Cache(layer_class_to_replicate=GrowingLayer)
+    return Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(num_layers)])
 
 
 def masked_cross_entropy(logits, targets, mask):

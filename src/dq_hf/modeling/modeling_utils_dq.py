@@ -191,6 +191,8 @@ def check_indices(name, values, shape, limit, device):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({expected}), got {tuple(values.shape)}")
     values = values.to(device=device, dtype=torch.long)
+    if torch.compiler.is_compiling():  # a graph cannot ask for values
+        return values
     if values.numel() and (values.min() < 0 or values.max() >= limit):
         raise ValueError(
             f"{name} must lie in 0 ... {limit - 1}, got values from {int(values.min())} to {int(values.max())}"

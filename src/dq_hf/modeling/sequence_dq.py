@@ -220,6 +220,7 @@ class StreamState:
         self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
         self.finished = torch.zeros_like(self.start_is_next)
         self.lengths = torch.zeros_like(labels)
+        self.last = None  # contents, positions and granularities (B,) of the last element
 
     def allowed_positions(self):
         """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
@@ -247,6 +248,7 @@ class StreamState:
 
     def append(self, positions, contents):
         """Write the chosen element (B,), (B,) into the grids and move on."""
+        self.last = (contents, positions, self.granularity)
         covered = self.tables.parent[self.granularity] == positions[:, None]  # (B, F)
         covered &= (contents < self.layout.content_pad)[:, None]
         self.codes = torch.where(covered, contents[:, None], self.codes)
@@ -257,7 +259,7 @@ class StreamState:
         is_finest = self.granularity == self.layout.num_granularities - 1
         self.finished |= is_end & is_finest
         self.start_is_next = is_end & ~is_finest
-        self.granularity = self.granularity + self.start_is_next  # not in place: the caller may hold the old one
+        self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
 
     def grids(self):
         """Codes (B, H, W) and grain map (B, h, w) written so far."""

@@ -73,6 +73,7 @@ class DQPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=("codes",),
+        compile_config=None,
     ) -> DQPipelineOutput:
         """Sample images.
 
@@ -86,6 +87,7 @@ class DQPipeline(DiffusionPipeline):
                 streams; what it returns is not used.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
                 the fine grid) and "lengths" (B,).
+            compile_config: as in `DQTransformerForImageGeneration.generate`.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
@@ -130,6 +132,7 @@ class DQPipeline(DiffusionPipeline):
                 fine_positions=fine_positions,
                 generator=generator,
                 on_step_end=on_step_end,
+                compile_config=compile_config,
             )
             progress.total = progress.n  # most streams are shorter than the longest
             progress.refresh()
