@@ -113,10 +113,15 @@ class DQPositionEmbedding(nn.Module):
             coordinates = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
             hidden_states = hidden_states + torch.sin(self.fourier(coordinates[None]))
         if self.learned:
-            rows = resize_table(self.rows.weight, height)[:, :, None]  # (C, H, 1)
-            columns = resize_table(self.columns.weight, width)[:, None, :]  # (C, 1, W)
+            rows = resize_table(whole_table(self.rows, hidden_states.device), height)[:, :, None]  # (C, H, 1)
+            columns = resize_table(whole_table(self.columns, hidden_states.device), width)[:, None, :]  # (C, 1, W)
             hidden_states = hidden_states + (rows + columns)
         return hidden_states
+
+
+def whole_table(embedding, device):
+    """All rows of an embedding, (n, C), by a call: where accelerate has offloaded it, its weight is here only then."""
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
 
 
 def resize_table(table, length):

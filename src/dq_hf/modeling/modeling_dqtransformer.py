@@ -250,6 +250,13 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         return self.content_embedding
 
     @property
+    def input_device(self):
+        """Device of the contents' table; where accelerate has offloaded it, the one that it comes to when called."""
+        hook = getattr(self.content_embedding, "_hf_hook", None)
+        execution_device = getattr(hook, "execution_device", None)
+        return self.content_embedding.weight.device if execution_device is None else execution_device
+
+    @property
     def null_label(self):
         """Start-token label of the hidden class; exists where the configuration has class_dropout."""
         return self.config.num_classes
@@ -303,7 +310,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
 
     def pack(self, codes, grain_map, class_labels=None) -> DQStream:
         """Streams of codes and grain map; arguments and errors as in `forward`."""
-        device = self.content_embedding.weight.device
+        device = self.input_device
         batch = len(codes) if isinstance(codes, torch.Tensor) else None
         codes = check_indices("codes", codes, (None, *self.config.grid_sizes[-1]), self.config.codebook_size, device)
         if batch == 0:
@@ -319,7 +326,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         Raises:
             TypeError, ValueError: tensors of another type, shape or range; streams that are not whole.
         """
-        device = self.content_embedding.weight.device
+        device = self.input_device
         shape = contents.shape if isinstance(contents, torch.Tensor) else (None, None)
         contents = check_indices("contents", contents, (None, None), self.config.content_vocab_size, device)
         positions = check_indices("positions", positions, shape, self.config.position_vocab_sizes[-1], device)
@@ -349,7 +356,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
             raise ValueError("class_labels must hold at least one label, got none")
         if class_labels.dim() == 0:
             class_labels = class_labels[None]
-        device = self.content_embedding.weight.device
+        device = self.input_device
         labels = check_indices("class_labels", class_labels, (None,), self.config.num_classes, device)
         if len(labels) == 1 and batch is not None:
             labels = labels.expand(batch)
@@ -519,7 +526,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
             raise ValueError(f"num_images must be at least 1, got {num_images}")
         labels = self.check_class_labels(class_labels, num_images)
         if labels is None:
-            return torch.zeros(num_images or 1, dtype=torch.long, device=self.content_embedding.weight.device)
+            return torch.zeros(num_images or 1, dtype=torch.long, device=self.input_device)
         return labels
 
     def _check_guidance(self, guidance_scale):

@@ -175,7 +175,8 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    # Its attention is diffusers': torch's scaled_dot_product_attention, whatever is chosen for the generator beside it.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["DQLevel", "DQMiddle"]
     _keep_in_fp32_modules_strict = {"quantizer"}
 
@@ -194,7 +195,8 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         """Tokenise images.
 
         The router chooses each region's granularity, unless one of the two options prescribes it. In training mode
-        the codebook moves, and a feature router draws its choice from torch's global generator.
+        the codebook moves, unless `quant_conv` is frozen (as all weights are under an adapter), and a feature router
+        draws its choice from torch's global generator.
 
         Args:
             pixel_values: (B, 3, height, width) float in [-1, 1], sides multiples of the coarsest granularity.
@@ -243,7 +245,8 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
 
         cell_weights = self.cell_weights(fine_grain_map)
         top_left = top_left_cells(fine_grain_map, num_granularities)
-        quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left)
+        learn = self.quant_conv.weight.requires_grad  # else the codebook would leave the vectors that it stands for
+        quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left, learn)
         return DQVAEEncoderOutput(
             codes=quantizer_output.codes,
             grain_map=grain_map,

@@ -27,7 +27,8 @@ class DQQuantizer(nn.Module):
     """Nearest code by squared L2, and its codebook's learning. Arithmetic is float32 whatever the autocast dtype.
 
     The codebook never receives a gradient. In training mode each call moves it, after the look-up, unless `frozen`;
-    counts and sums are first added up over the processes, so that all keep the same codebook.
+    counts and sums are first added up over the processes, so that all keep the same codebook. It stays float32 when
+    the model is cast to another dtype.
     """
 
     def __init__(self, config):
@@ -42,7 +43,16 @@ class DQQuantizer(nn.Module):
         self.register_buffer("cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("embed_sum", self.codebook.clone())
 
-    def forward(self, features, cell_weights, top_left):
+    def _apply(self, fn, recurse=True):
+        """As in torch, but the dtype stays."""
+
+        def keep_dtype(tensor):
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def forward(self, features, cell_weights, top_left, learn=True):
         """Quantise features.
 
         Args:
@@ -50,6 +60,7 @@ class DQQuantizer(nn.Module):
             cell_weights: (B, 1, H, W) float, weight of each cell in the loss (method: 4^-(K-1-g)).
             top_left: (B, H, W) long, raster index of the first cell of each cell's code. A coarse code is looked up
                 once, there, so that rounding cannot split it.
+            learn: False keeps the codebook where it is, as in evaluation mode.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -60,7 +71,7 @@ class DQQuantizer(nn.Module):
             commitment = (quantized.detach() - features).square()
             codebook_term = (quantized - features.detach()).square()
             loss = self.beta * (commitment * cell_weights).mean() + (codebook_term * cell_weights).mean()
-            if self.training and not self.frozen:
+            if learn and self.training and not self.frozen:
                 self.update(vectors.detach(), codes.flatten())
             quantized = features + (quantized - features).detach()
         return DQQuantizerOutput(quantized=quantized, codes=codes, loss=loss)
@@ -84,8 +95,8 @@ class DQQuantizer(nn.Module):
         """
         if self.codebook.dtype != torch.float32:
             raise TypeError(
-                f"the codebook learns in float32 only, got {self.codebook.dtype}; use autocast instead of casting the "
-                "model, or set quantizer.frozen = True"
+                f"the codebook learns in float32 only, got {self.codebook.dtype}; keep buffers in float32 (FSDP: "
+                "buffer_dtype), or set quantizer.frozen = True"
             )
         counts = torch.bincount(codes, minlength=self.num_codes).to(vectors.dtype)
         sums = torch.zeros_like(self.embed_sum).index_add_(0, codes, vectors)

@@ -1,0 +1,197 @@
+"""Half precision, devices, attention implementations and gradient checkpointing change what they should, nothing else."""
+
+import pytest
+import torch
+from conftest import make_transformer, make_vae
+
+from dq_hf import DQForImageGeneration, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(4, 3, 16, 16, generator=seeded()) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def model(tiny_vae, tiny_transformer_class):
+    return DQForImageGeneration.from_models(tiny_vae, tiny_transformer_class)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    model.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def expected(model, images):
+    """What the model in float32 gives: codes, reconstructions, samples."""
+    with torch.no_grad():
+        codes = model.vae.encode(images).codes
+        return codes, model.vae.decode_codes(codes).sample, sample(model)
+
+
+def sample(model):
+    return model.generate([0, 1, 2], generator=seeded(), guidance_scale=2.0)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_model_loaded_in_half_precision_encodes_decodes_and_samples(folder, model, images, expected, dtype):
+    half = DQForImageGeneration.from_pretrained(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    for name, value in model.vae.quantizer.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(half.vae.quantizer.state_dict()[name], value)
+    codes, reconstructions, _ = expected
+    with torch.no_grad():
+        encoded = half.vae.encode(images)
+        decoded = half.vae.decode_codes(codes).sample
+    assert encoded.quantized.dtype == decoded.dtype == dtype
+    assert (encoded.codes == codes).float().mean() > 0.9
+    assert (decoded - reconstructions).abs().max() < 4 * torch.finfo(dtype).eps  # images are about in [-1, 1]
+    samples = sample(half)
+    assert samples.pixel_values.dtype == dtype and samples.pixel_values.isfinite().all()
+    stream = half.transformer.generate([0, 1, 2], generator=seeded(), guidance_scale=2.0)
+    unpacked, _ = half.transformer.unpack(stream.contents, stream.positions, stream.lengths)
+    assert torch.equal(unpacked, samples.codes)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_casting_gives_the_model_that_loading_gives(folder, dtype):
+    loaded = DQForImageGeneration.from_pretrained(folder, dtype=dtype).state_dict()
+    cast = DQForImageGeneration.from_pretrained(folder).to(dtype).state_dict()
+    pipe = DQPipeline.from_pretrained(folder).to(dtype)
+    piped = {f"vae.{name}": value for name, value in pipe.vae.state_dict().items()}
+    assert all(value.dtype == loaded[name].dtype and torch.equal(value, loaded[name]) for name, value in cast.items())
+    assert all(value.dtype == loaded[name].dtype and torch.equal(value, loaded[name]) for name, value in piped.items())
+
+
+def test_the_codebook_learns_in_float32_in_a_model_of_bfloat16(images):
+    vae = make_vae(restart_dead_codes=False).to(torch.bfloat16).train()
+    before = vae.quantizer.codebook.clone()
+    vae.encode(images)
+    after = vae.quantizer.codebook
+    assert after.dtype == torch.float32 and not torch.equal(after, before)
+    assert not torch.equal(after, after.bfloat16().float())
+
+
+def test_a_codebook_moves_to_another_device_with_its_model():
+    vae = make_vae().to(torch.bfloat16)
+    assert vae.to("meta").quantizer.codebook.is_meta
+    assert vae.to_empty(device="cpu").quantizer.codebook.shape == (16, 8)
+
+
+# Devices
+
+
+def test_the_automatic_device_map_changes_nothing(folder, model, expected):
+    loaded = DQForImageGeneration.from_pretrained(folder, device_map="auto")
+    samples = sample(loaded)
+    assert torch.equal(samples.codes, expected[2].codes)
+    assert torch.equal(samples.pixel_values, expected[2].pixel_values)
+
+
+def test_what_does_not_fit_into_memory_is_offloaded_and_changes_nothing(folder, images, expected, tmp_path):
+    offloaded = DQForImageGeneration.from_pretrained(
+        folder, device_map="auto", max_memory={"cpu": "70KB"}, offload_folder=tmp_path
+    )
+    for part in (offloaded.vae, offloaded.transformer):
+        assert set(part.hf_device_map.values()) == {"cpu", "disk"}
+    codes, reconstructions, samples = expected
+    with torch.no_grad():
+        assert torch.equal(offloaded.vae.encode(images).codes, codes)
+        assert torch.equal(offloaded.vae.decode_codes(codes).sample, reconstructions)
+    assert torch.equal(sample(offloaded).codes, samples.codes)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_model_wholly_on_disk_gives_the_same(folder, images, expected, tmp_path, part):
+    model_class = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}[part]
+    model = model_class.from_pretrained(folder, subfolder=part, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    codes, reconstructions, samples = expected
+    if part == "transformer":
+        assert torch.equal(sample(model).codes, samples.codes)
+        return
+    with torch.no_grad():
+        assert torch.equal(model.encode(images).codes, codes)
+        assert torch.equal(model.decode_codes(codes).sample, reconstructions)
+
+
+def test_cpu_offload_brings_each_model_to_the_device_in_turn_and_both_back(folder):
+    pipe = DQPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(class_labels=["sun"], generator=seeded())
+    pipe.enable_model_cpu_offload(device="cpu")  # to work on "cpu:0" and rest on "cpu", both names of one device
+    assert pipe.vae._hf_hook.prev_module_hook.model is pipe.transformer  # which makes room when the other comes
+    moves = []
+    for name, model in pipe.components.items():
+
+        def to(device, move=model.to, name=name):
+            moves.append((name, str(device)))
+            return move(device)
+
+        model.to = to
+    got = pipe(class_labels=["sun"], generator=seeded())
+    assert moves[:2] == [("transformer", "cpu:0"), ("vae", "cpu:0")]
+    assert {name: device for name, device in moves} == {"transformer": "cpu", "vae": "cpu"}  # where they end
+    assert torch.equal(got.codes, expected.codes) and got.images[0].tobytes() == expected.images[0].tobytes()
+
+
+# Attention
+
+
+def toy_batch():
+    grain_map = torch.tensor([0, 1, 1, 0]).repeat(2, 4).view(2, 4, 4)
+    codes = torch.randint(16, (2, 4, 4), generator=seeded()).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return codes, grain_map, torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations_give_the_same_logits_and_samples(folder, expected, attention):
+    loaded = DQForImageGeneration.from_pretrained(folder, attn_implementation=attention)
+    assert loaded.transformer.config._attn_implementation == attention
+    reference = make_transformer(num_classes=3, class_dropout=0.2)
+    reference.set_attn_implementation("eager")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex attention without a C++ compiler
+        got, wanted = loaded.transformer(*toy_batch()), reference(*toy_batch())
+        samples = sample(loaded)
+    torch.testing.assert_close(got.content_logits, wanted.content_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.position_logits, wanted.position_logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(samples.codes, expected[2].codes) and torch.equal(samples.grain_map, expected[2].grain_map)
+
+
+def test_flash_attention_without_its_package_is_an_error_that_says_so(folder):
+    with pytest.raises(ImportError, match="FlashAttention2 .* package for FlashAttention2 .*installed"):
+        DQForImageGeneration.from_pretrained(folder, attn_implementation="flash_attention_2")
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing_enable:FutureWarning"
+)  # the older name works in all versions
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_gradient_checkpointing_gives_the_same_loss_and_gradients_with_dropout(images, part):
+    results = []
+    for checkpointing in (False, True):
+        model = make_vae(router="feature", dropout=0.2) if part == "vae" else make_transformer(num_classes=3)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        output = model.train()(*([images] if part == "vae" else toy_batch()))
+        output.loss.backward()
+        codebook = [model.quantizer.codebook] if part == "vae" else []
+        results.append([output.loss.detach(), *(parameter.grad for parameter in model.parameters()), *codebook])
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
