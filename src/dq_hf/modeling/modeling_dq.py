@@ -100,7 +100,13 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
         return super().code_classes | parts | processor
 
     def write_files(self, folder, *, is_main_process=True, state_dict=None, **arguments):
-        """Write both models and the files that make the folder a pipeline."""
+        """Write both models and the files that make the folder a pipeline; `ValueError` if one has an adapter."""
+        for name, part in self.card_parts.items():
+            if any(hasattr(module, "base_layer") for module in part.modules()):
+                raise ValueError(
+                    f"the {name} has an adapter: merge it first (PeftModel.merge_and_unload), "
+                    "or save the adapter alone (PeftModel.save_pretrained)"
+                )
         for name, part in self.card_parts.items():
             weights = None
             if state_dict is not None:

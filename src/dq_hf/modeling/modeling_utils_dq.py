@@ -51,7 +51,7 @@ class StrictLoadingMixin:
             f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
         ]
         state_dict = model.state_dict()
-        not_finite = [name for name, value in state_dict.items() if not (value.is_meta or torch.isfinite(value).all())]
+        not_finite = [name for name, value in state_dict.items() if not (value.is_meta or is_finite(value))]
         problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"]}
         refuse_weights(cls, weight_files(place) or [place], **problems, mismatched=mismatched, not_finite=not_finite)
         return (model, info) if output_loading_info else model
@@ -152,6 +152,13 @@ def check_folder(folder, variant=None):
     pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{kind}"))
     if pickles:
         raise OSError(PICKLES.format(folder, shorten(pickles)))
+
+
+def is_finite(value):
+    """Whether a tensor has no NaN or infinite value, one with quantised storage included."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's have few operations of their own
+        value = value.dequantize()
+    return bool(torch.isfinite(value).all())
 
 
 def weight_files(place):
