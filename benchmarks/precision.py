@@ -1,0 +1,153 @@
+"""What half precision and int8 weights cost the embedded model: codes, PSNR, held-out nats and samples, against float32.
+
+    pip install -c constraints.txt -e ".[quantization]"
+    python benchmarks/precision.py --output docs/precision.md      # one CPU thread, about ten minutes
+
+int8: torchao's weight-only quantisation of the generator, one scale for each row of a weight; activations and the
+tokenizer stay in float32.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from report import describe_device, write_section
+from torch.utils.data import DataLoader
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import HfArgumentParser, TorchAoConfig
+
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
+from dq_hf.training.data import ImageCollator, load_images
+
+VARIANTS = {
+    "float32": {},
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "float16": dict(dtype=torch.float16),
+    "int8 weights": dict(quantization_config=TorchAoConfig(Int8WeightOnlyConfig())),
+}
+
+
+@dataclass
+class Arguments:
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of both models"})
+    data: str = field(default="examples/data/emoji", metadata={"help": "images with a split test"})
+    num_images: int = field(default=386, metadata={"help": "held-out images, the first ones"})
+    samples_per_class: int = field(default=8, metadata={"help": "samples of each class, seed 0"})
+    batch_size: int = field(default=32, metadata={"help": "images at a time"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
+
+
+@torch.no_grad()
+def main(args):
+    torch.set_num_threads(args.threads)
+    images = load_images(args.data, "test")
+    batches = load_batches(images.select(range(min(args.num_images, len(images)))), args)
+    rows, reference = {}, None
+    for name, options in VARIANTS.items():
+        model = DQForImageGeneration.from_pretrained(args.model, **options)
+        encoded = [model.vae.encode(batch["pixel_values"]) for batch in batches]
+        samples = sample(model, args.samples_per_class)
+        if reference is None:
+            reference = (encoded, samples)
+        rows[name] = {
+            "megabytes": saved_megabytes(model.transformer),
+            "same_codes": share_of_same_codes(encoded, reference[0]),
+            "psnr": mean_psnr(model.vae, batches, encoded),
+            "nats": nats_per_code(model.transformer, batches, reference[0]),
+            **compare_samples(samples, reference[1]),
+        }
+        print(name, rows[name], flush=True)
+    report = make_report(args, rows, sum(len(batch["pixel_values"]) for batch in batches), len(reference[1].codes))
+    print(f"\n{report}")
+    if args.output is not None:
+        write_section(Path(args.output), "benchmarks/precision.py", report)
+
+
+def load_batches(images, args):
+    """Pixel values and labels of all images."""
+    model_config = DQForImageGeneration.config_class.from_pretrained(args.model)
+    height, width = model_config.vae_config.image_height_width
+    collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), "image", "label")
+    return list(DataLoader(images, args.batch_size, collate_fn=collate))
+
+
+def sample(model, samples_per_class):
+    """Streams of every class, with the configuration's sampling defaults."""
+    labels = [label for label in sorted(model.config.id2label) for _ in range(samples_per_class)]
+    return model.transformer.generate(labels, generator=torch.Generator().manual_seed(0))
+
+
+def saved_megabytes(transformer):
+    """Size of the generator's weight file."""
+    with tempfile.TemporaryDirectory() as folder:
+        transformer.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / 1e6
+
+
+def share_of_same_codes(encoded, reference):
+    """Share of the fine grid's cells whose code is the reference's."""
+    same = torch.cat([one.codes == other.codes for one, other in zip(encoded, reference)])
+    return same.double().mean().item()
+
+
+def mean_psnr(vae, batches, encoded):
+    """Mean over images, in dB, of what a model reconstructs from its own codes."""
+    psnrs = []
+    for batch, one in zip(batches, encoded):
+        decoded = vae.decode_codes(one.codes).sample.double().clamp(-1, 1)
+        errors = (decoded - batch["pixel_values"]).square().mean(dim=(1, 2, 3))
+        psnrs.append(10 * torch.log10(4 / errors))
+    return torch.cat(psnrs).mean().item()
+
+
+def nats_per_code(transformer, batches, encoded):
+    """Nats of contents and positions of whole streams, mean over images, over the mean number of codes."""
+    nats, codes = 0.0, 0
+    for batch, one in zip(batches, encoded):
+        output = transformer(one.codes, one.grain_map, batch["class_labels"])
+        stream = output.stream
+        inside = torch.arange(1, stream.contents.shape[1]) < stream.lengths[:, None]
+        for logits, targets in ((output.content_logits, stream.contents), (output.position_logits, stream.positions)):
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().transpose(1, 2), targets[:, 1:], reduction="none"
+            )
+            nats += (losses * inside).double().sum().item()
+        codes += int(one.num_codes.sum())
+    return nats / codes
+
+
+def compare_samples(samples, reference):
+    """Share of samples that are the reference's, and of their elements before the first that differs."""
+    length = min(samples.contents.shape[1], reference.contents.shape[1])
+    same = (samples.contents[:, :length] == reference.contents[:, :length]) & (
+        samples.positions[:, :length] == reference.positions[:, :length]
+    )
+    before = same.long().cumprod(1).sum(1).minimum(reference.lengths)
+    return {
+        "same_samples": (samples.codes == reference.codes).flatten(1).all(1).double().mean().item(),
+        "before_first_difference": (before / reference.lengths).double().mean().item(),
+    }
+
+
+def make_report(args, rows, num_images, num_samples):
+    """A Markdown table, and how it was made."""
+    base = rows["float32"]
+    lines = [
+        f"{num_images} held-out images, {num_samples} samples, seed 0; "
+        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}.",
+        "",
+        "| | generator, MB | same codes | PSNR, dB | nats a code | more than float32 | same samples | stream before the first difference |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['megabytes']:.1f} | {row['same_codes']:.2%} | {row['psnr']:.2f} | {row['nats']:.4f} | "
+            f"{row['nats'] - base['nats']:+.4f} | {row['same_samples']:.0%} | {row['before_first_difference']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
