@@ -14,6 +14,21 @@ def count_bits(num_codes, num_regions, codebook_size, num_granularities):
     return num_codes * math.log2(codebook_size) + num_regions * math.log2(num_granularities)
 
 
+def count_uses(codes, grain_maps, codebook_size, num_granularities):
+    """How often each code is used at each granularity, (K, N) long; a coarse code counts once, not for each cell."""
+    fine_grain_maps = expand_grain_map(grain_maps, num_granularities)
+    cells = torch.arange(codes[0].numel(), device=codes.device).view(codes.shape[1:])
+    first = top_left_cells(fine_grain_maps, num_granularities) == cells  # of those that a code covers
+    uses = fine_grain_maps[first] * codebook_size + codes[first]
+    return torch.bincount(uses, minlength=num_granularities * codebook_size).view(num_granularities, codebook_size)
+
+
+def perplexity(uses):
+    """exp of the entropy of how often codes are used, counts (N,): from 1 to the number of codes."""
+    shares = uses.double() / uses.sum()
+    return float((-shares.xlogy(shares).sum()).exp())
+
+
 class CodeStatistics(StreamingMetric):
     """Codes and bits an image (grain map included, see `count_bits`), share of the codebook in use, and perplexity of the
     codes: exp of the entropy of how often each is used, from 1 to the size of the codebook.
@@ -39,7 +54,8 @@ class CodeStatistics(StreamingMetric):
         return {"codebook_size": self.codebook_size, "num_granularities": self.num_granularities}
 
     def empty_state(self):
-        return {"uses": torch.zeros(self.codebook_size, dtype=torch.long), "codes": 0, "regions": 0, "count": 0}
+        uses = torch.zeros(self.num_granularities, self.codebook_size, dtype=torch.long)
+        return {"uses": uses, "codes": 0, "regions": 0, "count": 0}
 
     def update(self, codes, grain_maps):
         if codes is None or grain_maps is None:
@@ -47,22 +63,20 @@ class CodeStatistics(StreamingMetric):
         grain_maps = check_indices("grain_maps", grain_maps, (None, None, None), self.num_granularities, "cpu")
         side = 2 ** (self.num_granularities - 1)
         shape = (len(grain_maps), grain_maps.shape[1] * side, grain_maps.shape[2] * side)
-        codes = check_indices("codes", codes, shape, self.codebook_size, "cpu").flatten(1)
-        first = top_left_cells(expand_grain_map(grain_maps, self.num_granularities), self.num_granularities).flatten(1)
-        once = codes[first == torch.arange(codes.shape[1])]
-        self.state["uses"] += torch.bincount(once, minlength=self.codebook_size)
+        codes = check_indices("codes", codes, shape, self.codebook_size, "cpu")
+        self.state["uses"] += count_uses(codes, grain_maps, self.codebook_size, self.num_granularities)
         self.state["codes"] += int(count_codes(grain_maps).sum())
         self.state["regions"] += grain_maps.numel()
         self.state["count"] += len(grain_maps)
 
     def result(self, state):
         count = per_image(state["count"])
-        shares = state["uses"].double() / state["uses"].sum()
+        uses = state["uses"].sum(0)
         bits = count_bits(state["codes"], state["regions"], self.codebook_size, self.num_granularities)
         return {
             "codes": state["codes"] / count,
             "bits": bits / count,
-            "codebook usage": float((state["uses"] > 0).double().mean()),
-            "perplexity": float((-shares.xlogy(shares).sum()).exp()),
+            "codebook usage": float((uses > 0).double().mean()),
+            "perplexity": perplexity(uses),
             "num_images": count,
         }
