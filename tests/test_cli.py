@@ -437,6 +437,104 @@ def test_a_damaged_image_stops_the_calibration(refused, place, photographs):
     assert re.search(r"at most 1.00% .* got 1 of 8, the first: .*3.png", message)
 
 
+def test_draw_order_shows_the_codes_coming_and_then_the_images_of_generate(run, place):
+    options = ["--model", "model", "--class-label", "moon", "star", "-n", 2, "--seed", 3]
+    printed = run("draw", "order", "order.gif", *options, "--seconds", 0.8)
+    images, grain_maps = expected_images("model", ["moon", "star"], seed=3)
+    codes = (4**grain_maps).flatten(1).sum(1)
+    assert printed.out == f"order.gif: 2 images of {codes[0]}, {codes[1]} codes\n"
+    with Image.open("order.gif") as animation:
+        frames, durations = [], []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            frames.append(pixels(animation))
+            durations.append(animation.info["duration"])
+    assert 2 < len(frames) <= 11 and sum(durations) == 800 + 2000 and durations[-1] == 2000
+    margin, side = 4, 32  # cells of the fine grid have 8 pixels
+    for number, image in enumerate(images):
+        left = margin + number * (side + 2 * margin)
+        finished = frames[-1][margin : margin + side, left : left + side]
+        assert np.abs(finished - enlarged(image, 4)).mean() < 4  # 256 colours
+    grey = [(np.abs(frame - 226).max(2) < 3).sum() for frame in frames]
+    assert grey[0] > 1000 and grey[-2] < 50 and all(later <= earlier + 50 for earlier, later in zip(grey, grey[1:]))
+
+
+def test_draw_entropy_prints_what_the_router_sees(run, place):
+    printed = run("draw", "entropy", "half.png", "map.png", "--model", "model")
+    grey = (pixels(Image.open("half.png")) / 127.5 - 1) @ [0.2989, 0.5870, 0.1140]
+    entropies = []
+    for row, column in np.ndindex(4, 6):
+        values = grey[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(16, 1)
+        density = np.exp(-(((values - np.linspace(-1, 1, 32)) / 0.01) ** 2) / 2).mean(0)
+        density = density / (density.sum() + 1e-40) + 1e-40
+        entropies.append(-(density * np.log(density)).sum())
+    name, low, _, high, *_, mean = printed.out.splitlines()[0].split()
+    assert name == "entropy" and [float(low), float(high), float(mean)] == pytest.approx(
+        [min(entropies), max(entropies), np.mean(entropies)], abs=0.002
+    )
+    assert printed.out.splitlines()[1].split() == ["codes", str(12 + 4 * 12)]
+    assert Image.open("map.png").size == (1100, 60 + round(320 * 16 / 24))
+    run("draw", "entropy", "half.png", "map.png", "--model", "model", "--fine-ratio", 0, "--force")
+
+
+def test_draw_usage_counts_each_code_once(run, place, photographs, models):
+    Image.new("RGB", (16, 16), "white").save(photographs / "plain.png")
+    printed = run("draw", "usage", "usage.png", "--model", models / "vae", "--data", photographs, "--split", "train")
+    images = DQImageProcessor(size={"height": 8, "width": 8})([Image.open(path) for path in photographs.iterdir()])
+    with torch.no_grad():
+        encoded = DQVAEModel.from_pretrained(models / "vae").encode(images["pixel_values"])
+    uses = {"4x4": [], "2x2": []}
+    for codes, grain_map in zip(encoded.codes.tolist(), encoded.grain_map.tolist()):
+        for row, column in np.ndindex(2, 2):
+            cells = [codes[2 * row + i][2 * column + j] for i in (0, 1) for j in (0, 1)]
+            if grain_map[row][column]:
+                uses["2x2"] += cells
+            else:
+                uses["4x4"].append(cells[0])
+    assert uses["4x4"] and uses["2x2"]
+    lines = printed.out.splitlines()
+    assert lines[0].split() == ["images", "9"]
+    for line, (name, codes) in zip(lines[1:], (uses | {"all": uses["4x4"] + uses["2x2"]}).items()):
+        shares = np.bincount(codes) / len(codes)
+        shares = shares[shares > 0]
+        perplexity = np.exp(-(shares * np.log(shares)).sum())
+        assert line.split(maxsplit=1) == [
+            name,
+            f"{len(shares)} of 16 codes, used {len(codes)} times, perplexity {perplexity:.1f}",
+        ]
+    assert Image.open("usage.png").size == (900, 600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["order", "order.png"], r"order.png must end in .gif or .webp"),
+        (["order", "taken.gif"], "taken.gif exists; choose another name or give --force"),
+        (["order", "no/order.gif"], "no/order.gif cannot be written"),
+        (["order", "order.gif", "--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["order", "order.gif", "-n", "0"], "--num-images must be at least 1, got 0"),
+        (["order", "order.gif", "--class-label", "mon"], "unknown class 'mon'"),
+        (["entropy", "none.png", "out.png"], "none.png does not exist"),
+        (["entropy", "noise.png", "half.png"], "half.png exists"),
+        (["entropy", "odd.png", "out.png"], "multiples of 4, got 10x16"),
+        (["usage", "out.png", "--data", "photographs"], "no split 'test'; it has train"),
+        (["usage", "half.png", "--data", "photographs"], "half.png exists"),
+        (["usage", "out.txt", "--data", "photographs"], "out.txt must end like an image file"),
+        (["usage", "out.png", "--data", "photographs", "--split", "train", "--device", "cuda:99"], "cannot be used"),
+    ],
+)
+def test_draw_refuses(refused, place, photographs, arguments, message):
+    (place / "taken.gif").write_text("mine")
+    Image.new("RGB", (10, 16)).save(place / "odd.png")
+    assert re.search(message, refused("draw", *arguments, "--model", "model"))
+
+
+@pytest.mark.parametrize("arguments", [["entropy", "noise.png", "out.png"], ["usage", "out.png", "--data", "gone"]])
+def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "dq_hf[draw]"' in refused("draw", *arguments, "--model", "model")
+
+
 def test_the_module_runs_as_a_command(place):
     command = [sys.executable, "-m", "dq_hf", "generate", "--model", "model", "-n", "2", "--output"]
     done = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
@@ -457,7 +555,7 @@ def test_wrong_options_show_the_usage(place, capsys, arguments):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("generate", "reconstruct", "convert", "calibrate"):
+    for command in ("generate", "reconstruct", "convert", "calibrate", "draw"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0 and f"usage: dq-hf {command}" in capsys.readouterr().out

@@ -288,11 +288,11 @@ def test_the_callback_sees_every_element(pipe, model):
     steps, seen = [], []
 
     def callback(pipeline, step, timestep, tensors):
-        assert pipeline is pipe and set(tensors) == {"codes", "grain_map", "lengths"}
+        assert pipeline is pipe and set(tensors) == {"codes", "grain_map", "taken", "lengths"}
         steps.append((step, timestep))
         seen.append({name: tensor.clone() for name, tensor in tensors.items()})
 
-    names = ["codes", "grain_map", "lengths"]
+    names = ["codes", "grain_map", "taken", "lengths"]
     output = pipe(
         class_labels=[0, 1, 2],
         generator=seeded(6),
@@ -305,6 +305,11 @@ def test_the_callback_sees_every_element(pipe, model):
     assert torch.equal(seen[-1]["grain_map"].view(3, 4, 4)[:, ::2, ::2], output.grain_maps)
     assert torch.equal(seen[-1]["lengths"], lengths)
     assert seen[0]["lengths"].tolist() == [2, 2, 2]
+    taken = torch.stack([torch.zeros(3, 16, dtype=torch.bool), *(step["taken"] for step in seen)])
+    new = taken[1:] & ~taken[:-1]  # a fine cell, the four of a coarse code, or none
+    assert taken[-1].all() and (taken[1:] | ~taken[:-1]).all() and set(new.sum(2).flatten().tolist()) == {0, 1, 4}
+    for step in seen:
+        assert torch.equal(step["codes"][step["taken"]], output.codes.flatten(1)[step["taken"]])
 
 
 def test_the_progress_bar_counts_the_elements(folder):

@@ -1,4 +1,4 @@
-"""What the README shows works: its commands, its Python, its links."""
+"""What the README shows works: its commands, its Python, its links; and the commands of docs/pictures.md."""
 
 import argparse
 import importlib.util
@@ -73,6 +73,19 @@ def test_commands_of_the_table_can_be_typed_as_they_stand():
     assert {row.split()[1] for row in rows} == set(subparsers(make_parser()))
     for row in rows:
         make_parser().parse_args(shlex.split(row)[1:])
+
+
+@pytest.mark.parametrize(
+    "command", re.findall(r"^dq-hf (.+)$", (ROOT / "docs" / "pictures.md").read_text(), flags=re.MULTILINE)
+)
+def test_commands_of_the_pictures_can_be_typed_as_they_stand(command):
+    make_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize("picture", re.findall(r"\]\((images/[^)]+)\)", (ROOT / "docs" / "pictures.md").read_text()))
+def test_pictures_are_small(picture):
+    path = ROOT / "docs" / picture
+    assert path.stat().st_size < (400_000 if path.suffix == ".gif" else 150_000)
 
 
 @pytest.mark.parametrize("command", [text for text in COMMANDS if "examples/" in text])

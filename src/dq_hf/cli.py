@@ -1,7 +1,6 @@
 """The command `dq-hf`. Results go to stdout, progress to stderr; nothing is overwritten without --force."""
 
 import argparse
-import itertools
 import math
 import os
 import sys
@@ -9,13 +8,22 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
 from .convert import convert_checkpoint
 from .files import whole_file
+from .modeling.routing_dq import count_codes, image_entropy
 from .pipelines.class_labels import class_ids
-from .visualize import draw_grain_map, image_grid
+from .visualize import (
+    draw_code_usage,
+    draw_entropy,
+    draw_generation,
+    draw_grain_map,
+    image_grid,
+    import_figure,
+)
 
 SAMPLING_OPTIONS = (
     "temperature",
@@ -26,6 +34,9 @@ SAMPLING_OPTIONS = (
     "position_top_p",
     "guidance_scale",
 )
+ANIMATIONS = (".gif", ".webp")
+FRAME_SECONDS = 0.08
+FINISHED_SECONDS = 2  # how long an animation shows the finished images
 
 
 def main(arguments=None):
@@ -44,14 +55,8 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     generate = add_command(commands, "generate", run_generate, "sample images")
-    add_model_options(generate)
-    generate.add_argument(
-        "--class-label", nargs="+", metavar="CLASS", help="names or ids, in turn; default: every class"
-    )
-    generate.add_argument("-n", "--num-images", type=int, default=16, help="images in all (default 16)")
-    generate.add_argument("--seed", type=int, default=0)
+    add_generation_options(generate, num_images=16)
     generate.add_argument("--batch-size", type=int, default=16, help="images at a time; changes the speed only")
-    add_sampling_options(generate)
     generate.add_argument("--show-grain-map", action="store_true", help="the variable-length coding beside each image")
     where = generate.add_mutually_exclusive_group(required=True)
     where.add_argument("--output", type=Path, metavar="GRID.png", help="one picture with all images")
@@ -59,16 +64,7 @@ def make_parser():
     generate.add_argument("--force", action="store_true", help="overwrite")
 
     reconstruct = add_command(commands, "reconstruct", run_reconstruct, "encode and decode an image")
-    reconstruct.add_argument("input", type=Path, metavar="IN.png")
-    reconstruct.add_argument("output", type=Path, metavar="OUT.png")
-    add_model_options(reconstruct)
-    reconstruct.add_argument(
-        "--fine-ratio",
-        type=float,
-        nargs="+",
-        help="share of regions coded finely, 0 ... 1; default: the router's choice",
-    )
-    reconstruct.add_argument("--resize", action="store_true", help="scale and crop to the model's image size")
+    add_encoding_options(reconstruct)
     reconstruct.add_argument(
         "--show-grain-map", action="store_true", help="write the coding, drawn over the image, and the reconstruction"
     )
@@ -81,17 +77,8 @@ def make_parser():
     convert.add_argument("--force", action="store_true", help="write into a folder that has files")
 
     calibrate = add_command(commands, "calibrate", run_calibrate, "fit entropy thresholds to images")
-    calibrate.add_argument("--data", required=True, help="folder of images or Parquet, or a data set of the Hub")
+    add_data_options(calibrate, split="train")
     calibrate.add_argument("--model", required=True, metavar="DIR", help="local folder whose configuration is changed")
-    calibrate.add_argument("--split", default="train")
-    calibrate.add_argument("--image-column", default="image")
-    calibrate.add_argument("--streaming", action="store_true", help="read a data set that does not fit on the disk")
-    calibrate.add_argument(
-        "--max-broken-share",
-        type=float,
-        default=0.01,
-        help="images that cannot be read are skipped and named; above this share it is an error (default 0.01)",
-    )
     calibrate.add_argument(
         "--fine-ratio",
         type=float,
@@ -99,9 +86,23 @@ def make_parser():
         default=[0.5],
         help="share of regions at each granularity but the coarsest",
     )
-    calibrate.add_argument("--batch-size", type=int, default=32)
 
     add_evaluate_commands(commands)
+
+    draw = commands.add_parser("draw", help="pictures of what the models do", description="Pictures of the models.")
+    pictures = draw.add_subparsers(dest="picture", required=True, metavar="picture")
+    order = add_command(pictures, "order", run_draw_order, "an animation of the order in which codes are generated")
+    order.add_argument("output", type=Path, metavar="OUT.gif")
+    add_generation_options(order, num_images=1)
+    order.add_argument("--seconds", type=float, default=8, help="until the images are finished (default 8)")
+    entropy = add_command(pictures, "entropy", run_draw_entropy, "a heat map of an image's entropy, and its coding")
+    add_encoding_options(entropy)
+    usage = add_command(pictures, "usage", run_draw_usage, "how often each code is used, as a histogram")
+    usage.add_argument("output", type=Path, metavar="OUT.png")
+    add_model_options(usage)
+    add_data_options(usage, split="test")
+    for picture in (order, entropy, usage):
+        picture.add_argument("--force", action="store_true", help="overwrite")
     return parser
 
 
@@ -163,6 +164,46 @@ def add_command(commands, name, run, description):
     return command
 
 
+def add_generation_options(command, num_images):
+    """Which model, which images of it, and how they are drawn."""
+    add_model_options(command)
+    command.add_argument(
+        "--class-label", nargs="+", metavar="CLASS", help="names or ids, in turn; default: every class"
+    )
+    command.add_argument("-n", "--num-images", type=int, default=num_images, help="images in all (%(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+    add_sampling_options(command)
+
+
+def add_encoding_options(command):
+    """Which image goes where, and how it is encoded."""
+    command.add_argument("input", type=Path, metavar="IN.png")
+    command.add_argument("output", type=Path, metavar="OUT.png")
+    add_model_options(command)
+    command.add_argument(
+        "--fine-ratio",
+        type=float,
+        nargs="+",
+        help="share of regions coded finely, 0 ... 1; default: the router's choice",
+    )
+    command.add_argument("--resize", action="store_true", help="scale and crop to the model's image size")
+
+
+def add_data_options(command, split):
+    """Which images of a data set."""
+    command.add_argument("--data", required=True, help="folder of images or Parquet, or a data set of the Hub")
+    command.add_argument("--split", default=split, help="(default %(default)s)")
+    command.add_argument("--image-column", default="image")
+    command.add_argument("--streaming", action="store_true", help="read a data set that does not fit on the disk")
+    command.add_argument(
+        "--max-broken-share",
+        type=float,
+        default=0.01,
+        help="images that cannot be read are skipped and named; above this share it is an error (default 0.01)",
+    )
+    command.add_argument("--batch-size", type=int, default=32)
+
+
 def add_model_options(command):
     """Which model, and on which device."""
     command.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: the embedded emoji model")
@@ -180,11 +221,9 @@ def add_sampling_options(command):
 
 def run_generate(args):
     """`dq-hf generate`."""
-    if args.num_images < 1:
-        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    check_device(args.device)
+    check_sampling(args)
     if args.output is not None:
         paths = [args.output]
     else:
@@ -192,26 +231,10 @@ def run_generate(args):
     check_outputs(paths, args.force, make_folder=args.output_dir is not None)
 
     pipe = DQPipeline.from_pretrained(find_model(args.model)).to(args.device)
-    pipe.set_progress_bar_config(desc="generate", unit="code")
-    config = pipe.transformer.config
-    labels = None
-    if args.class_label is not None or config.num_classes:
-        names = args.class_label or list(range(config.num_classes))
-        ids = class_ids(
-            [int(name) if isinstance(name, str) and is_id(name, config) else name for name in names], config
-        )
-        labels = list(itertools.islice(itertools.cycle(ids), args.num_images))
     generator = torch.Generator().manual_seed(args.seed)
     images = []
     for first in range(0, args.num_images, args.batch_size):
-        count = min(args.batch_size, args.num_images - first)
-        output = pipe(
-            class_labels=None if labels is None else labels[first : first + count],
-            num_images_per_label=count if labels is None else 1,
-            fine_positions=args.fine_positions,
-            generator=generator,
-            **{name: getattr(args, name) for name in SAMPLING_OPTIONS},
-        )
+        output = sample(pipe, args, range(first, min(first + args.batch_size, args.num_images)), generator)
         pictures = output.images
         if args.show_grain_map:
             scale = math.ceil(8 / pipe.vae.config.granularities[-1])  # frames of at least 8 pixels, one size for all
@@ -226,6 +249,28 @@ def run_generate(args):
     print(args.output or f"{args.output_dir}: {args.num_images} images")
 
 
+def check_sampling(args):
+    """Raise ValueError if the number of images or the device cannot be."""
+    if args.num_images < 1:
+        raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    check_device(args.device)
+
+
+def sample(pipe, args, numbers, generator, **options):
+    """The pipeline's output for the images of these numbers, whose classes come in turn."""
+    pipe.set_progress_bar_config(desc="generate", unit="code")
+    config = pipe.transformer.config
+    which = {"num_images_per_label": len(numbers)}
+    if args.class_label is not None or config.num_classes:
+        names = args.class_label or list(range(config.num_classes))
+        ids = class_ids(
+            [int(name) if isinstance(name, str) and is_id(name, config) else name for name in names], config
+        )
+        which = {"class_labels": [ids[number % len(ids)] for number in numbers]}
+    sampling = {name: getattr(args, name) for name in (*SAMPLING_OPTIONS, "fine_positions")}
+    return pipe(**which, **sampling, generator=generator, **options)
+
+
 def is_id(name, config):
     """Whether a class given on the command line is a number, and not a name."""
     return name not in config.label2id and name.lstrip("-").isdigit()
@@ -233,22 +278,8 @@ def is_id(name, config):
 
 def run_reconstruct(args):
     """`dq-hf reconstruct`."""
-    check_device(args.device)
-    check_outputs([args.output], args.force)
-    image = read_image(args.input)
-    vae = load_vae(args.model).to(args.device)
-    height, width = vae.config.image_height_width
-    processor = DQImageProcessor(size={"height": height, "width": width}, do_resize=args.resize)
-    pixel_values = processor(image)["pixel_values"].to(args.device)
-    factor = vae.config.granularities[0]
-    if any(side % factor for side in pixel_values.shape[2:]):
-        found_height, found_width = pixel_values.shape[2:]
-        raise ValueError(
-            f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
-            f"give --resize for {width}x{height}, or resize the file"
-        )
+    vae, processor, pixel_values, encoded = encode_image(args)
     with torch.no_grad():
-        encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
         decoded = vae.decode_codes(encoded.codes).sample.float().clamp(-1, 1)
     result = processor.post_process(decoded)[0]
     if args.show_grain_map:
@@ -267,6 +298,27 @@ def run_reconstruct(args):
     print(f"PSNR   {psnr:.2f} dB")
 
 
+def encode_image(args):
+    """The tokenizer, its processor, the image as `pixel_values`, and its codes; for `add_encoding_options`."""
+    check_device(args.device)
+    check_outputs([args.output], args.force)
+    image = read_image(args.input)
+    vae = load_vae(args.model).to(args.device)
+    height, width = vae.config.image_height_width
+    processor = DQImageProcessor(size={"height": height, "width": width}, do_resize=args.resize)
+    pixel_values = processor(image)["pixel_values"].to(args.device)
+    factor = vae.config.granularities[0]
+    if any(side % factor for side in pixel_values.shape[2:]):
+        found_height, found_width = pixel_values.shape[2:]
+        raise ValueError(
+            f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
+            f"give --resize for {width}x{height}, or resize the file"
+        )
+    with torch.no_grad():
+        encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
+    return vae, processor, pixel_values, encoded
+
+
 def load_vae(model):
     """The tokenizer of a folder or repository, which may hold both models."""
     folder = find_model(model)
@@ -283,7 +335,6 @@ def run_convert(args):
 def run_calibrate(args):
     """`dq-hf calibrate`."""
     from .training.calibration import calibrate_thresholds
-    from .training.data import ImageCollator, StreamedImages, load_images
 
     folder = Path(args.model)
     if not (folder / "config.json").is_file():
@@ -297,13 +348,7 @@ def run_calibrate(args):
             f"--fine-ratio needs {len(vae_config.granularities) - 1} share(s), one for each granularity but the coarsest; "
             f"got {args.fine_ratio}"
         )
-    height, width = vae_config.image_height_width
-    collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), args.image_column)
-    dataset = load_images(args.data, args.split, args.image_column, args.streaming)
-    if not args.streaming:
-        dataset = dataset.to_iterable_dataset()
-    images = StreamedImages(dataset, args.image_column, args.max_broken_share, shuffle_buffer=0)
-    loader = torch.utils.data.DataLoader(images, args.batch_size, collate_fn=collate)
+    images, loader = read_images(args, vae_config)
     batches = (batch["pixel_values"] for batch in loader)
     vae_config.entropy_thresholds, achieved = calibrate_thresholds(
         batches, vae_config.granularities[0], args.fine_ratio
@@ -314,6 +359,19 @@ def run_calibrate(args):
     print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae_config.entropy_thresholds)} nats")
     num_images = images.num_rows - images.num_broken
     print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
+
+
+def read_images(args, vae_config):
+    """The images of `add_data_options`, with counts of those read, and a loader of their `pixel_values`."""
+    from .training.data import ImageCollator, StreamedImages, load_images
+
+    height, width = vae_config.image_height_width
+    collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), args.image_column)
+    dataset = load_images(args.data, args.split, args.image_column, args.streaming)
+    if not args.streaming:
+        dataset = dataset.to_iterable_dataset()
+    images = StreamedImages(dataset, args.image_column, args.max_broken_share, shuffle_buffer=0)
+    return images, torch.utils.data.DataLoader(images, args.batch_size, collate_fn=collate)
 
 
 def run_evaluate_reconstruction(args):
@@ -393,6 +451,82 @@ def finish_report(args, report):
         print(report_table(report))
 
 
+def run_draw_order(args):
+    """`dq-hf draw order`."""
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
+    if args.output.suffix.lower() not in ANIMATIONS:
+        raise ValueError(f"{args.output} must end in {' or '.join(ANIMATIONS)}; other formats hold no animation")
+    check_sampling(args)
+    check_outputs([args.output], args.force)
+    pipe = DQPipeline.from_pretrained(find_model(args.model)).to(args.device)
+    order = 0  # after how many steps each cell has its code
+
+    def on_step_end(pipe, step, _, tensors):
+        nonlocal order
+        order = order + (~tensors["taken"]).long()
+
+    output = sample(
+        pipe,
+        args,
+        range(args.num_images),
+        torch.Generator().manual_seed(args.seed),
+        output_type="codes",
+        callback_on_step_end=on_step_end,
+        callback_on_step_end_tensor_inputs=("taken",),
+    )
+    num_frames = max(1, round(args.seconds / FRAME_SECONDS))
+    frames = draw_generation(
+        pipe.vae, pipe.image_processor, output.codes, output.grain_maps, order.view_as(output.codes), num_frames
+    )
+    if args.output.suffix.lower() == ".gif":  # one palette for all, not dithered: no flicker, a third of the size
+        palette = image_grid([frames[0], *frames[-2:]]).quantize()
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    seconds = [args.seconds / (len(frames) - 1)] * (len(frames) - 1) + [FINISHED_SECONDS]
+    durations = [round(1000 * value) for value in seconds]
+    save_image(frames[0], args.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    codes = count_codes(output.grain_maps).tolist()
+    print(f"{args.output}: {args.num_images} images of {', '.join(map(str, codes))} codes")
+
+
+def run_draw_entropy(args):
+    """`dq-hf draw entropy`."""
+    import_figure()
+    vae, processor, pixel_values, encoded = encode_image(args)
+    entropy = image_entropy(pixel_values, vae.config.granularities[0])[0].cpu()
+    thresholds = vae.config.entropy_thresholds if vae.config.router == "entropy" and args.fine_ratio is None else ()
+    image = processor.post_process(pixel_values)[0]
+    save_image(draw_entropy(image, entropy, encoded.grain_map[0].cpu(), thresholds), args.output)
+    low, mean, high = (float(value) for value in (entropy.min(), entropy.mean(), entropy.max()))
+    print(f"entropy  {low:.3f} ... {high:.3f} nats a region, mean {mean:.3f}")
+    print(f"codes    {int(encoded.num_codes)}")
+
+
+def run_draw_usage(args):
+    """`dq-hf draw usage`."""
+    from .metrics.code_statistics import CodeStatistics, perplexity
+
+    import_figure()  # if it cannot be drawn, say so before the work
+    check_device(args.device)
+    check_outputs([args.output], args.force)
+    vae = load_vae(args.model).to(args.device)
+    images, loader = read_images(args, vae.config)
+    statistics = CodeStatistics(vae.config.codebook_size, len(vae.config.granularities))
+    for batch in tqdm(loader, desc="encode"):
+        with torch.no_grad():
+            encoded = vae.encode(batch["pixel_values"].to(args.device))
+        statistics.add_batch(codes=encoded.codes, grain_maps=encoded.grain_map)
+    uses = statistics.state["uses"]
+    if not uses.any():
+        raise ValueError(f"{args.data} must hold at least one image, got none")
+    save_image(draw_code_usage(uses, vae.config.granularities), args.output)
+    print(f"images     {images.num_rows - images.num_broken}")
+    rows = {f"{side}x{side}": row for side, row in zip(vae.config.granularities, uses)}
+    for name, row in (rows | {"all": uses.sum(0)}).items():
+        print(f"{name:10} {int((row > 0).sum())} of {len(row)} codes, used {int(row.sum())} times", end="")
+        print(f", perplexity {perplexity(row):.1f}" if row.any() else "")
+
+
 def single(shares):
     """One share as a number, more as the list, None as None."""
     return shares[0] if shares is not None and len(shares) == 1 else shares
@@ -446,10 +580,10 @@ def check_outputs(paths, force, make_folder=False):
         raise OSError(f"{paths[0]} cannot be written; its folder must exist and be writable")
 
 
-def save_image(image, path):
+def save_image(image, path, **options):
     """Write through a temporary file, so that what was there is lost only once the new image is whole."""
     with whole_file(path) as partial:
-        image.save(partial)
+        image.save(partial, **options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ..modeling.modeling_dqvae import DQVAEModel
 from .class_labels import as_list, class_ids
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
-CALLBACK_TENSORS = ("codes", "grain_map", "lengths")
+CALLBACK_TENSORS = ("codes", "grain_map", "taken", "lengths")
 
 
 @dataclass
@@ -86,7 +86,7 @@ class DQPipeline(DiffusionPipeline):
             callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every element of the
                 streams; what it returns is not used.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
-                the fine grid) and "lengths" (B,).
+                the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,).
             compile_config: as in `DQTransformerForImageGeneration.generate`.
 
         Raises:
@@ -114,7 +114,12 @@ class DQPipeline(DiffusionPipeline):
             def on_step_end(step, max_steps, state):
                 progress.update()
                 if callback_on_step_end is not None:
-                    tensors = {"codes": state.codes, "grain_map": state.fine_grain_map, "lengths": state.lengths}
+                    tensors = {
+                        "codes": state.codes,
+                        "grain_map": state.fine_grain_map,
+                        "taken": state.taken,
+                        "lengths": state.lengths,
+                    }
                     chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     callback_on_step_end(self, step - 1, step - 1, chosen)
 
