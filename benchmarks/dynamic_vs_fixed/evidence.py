@@ -1,0 +1,295 @@
+"""Tables and plots of what has been measured so far, from the JSON files of finished runs.
+
+    python benchmarks/dynamic_vs_fixed/evidence.py          # brings docs/evidence.md up to date; seconds
+
+The fair opponent of a tokenizer with 127 codes on average is none with 64 and none with 256: it is the fixed-length curve
+at 127 codes, linear in the logarithm of the number of codes (or bits) between its measured points.
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from conditions import CONDITIONS
+from matplotlib.figure import Figure
+from stage_2 import GENERATORS
+from transformers import HfArgumentParser
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+sys.path.append(str(HERE.parent))
+from report import write_section  # noqa: E402
+
+CURVE = ("fixed-64", "fixed-128", "fixed-256")
+# Rows of the tables: condition, and how the held-out images were routed.
+ROWS = [(name, way) for name in CONDITIONS for way in ("own", "exact")]
+NUM_SEEDS = 3
+NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure: its name, how it is written, and whether more of it is better."""
+
+    name: str
+    form: str
+    more_is_better: bool
+
+
+PER_IMAGE = {
+    "psnr": Measure("PSNR, dB", ".2f", True),
+    "ssim": Measure("SSIM", ".4f", True),
+    "perceptual": Measure("PD-EffLite0", ".4f", False),
+}
+OF_SET = {
+    "psnr_of_mean_error": Measure("PSNR of mean error, dB", ".2f", True),
+    "frechet": Measure("FD-EffLite0", ".1f", False),
+}
+MEASURES = PER_IMAGE | OF_SET
+
+
+@dataclass
+class Arguments:
+    results_dir: str = field(default=str(HERE / "results"), metadata={"help": "folder of the results"})
+    output: str = field(default=str(REPOSITORY / "docs" / "evidence.md"), metadata={"help": "Markdown file"})
+    images_dir: str = field(default=str(REPOSITORY / "docs" / "images"), metadata={"help": "folder of the plots"})
+
+
+def main(args):
+    for folder in sorted(path for path in Path(args.results_dir).iterdir() if path.is_dir()):
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+        groups = json.loads((folder / "held_out.json").read_text())["groups"]
+        tokenizers = [result for result in results if result["condition"] in CONDITIONS]
+        generators = [result for result in results if result["condition"] in GENERATORS]
+        runs = by_row(tokenizers)
+        plot = Path(args.images_dir, f"dynamic_vs_fixed-{folder.name}.png")
+        plot_curves(runs, plot)
+        parts = [
+            f"{describe(tokenizers, groups)}",
+            rates_table(runs),
+            claim_table(runs, groups),
+            f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})",
+        ]
+        write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(parts))
+        write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators, runs))
+
+
+def describe(results, groups):
+    """What all runs have in common, in a sentence.
+
+    Raises:
+        ValueError: runs that cannot be compared, for their settings differ.
+    """
+    same = ("data_sha256", "steps", "batch_size", "learning_rate")
+    settings = [{name: result[name] for name in same} for result in results]
+    if different := [other for other in settings if other != settings[0]]:
+        raise ValueError(f"all runs must have the same settings, got {settings[0]} and {different[0]}")
+    if not results:
+        return "No run is finished yet."
+    versions = sorted({f"torch {result['versions']['torch']}" for result in results})
+    return (
+        f"{settings[0]['steps']} steps of {settings[0]['batch_size']} images; {len(groups)} held-out images in "
+        f"{len(set(groups))} independent groups; {', '.join(versions)}."
+    )
+
+
+def by_row(results):
+    """Figures of finished tokenizer runs: {(condition, routing): {seed: figures}}."""
+    runs = {}
+    for result in results:
+        for way, figures in result["held_out"].items():
+            figures = summary(figures) | {"num_parameters": result["num_parameters"]}
+            runs.setdefault((result["condition"], way), {})[result["seed"]] = figures
+    return runs
+
+
+def summary(figures):
+    """What one run measured: arrays over the images, and numbers."""
+    images = {name: np.array(values, dtype=float) for name, values in figures["images"].items()}
+    return {
+        "images": images,
+        "codes": figures["codes"],
+        "bits": figures["bits"],
+        "shares": figures["shares"],
+        **{name: images[name].mean() for name in PER_IMAGE},
+        "psnr_of_mean_error": -10 * math.log10((10 ** (-images["psnr"] / 10)).mean()),
+        "frechet": figures["FD-EffLite0"],
+    }
+
+
+def rates_table(runs):
+    """What every condition spends and reaches, means over the seeds and their range."""
+    head = ["condition", "routing", "codes", "bits", *(measure.name for measure in MEASURES.values())]
+    lines = [head + ["shares, coarsest first", "parameters", "seeds"]]
+    for name, way in ROWS:
+        seeds = runs.get((name, way), {})
+        if way == "own" or seeds:
+            lines.append(rates_row(name, way, seeds))
+    return markdown(lines)
+
+
+def rates_row(name, way, seeds):
+    """A line of `rates_table`."""
+    cells = [name, {"own": "its own", "exact": "exact shares"}[way] if CONDITIONS[name].shares else ""]
+    values = list(seeds.values())
+    if not values:
+        return cells + ["not yet"] + [""] * (len(MEASURES) + 3) + [f"0 of {NUM_SEEDS}"]
+    forms = {"codes": ".1f", "bits": ".0f"} | {name: measure.form for name, measure in MEASURES.items()}
+    cells += [spread([value[name] for value in values], form) for name, form in forms.items()]
+    shares = np.mean([value["shares"] for value in values], axis=0)
+    cells += [" / ".join(f"{share:.3f}" for share in shares), f"{values[0]['num_parameters']:,}"]
+    return [*cells, f"{len(values)} of {NUM_SEEDS}"]
+
+
+def claim_table(runs, groups):
+    """Differences between conditions, image by image, with intervals."""
+    lines = [["compared", "with", *(measure.name for measure in PER_IMAGE.values()), "seeds"]]
+    for row in ROWS:
+        if not CONDITIONS[row[0]].shares:
+            continue
+        for rate in ("codes", "bits"):
+            lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", rate))
+        if row[0] != "random":
+            lines.append(claim_row(runs, groups, row, "random routing", None))
+    return markdown([line for line in lines if line])
+
+
+def claim_row(runs, groups, row, opponent, rate):
+    """A line of `claim_table`; None if no seed has all the runs that it takes."""
+    needed = [(name, "own") for name in (CURVE if rate else ["random"])]
+    seeds = sorted(set.intersection(*(set(runs.get(key, {})) for key in [row, *needed])))
+    if not seeds:
+        return None
+    cells = [f"{row[0]}, {'exact shares' if row[1] == 'exact' else 'its own choice'}", opponent]
+    for name, measure in PER_IMAGE.items():
+        differences = []
+        for seed in seeds:
+            ours, others = runs[row][seed], [runs[key][seed] for key in needed]
+            theirs = [other["images"][name] for other in others]
+            theirs = interpolate(ours[rate], [other[rate] for other in others], theirs) if rate else theirs[0]
+            differences.append(ours["images"][name] - theirs)
+        low, high = bootstrap(np.array(differences), np.array(groups))
+        cells.append(f"{np.mean(differences):+{measure.form}} [{low:+{measure.form}}, {high:+{measure.form}}]")
+        cells[-1] += f" {verdict(low, high, measure.more_is_better)}"
+    return [*cells, f"{len(seeds)} of {NUM_SEEDS}"]
+
+
+def verdict(low, high, more_is_better):
+    """What an interval of differences says: "better", "worse", or "open" where it holds 0."""
+    if low <= 0 <= high:
+        return "open"
+    return "better" if (low > 0) == more_is_better else "worse"
+
+
+def interpolate(rate, rates, values):
+    """Values at a rate, linear in its logarithm between the two measured rates around it, or the two nearest to it.
+
+    Args:
+        rates: ascending numbers.
+        values: arrays, one for each rate.
+    """
+    right = min(max(1, np.searchsorted(rates, rate)), len(rates) - 1)
+    left = right - 1
+    weight = math.log(rate / rates[left]) / math.log(rates[right] / rates[left])
+    return (1 - weight) * values[left] + weight * values[right]
+
+
+def bootstrap(differences, groups, num_resamples=NUM_RESAMPLES, seed=0):
+    """A 95 % interval for the mean difference: percentiles over resampled seeds and groups of images, both with replacement.
+
+    Args:
+        differences: (seeds, images).
+        groups: (images,) integers; images of one photograph, or of one emoji by two vendors, are drawn together.
+    """
+    rng = np.random.default_rng(seed)
+    num_seeds = len(differences)
+    _, groups = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(groups)
+    sums = np.array([np.bincount(groups, weights=row) for row in differences])  # (seeds, groups)
+    draws = rng.multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_resamples
+    )  # times a group is drawn
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num_resamples) / num_seeds
+    means = (seeds * (draws @ sums.T)).sum(axis=1) / (draws @ sizes)
+    return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def generators_table(results, runs):
+    """What every generator reaches in the same time, means over the seeds and their range."""
+    head = [
+        "generator",
+        "codes of",
+        "elements",
+        "parameters",
+        "steps",
+        "nats/image",
+        "FD-EffLite0",
+        "of its tokenizer",
+    ]
+    lines = [head + ["CPU s/sample", "seeds"]]
+    for name, tokenizer in GENERATORS.items():
+        values = [result for result in results if result["condition"] == name]
+        if not values:
+            lines.append([name, tokenizer, "not yet"] + [""] * 6 + [f"0 of {NUM_SEEDS}"])
+            continue
+        floor = runs[tokenizer, "own"]
+        columns = [
+            ([result["held_out"]["elements"] for result in values], ".1f"),
+            ([result["num_parameters"] for result in values], ",.0f"),
+            ([result["steps"] for result in values], ",.0f"),
+            ([np.mean(result["held_out"]["nats"]) for result in values], ".1f"),
+            ([result["held_out"]["FD-EffLite0"] for result in values], ".1f"),
+            ([floor[result["seed"]]["frechet"] for result in values], ".1f"),
+            ([result["held_out"]["seconds_per_sample"] for result in values], ".3f"),
+        ]
+        lines.append([name, tokenizer, *(spread(*column) for column in columns), f"{len(values)} of {NUM_SEEDS}"])
+    return markdown(lines)
+
+
+def spread(values, form):
+    """Mean of some numbers, and half of their range."""
+    half_range = (max(values) - min(values)) / 2
+    return f"{np.mean(values):{form}}" + (f" ± {half_range:{form}}" if half_range > 0 else "")
+
+
+def plot_curves(runs, path):
+    """Each measure against codes (above) and bits (below): the fixed-length curve, and the others as points."""
+    figure = Figure(figsize=(4 * len(MEASURES), 7), layout="constrained")
+    axes = figure.subplots(2, len(MEASURES))
+    for rate, row in zip(("codes", "bits"), axes):
+        for axis, (name, measure) in zip(row, MEASURES.items()):
+            curve = [points(runs, (fixed, "own"), rate, name) for fixed in CURVE]
+            curve = [mean for mean, _ in curve if mean is not None]
+            axis.plot(*zip(*curve), "k.-", label="fixed-length") if curve else None
+            for number, key in enumerate(key for key in ROWS if CONDITIONS[key[0]].shares):
+                mean, seeds = points(runs, key, rate, name)
+                if mean is not None:
+                    colour, marker = f"C{number // 2}", "o" if key[1] == "own" else "s"
+                    axis.plot(*mean, marker, color=colour, label=f"{key[0]}, {key[1]}", fillstyle="none")
+                    axis.plot(*zip(*seeds), marker, color=colour, markersize=2)
+            axis.set_xscale("log", base=2)
+            axis.set(xlabel=f"{rate} an image", ylabel=measure.name)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=70)
+
+
+def points(runs, key, rate, name):
+    """(rate, measure) as a mean over the seeds, and of each seed; None and [] without any run."""
+    seeds = [(values[rate], values[name]) for values in runs.get(key, {}).values()]
+    return (tuple(np.mean(seeds, axis=0)) if seeds else None), seeds
+
+
+def markdown(lines):
+    """A table whose first line is its head."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])

@@ -1,0 +1,245 @@
+"""Do variable-length codes describe images better than fixed-length ones of the same number, and generate them better?
+
+    python benchmarks/dynamic_vs_fixed/run.py --smoke                # everything once, tiny: a minute
+    python benchmarks/dynamic_vs_fixed/run.py                        # emoji: all tokenizers and generators, three seeds
+    python benchmarks/dynamic_vs_fixed/photographs.py                # fetches the photographs, then
+    python benchmarks/dynamic_vs_fixed/run.py --data photographs
+
+Every finished run is a small JSON file in `results/<data>/`, and is not run again; the trained weights stay in
+`--work_dir`. A run that was killed starts again alone: give the same command again. `evidence.py` makes the tables.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import conditions
+import evidence
+import stage_1
+import stage_2
+import torch
+from conditions import CONDITIONS, IMAGE_SIZE
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser
+
+import dq_hf
+from dq_hf.modeling.image_processing_dq import DQImageProcessor
+from dq_hf.training.data import ImageCollator, load_images
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+DATA = {"emoji": REPOSITORY / "examples" / "data" / "emoji", "photographs": REPOSITORY / "runs" / "photographs"}
+
+
+@dataclass
+class Arguments:
+    data: list[str] = field(default_factory=lambda: ["emoji"], metadata={"help": f"of {', '.join(DATA)}"})
+    stages: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "1: tokenizers, 2: generators"})
+    conditions: list[str] = field(
+        default_factory=lambda: [*CONDITIONS, *stage_2.GENERATORS], metadata={"help": "which ones to run"}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights and order of images"})
+    steps: int = field(default=600, metadata={"help": "optimizer steps of a tokenizer"})
+    seconds: float = field(default=180.0, metadata={"help": "CPU time of training a generator"})
+    samples: int = field(default=384, metadata={"help": "images that a generator samples"})
+    images: int | None = field(default=None, metadata={"help": "the first images of each split only; none: all"})
+    smoke: bool = field(default=False, metadata={"help": "everything tiny, from the start, in <work_dir>/smoke"})
+    work_dir: str = field(default=str(REPOSITORY / "runs" / "dynamic_vs_fixed"), metadata={"help": "for the weights"})
+    results_dir: str = field(default=str(HERE / "results"), metadata={"help": "folder of the results"})
+
+
+def main(args):
+    for name, possible in (("data", DATA), ("stages", (1, 2)), ("conditions", [*CONDITIONS, *stage_2.GENERATORS])):
+        if unknown := [value for value in getattr(args, name) if value not in possible]:
+            raise ValueError(f"{name} must be of {', '.join(map(str, possible))}, got {unknown[0]}")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    if args.smoke:
+        smoke(args)
+        return
+    for data in args.data:
+        images, groups = {}, {}
+        for split in ("train", "test"):
+            images[split], groups[split] = load_split(DATA[data], split, args.images)
+        folder = Path(args.results_dir, data)
+        write_json(folder / "held_out.json", {"sha256": fingerprint(images["test"]), "groups": groups["test"]})
+        for seed in args.seeds:
+            for name in args.conditions:
+                if name in CONDITIONS and 1 in args.stages:
+                    run_tokenizer(args, data, images, name, seed)
+                elif name in stage_2.GENERATORS and 2 in args.stages:
+                    run_generator(args, data, images, name, seed)
+
+
+def smoke(args):
+    """All runs and the report, tiny and from the start."""
+    place = Path(args.work_dir, "smoke")
+    shutil.rmtree(place, ignore_errors=True)
+    tiny = dict(data=["emoji"], seeds=[0], steps=2, seconds=0.5, samples=4, images=16, smoke=False)
+    main(dataclasses.replace(args, **tiny, work_dir=str(place), results_dir=str(place / "results")))
+    evidence.main(
+        evidence.Arguments(
+            results_dir=str(place / "results"), output=str(place / "evidence.md"), images_dir=str(place / "images")
+        )
+    )
+
+
+def run_tokenizer(args, data, images, name, seed):
+    """One run of stage 1, unless its result is there."""
+    settings = common_settings(data, images, name, seed) | {
+        "steps": args.steps,
+        "batch_size": stage_1.BATCH_SIZE,
+        "learning_rate": stage_1.LEARNING_RATE,
+    }
+    run(
+        args,
+        settings,
+        train=lambda: stage_1.train(CONDITIONS[name], images["train"], seed, args.steps),
+        make=lambda facts: conditions.make_model(CONDITIONS[name], facts["entropy_thresholds"]),
+        evaluate=lambda model: stage_1.evaluate(model, CONDITIONS[name], images["test"], seed),
+    )
+
+
+def run_generator(args, data, images, name, seed):
+    """One run of stage 2, unless its result is there; the tokenizer of the same seed must have been trained."""
+    settings = common_settings(data, images, name, seed) | {
+        "seconds": args.seconds,
+        "batch_size": stage_2.BATCH_SIZE,
+        "learning_rate": stage_2.LEARNING_RATE,
+        "samples": args.samples,
+    }
+    tokenizer = stage_2.GENERATORS[name]
+    condition, weights = CONDITIONS[tokenizer], weights_path(args, data, tokenizer, seed)
+
+    def parts():
+        if not weights.exists():
+            raise FileNotFoundError(f"{name} needs {weights}; run stage 1 of {tokenizer}, seed {seed} first")
+        facts = read_metadata(weights)["facts"]
+        vae = load_weights(conditions.make_model(condition, facts["entropy_thresholds"]), weights)
+        return vae, *stage_2.encode(vae, images["train"])
+
+    def train():
+        vae, codes, grain_maps = parts()
+        return stage_2.train(codes, grain_maps, vae.config.codebook_size, seed, args.seconds)
+
+    def make(facts):
+        vae, codes, grain_maps = parts()
+        return stage_2.make_model(codes, grain_maps, vae.config.codebook_size)
+
+    run(
+        args,
+        settings,
+        train=train,
+        make=make,
+        evaluate=lambda model: stage_2.evaluate(model, parts()[0], images["test"], args.samples, seed),
+    )
+
+
+def common_settings(data, images, name, seed):
+    """What says, for both stages, which run it is."""
+    return {
+        "condition": name,
+        "data": data,
+        "data_sha256": {split: fingerprint(tensor) for split, tensor in images.items()},
+        "seed": seed,
+    }
+
+
+def weights_path(args, data, name, seed):
+    """File of a run's trained weights."""
+    return Path(args.work_dir, data, f"{name}-seed{seed}.safetensors")
+
+
+def run(args, settings, train, make, evaluate):
+    """Train, unless the weights are there, and measure, unless the result is there.
+
+    Args:
+        train: gives a trained model and what to note about its training.
+        make: gives an untrained model from these notes.
+        evaluate: gives the figures of a model.
+    """
+    data, name, seed = (settings[key] for key in ("data", "condition", "seed"))
+    result = Path(args.results_dir, data, f"{name}-seed{seed}.json")
+    if result.exists():
+        return
+    print(f"{data}, {name}, seed {seed}", flush=True)
+    weights = weights_path(args, data, name, seed)
+    if not weights.exists():
+        model, facts = train()
+        save_weights(model, weights, {"settings": settings, "facts": facts})
+    metadata = read_metadata(weights)
+    if metadata["settings"] != settings:
+        raise ValueError(f"{weights} must be of a run with {settings}, got {metadata['settings']}; remove it")
+    model = load_weights(make(metadata["facts"]), weights)
+    write_json(
+        result,
+        settings
+        | metadata["facts"]
+        | {
+            "num_parameters": model.num_parameters(),
+            "config": model.config.to_diff_dict(),
+            "versions": {"dq_hf": dq_hf.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "held_out": evaluate(model),
+        },
+    )
+
+
+def load_split(folder, split, num_images=None):
+    """Images (n, 3, 64, 64) in [-1, 1] of a split, and for each the number of its group.
+
+    A group is what cannot count as several independent images: the tiles of one photograph (files named
+    `<photograph>-<tile>.png`), or the pictures of one emoji by several vendors (column `codepoints`).
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} not found; make the photographs with photographs.py")
+    dataset = load_images(folder, split)
+    rows = list(dataset.select(range(min(num_images or len(dataset), len(dataset)))))
+    names = [row.get("codepoints") or Path(row["image"]["path"]).name.rsplit("-", 1)[0] for row in rows]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    collate = ImageCollator(DQImageProcessor({"height": IMAGE_SIZE, "width": IMAGE_SIZE}))
+    return collate(rows)["pixel_values"], [numbers[name] for name in names]
+
+
+def fingerprint(images):
+    """16 hex digits of the pixels."""
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def save_weights(model, path, metadata):
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    state_dict = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    save_file(state_dict, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
+    partial.rename(path)
+
+
+def read_metadata(path):
+    """What `save_weights` was given."""
+    with safe_open(path, "pt") as file:
+        return {name: json.loads(value) for name, value in file.metadata().items()}
+
+
+def load_weights(model, path):
+    """The model with trained weights, in evaluation mode."""
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def write_json(path, result):
+    """Whole or not at all; a line for each field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
