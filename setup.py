@@ -41,10 +41,13 @@ setup(
         ],
         "adapters": ["peft>=0.21"],
         "quantization": ["torchao>=0.18"],
+        "demo": ["gradio>=6.31,<7"],
         "test": [
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
+            "gradio>=6.31,<7",
+            "playwright",
             "psutil",
             "ruff",
             "scikit-image",

@@ -16,6 +16,7 @@ from .convert import convert_checkpoint
 from .files import whole_file
 from .modeling.routing_dq import count_codes, image_entropy
 from .pipelines.class_labels import class_ids
+from .reconstruction import reconstruct
 from .visualize import (
     draw_code_usage,
     draw_entropy,
@@ -103,6 +104,11 @@ def make_parser():
     add_data_options(usage, split="test")
     for picture in (order, entropy, usage):
         picture.add_argument("--force", action="store_true", help="overwrite")
+
+    demo = add_command(commands, "demo", run_demo, "serve a page to sample and to reconstruct images on")
+    add_model_options(demo)
+    demo.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: reachable from outside")
+    demo.add_argument("--port", type=int, default=7860, help="0: any free one (default 7860)")
     return parser
 
 
@@ -278,28 +284,23 @@ def is_id(name, config):
 
 def run_reconstruct(args):
     """`dq-hf reconstruct`."""
-    vae, processor, pixel_values, encoded = encode_image(args)
-    with torch.no_grad():
-        decoded = vae.decode_codes(encoded.codes).sample.float().clamp(-1, 1)
-    result = processor.post_process(decoded)[0]
+    vae, processor, pixel_values = open_image(args)
+    reconstruction = reconstruct(vae, pixel_values, single(args.fine_ratio))
+    result = processor.post_process(reconstruction.pixel_values)[0]
     if args.show_grain_map:
         original = processor.post_process(pixel_values)[0]
-        overlay = draw_grain_map(original, encoded.grain_map[0])
+        overlay = draw_grain_map(original, reconstruction.grain_map)
         result = image_grid([overlay, result.resize(overlay.size, Image.NEAREST)], columns=2)
     save_image(result, args.output)
 
-    num_codes, num_regions = int(encoded.num_codes), encoded.grain_map.numel()
-    code_bits = num_codes * math.log2(vae.config.codebook_size)
-    map_bits = num_regions * math.log2(len(vae.config.granularities))
-    error = (decoded - pixel_values).square().mean().item()
-    psnr = 10 * math.log10(4 / error) if error else math.inf
-    print(f"codes  {num_codes} ({encoded.codes.numel()} if all regions were fine)")
-    print(f"bits   {code_bits + map_bits:.0f} ({code_bits:.0f} codes + {map_bits:.0f} grain map)")
-    print(f"PSNR   {psnr:.2f} dB")
+    cost = reconstruction.cost
+    print(f"codes  {cost.num_codes} ({reconstruction.codes.numel()} if all regions were fine)")
+    print(f"bits   {cost.bits:.0f} ({cost.code_bits:.0f} codes + {cost.map_bits:.0f} grain map)")
+    print(f"PSNR   {reconstruction.psnr:.2f} dB")
 
 
-def encode_image(args):
-    """The tokenizer, its processor, the image as `pixel_values`, and its codes; for `add_encoding_options`."""
+def open_image(args):
+    """The tokenizer, its processor, and the image as `pixel_values`; for `add_encoding_options`."""
     check_device(args.device)
     check_outputs([args.output], args.force)
     image = read_image(args.input)
@@ -314,9 +315,7 @@ def encode_image(args):
             f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
             f"give --resize for {width}x{height}, or resize the file"
         )
-    with torch.no_grad():
-        encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
-    return vae, processor, pixel_values, encoded
+    return vae, processor, pixel_values
 
 
 def load_vae(model):
@@ -492,7 +491,9 @@ def run_draw_order(args):
 def run_draw_entropy(args):
     """`dq-hf draw entropy`."""
     import_figure()
-    vae, processor, pixel_values, encoded = encode_image(args)
+    vae, processor, pixel_values = open_image(args)
+    with torch.no_grad():
+        encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
     entropy = image_entropy(pixel_values, vae.config.granularities[0])[0].cpu()
     thresholds = vae.config.entropy_thresholds if vae.config.router == "entropy" and args.fine_ratio is None else ()
     image = processor.post_process(pixel_values)[0]
@@ -530,6 +531,14 @@ def run_draw_usage(args):
 def single(shares):
     """One share as a number, more as the list, None as None."""
     return shares[0] if shares is not None and len(shares) == 1 else shares
+
+
+def run_demo(args):
+    """`dq-hf demo`."""
+    check_device(args.device)
+    from .demo import serve
+
+    serve(args.model, args.device, args.host, args.port)
 
 
 def beside_grain_map(image, grain_map, scale):
