@@ -48,6 +48,7 @@ setup(
             "hypothesis",
             "gradio>=6.31,<7",
             "playwright",
+            "markdown-it-py>=3",
             "psutil",
             "ruff",
             "scikit-image",

@@ -49,7 +49,7 @@ def run_client(hub, code, *, token="hf_write", check=True, cwd=None, stdin=None,
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
     assert not check or done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import runpy
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import HfArgumentParser, pipeline
+from transformers import pipeline
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
 from dq_hf.modeling.quantization_dq import DQQuantizer
@@ -620,16 +619,3 @@ def test_a_compiled_run_trains_as_one_that_is_not(place, codes):
         torch._dynamo.reset()
     assert_same_rows(rows_of(place / "compiled"), rows_of(place / "not-compiled"), 1e-4)
     assert DQForImageGeneration.from_pretrained(place / "compiled" / "model")
-
-
-def test_the_commands_that_are_shown_have_options_and_files_that_exist():
-    root = EXAMPLES.parent
-    files = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("configs/*"), *root.glob("*.md"), *root.glob("docs/*.md")]
-    text = "\n".join(file.read_text() for file in files).replace("\\\n", " ")
-    commands = re.findall(r"examples/((?:train|encode)_\w+\.py) +(--[^`\n]*)", text)
-    assert len(commands) >= 10
-    for script in {script for script, _ in commands}:
-        parser = HfArgumentParser(runpy.run_path(str(EXAMPLES / script))["Arguments"])
-        for arguments in {arguments for other, arguments in commands if other == script}:
-            parser.parse_args_into_dataclasses(shlex.split(re.sub(r"\$\w+", "1", arguments)))
-    assert all((root / path).is_file() for path in re.findall(r"examples/configs/\w+\.\w+", text))

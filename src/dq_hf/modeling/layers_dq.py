@@ -90,7 +90,7 @@ def upsample(channels):
 
 
 class DQPositionEmbedding(nn.Module):
-    """Adds position information on the fine grid (method section 4).
+    """Adds position information on the fine grid.
 
     "learned": a row table plus a column table, interpolated linearly where the grid is not the training one.
     "fourier": sine of a 1x1 convolution of the coordinates (x, y), each from -1 to 1 over the grid.

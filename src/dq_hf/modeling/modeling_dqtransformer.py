@@ -262,7 +262,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedMo
         return self.config.num_classes
 
     def forward(self, codes, grain_map, class_labels=None) -> DQTransformerOutput:
-        """Training losses, and the logits that they are made of (method section 7).
+        """Training losses, and the logits that they are made of.
 
         Args:
             codes: (B, H, W) integers in [0, codebook_size), on the finest grid.

@@ -195,7 +195,7 @@ class StreamLayout:
 
 
 class StreamState:
-    """The streams of a batch while they are generated: what may come next, and what came (method section 7).
+    """The streams of a batch while they are generated: what may come next, and what came.
 
     All images advance one element a step, each on its own clock: one may be in its fine part while its neighbour is
     still coarse. What is not free to choose (start, end when nothing is left, padding behind the end, fixed fine

@@ -127,7 +127,7 @@ def disc_factor(step, start, ramp_steps):
 def adaptive_weight(reconstruction_loss, generator_loss, last_weight, disc_weight, scale=1.0):
     """Weight of the generator loss at which its pull on the decoder's last layer compares with the reconstruction's.
 
-    The ratio of the two gradient norms, at most 1e4, times `disc_weight`, and then at most 0.75 (method, section 5).
+    The ratio of the two gradient norms, at most 1e4, times `disc_weight`, and then at most 0.75.
     Gradients are averaged over the processes first, so that all get the weight of the whole batch. Both graphs are
     kept for the backward pass that follows.
 
