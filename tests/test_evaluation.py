@@ -23,7 +23,13 @@ from test_metrics import slow_frechet_distance
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
 from dq_hf.cli import main, make_parser
-from dq_hf.metrics.evaluation import evaluate_generation, evaluate_reconstruction, write_report
+from dq_hf.metrics.evaluation import (
+    ReferenceImages,
+    evaluate_generation,
+    evaluate_reconstruction,
+    label_cycle,
+    write_report,
+)
 from dq_hf.metrics.extractors import EfficientNetLite0Extractor
 from dq_hf.training.perceptual import EfficientNetLitePerceptualLoss
 
@@ -92,13 +98,13 @@ def pictures(folder):
 def test_the_commands_of_the_documentation_can_be_typed_as_they_stand():
     commands = re.findall(r"^(?:accelerate launch -m dq_hf|dq-hf) (evaluate .*)$", DOCUMENTATION, re.M)
     kinds = [make_parser().parse_args(shlex.split(command)).kind for command in commands]
-    assert kinds == ["reconstruction", "generation", "generation"]
+    assert kinds == ["reconstruction", "generation", "generation", "reconstruction", "generation"]
 
 
 def test_the_python_of_the_documentation_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    (block,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENTATION, re.M | re.S)
+    _, block = re.findall(r"^```python\n(.*?)^```$", DOCUMENTATION, re.M | re.S)  # the first takes all emoji
     exec(compile(block, "evaluation.md", "exec"), {"batches": [(images, images / 2), (images.flip(0), images / 2)]})
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("'PSNR'", "'SSIM'", "'FD-EffLite0'"))
@@ -225,14 +231,15 @@ def test_generation_figures_are_those_of_the_files(place, generation, extractor,
     assert report["protocol"]["num_images"] == 8 and report["protocol"]["num_references"] == 10
 
 
-def test_labels_are_those_of_the_real_images_mixed(pipe, generation, tmp_path, monkeypatch):
-    seen, call = [], DQPipeline.__call__
-    monkeypatch.setattr(
-        DQPipeline, "__call__", lambda self, **inputs: seen.extend(inputs["class_labels"]) or call(self, **inputs)
-    )
+def test_labels_are_those_of_the_real_images_mixed(place, pipe, generation, tmp_path):
+    dataset = ReferenceImages(pipe.vae, place / "data", "test").dataset
+    labels = label_cycle(pipe.transformer.config, dataset, "reference", "label", seed=0)
+    assert Counter(NAMES[label] for label in labels) == PER_CLASS and labels != sorted(labels)
+    assert labels != label_cycle(pipe.transformer.config, dataset, "reference", "label", seed=1)
     report = generation(tmp_path / "samples", num_images=None)
-    assert Counter(NAMES[label] for label in seen) == PER_CLASS and report["protocol"]["num_images"] == 10
-    assert seen != sorted(seen)
+    assert report["protocol"]["num_images"] == 10 and report["protocol"]["class_labels"] == "reference"
+    expected = pipe(class_labels=labels, generator=torch.Generator().manual_seed(0)).images
+    assert list(pictures(tmp_path / "samples").values()) == [np.array(image).tolist() for image in expected]
 
 
 def test_labels_that_the_model_does_not_know_are_refused(place, generation, tmp_path):
