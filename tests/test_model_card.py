@@ -153,7 +153,7 @@ def bytes_of(folder, names=ALL):
     return [(folder / name).read_bytes() for name in names]
 
 
-@pytest.mark.parametrize("door", [DQForImageGeneration, DQPipeline, AutoModel])
+@pytest.mark.parametrize("door", [DQPipeline, AutoModel])
 def test_the_card_of_a_loaded_model_is_saved_with_it_and_its_pictures(place, tmp_path, door):
     door.from_pretrained(place / "joint").save_pretrained(tmp_path / "once")
     assert bytes_of(tmp_path / "once") == bytes_of(place / "joint")
