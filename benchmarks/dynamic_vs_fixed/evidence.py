@@ -264,7 +264,8 @@ def plot_curves(runs, path):
         for axis, (name, measure) in zip(row, MEASURES.items()):
             curve = [points(runs, (fixed, "own"), rate, name) for fixed in CURVE]
             curve = [mean for mean, _ in curve if mean is not None]
-            axis.plot(*zip(*curve), "k.-", label="fixed-length") if curve else None
+            if curve:
+                axis.plot(*zip(*curve), "k.-", label="fixed-length")
             for number, key in enumerate(key for key in ROWS if CONDITIONS[key[0]].shares):
                 mean, seeds = points(runs, key, rate, name)
                 if mean is not None:
@@ -274,7 +275,8 @@ def plot_curves(runs, path):
             axis.set_xscale("log", base=2)
             axis.set(xlabel=f"{rate} an image", ylabel=measure.name)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="x-small")
+    if runs:
+        axes[0, 0].legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
 
