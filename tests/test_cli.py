@@ -544,7 +544,8 @@ def test_the_module_runs_as_a_command(place):
     assert cells("grid.png", columns=2, count=2) == images
     again = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
     assert again.returncode == 1 and again.stdout == ""
-    assert again.stderr == "dq-hf generate: error: grid.png exists; choose another name or give --force\n"
+    message = "dq-hf generate: error: grid.png exists; choose another name or give --force"
+    assert again.stderr.splitlines()[-1] == message  # above it may stand what torchao says when it is imported
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "--sead", "1", "--output", "a.png"]])
