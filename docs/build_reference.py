@@ -98,7 +98,7 @@ def markdown(docstring, defaults=()):
     """A docstring as Markdown: its sections as lists, with the defaults of fields that have one."""
     text, items, section = [], [], None
     for line in [*inspect.cleandoc(docstring).splitlines(), None]:
-        head = line is not None and re.fullmatch(r"(Args|Returns|Raises):", line)
+        head = line is not None and re.fullmatch(r"(Args|Attributes|Returns|Raises):", line)
         if line is None or head or (section and line and not line.startswith(" ")):
             if section:
                 text += [f"{section}:", "", *items, ""]

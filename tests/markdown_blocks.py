@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
     @property
     def runs(self):
-        return self.reason is None and self.language not in SHOWN
+        return self.reason is None and self.language in ("python", "output", *SHELL)
 
 
 def read_blocks(path):
@@ -56,6 +56,8 @@ def read_blocks(path):
     for token in MarkdownIt().parse(Path(path).read_text("utf-8")):
         if token.type == "fence":
             blocks.append(Block(token.info.strip(), token.content, token.map[0] + 1, reason))
+        elif token.type == "code_block":  # of which nobody can say what it is: refused by its language
+            blocks.append(Block("indented", token.content, token.map[0] + 1, reason))
         mark = NOT_RUN.fullmatch(token.content.strip()) if token.type == "html_block" else None
         reason = mark and mark[1]
     return blocks
