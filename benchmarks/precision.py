@@ -1,7 +1,7 @@
 """What half precision and int8 weights cost the embedded model: codes, PSNR, held-out nats and samples, against float32.
 
     pip install -c constraints.txt -e ".[quantization]"
-    python benchmarks/precision.py --output docs/precision.md      # one CPU thread, about ten minutes
+    python benchmarks/precision.py --output docs/precision.md      # one CPU thread; half an hour where half precision is slow
 
 int8: torchao's weight-only quantisation of the generator, one scale for each row of a weight; activations and the
 tokenizer stay in float32.
