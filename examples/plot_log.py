@@ -10,8 +10,8 @@ import math
 import sys
 from pathlib import Path
 
+from dq_hf.modeling.model_card_dq import TERMS, term
 from dq_hf.training.progress import RunLog
-from dq_hf.training.publish import TERMS, term
 
 # Held-out figures that are not called test_<what training logs>, and their panels.
 HELD_OUT = {"psnr": "psnr", "codes_per_image": "codes"}

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 WATCHED = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests may have it ignored
 def watch(event, args):
     host = {{"socket.connect": lambda: args[1][0], "socket.getaddrinfo": lambda: args[0]}}.get(event, lambda: None)()
     if isinstance(host, str) and host and not host.startswith(("127.", "::1", "localhost", "0.0.0.0")):
@@ -47,7 +48,7 @@ def start(code, folder, **environment):
 def stop(process, lines):
     """End it as Ctrl-C does; it must have asked nobody and lost nothing on the way."""
     process.send_signal(signal.SIGINT)
-    text = "".join(lines) + process.communicate(timeout=60)[0]
+    text = "".join(lines) + process.communicate(timeout=120)[0]
     assert "ASKED" not in text and "Traceback" not in text, text
 
 

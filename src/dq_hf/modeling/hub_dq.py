@@ -153,12 +153,17 @@ class HubMixin(PushMixin):
             target = {name: push_arguments.pop(name, None) for name in ("private", "token")}
             create_pr = push_arguments.get("create_pr", False)
             repo_id = check_push(repo_id or folder.absolute().name, **target, create_pr=create_pr)
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         stage = folder / STAGE
         shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
         try:
             self.write_folder(stage, title=repo_id or folder.absolute().name, repository=repo_id, **arguments)
             written = move_files(stage, folder)
+        except Exception:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         if not push_to_hub:

@@ -45,7 +45,7 @@ class StrictLoadingMixin:
             raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{place}: {error}") from error
         except OSError as error:
             if "use_safetensors" in str(error):  # transformers' remedy would be to trust a pickle
-                raise OSError(PICKLES.format(place, "perhaps pickles")) from error
+                raise OSError(PICKLES.format(place, "no file named model.safetensors")) from error
             raise
         mismatched = [
             f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
@@ -60,7 +60,8 @@ class StrictLoadingMixin:
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Between building on the meta device and loading: nothing is allocated for weights that do not fit."""
         safe = checkpoint_files and all(str(path).endswith(".safetensors") for path in checkpoint_files)
-        if safe and state_dict is None and load_config.hf_quantizer is None:
+        whole = all(parameter.is_meta for parameter in model.parameters())  # else these are an adapter's weights
+        if safe and whole and state_dict is None and load_config.hf_quantizer is None:
             check_weight_files(type(model), model.state_dict(), checkpoint_files)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
@@ -75,7 +76,7 @@ class StrictLoadingMixin:
 
 DAMAGED = "{} is damaged or incomplete ({}); download or save it again"
 PICKLES = (
-    "{} has no weights in safetensors, only {}: a pickle can run code when it is read, and is not loaded. A checkpoint of "
+    "{} has no weights in safetensors ({}): a pickle can run code when it is read, and is not loaded. A checkpoint of "
     "the paper's release becomes safetensors by `dq-hf convert`; one of transformers that you trust by "
     "from_pretrained(..., use_safetensors=False).save_pretrained(...)"
 )
@@ -151,7 +152,7 @@ def check_folder(folder, variant=None):
         return
     pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{kind}"))
     if pickles:
-        raise OSError(PICKLES.format(folder, shorten(pickles)))
+        raise OSError(PICKLES.format(folder, f"only {shorten(pickles)}"))
 
 
 def is_finite(value):
