@@ -139,6 +139,8 @@ def run_command(words, may_fail=False):
             if end.code:
                 return stderr.getvalue().splitlines()[-1] + "\n"
         return stdout.getvalue()
+    if words[0] == "python":
+        words = [sys.executable, *words[1:]]
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
