@@ -16,6 +16,14 @@ torch.set_num_threads(1)
 settings.register_profile("dq", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("dq")
 
+# Whole files go to one process each, in this order: what takes minutes first, so that none is left with it at the end.
+LONG_FILES = ("test_training_engine.py", "test_docs.py", "test_hub.py", "test_examples.py", "test_evaluation.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the long files first; the rest keeps its order."""
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
+
 
 def make_vae(**overrides):
     """A DQ-VAE for 16x16 images, codes of 4x4 and 2x2 pixels, in evaluation mode."""
