@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from report import CLOCKS, describe_device, synchronize, write_section
-from transformers import HfArgumentParser
+from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -38,6 +38,9 @@ class Arguments:
         default=16, metadata={"help": "re-run the prefix of every n-th element and multiply; 1: of all"}
     )
     repeats: int = field(default=2, metadata={"help": "times that everything is timed; the shortest counts"})
+    compile: str | None = field(
+        default=None, metadata={"help": "compile the cached step by this backend of torch.compile, such as inductor"}
+    )
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
     device: str = field(default="cpu", metadata={"help": "torch device"})
@@ -61,6 +64,7 @@ def main(args):
     print(f"\n{report}")
     if args.output is not None:
         size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
+        size += "" if args.compile is None else ", compiled"
         write_section(Path(args.output), f"benchmarks/sampling.py, {size}", report)
 
 
@@ -93,13 +97,15 @@ def make_model(args, codes):
 def time_cached(model, batch_size, args):
     """The streams, seconds in all, and seconds after each element."""
     now, best = CLOCKS[args.clock], math.inf
-    for _ in range(args.repeats):
+    compile_config = None if args.compile is None else CompileConfig(fullgraph=True, backend=args.compile, mode=None)
+    for _ in range(args.repeats + (compile_config is not None)):  # the first one compiles
         clock = []
         start = now()
         generated = model.generate(
             num_images=batch_size,
             generator=torch.Generator().manual_seed(args.seed),
             on_step_end=lambda step, at_most, state, clock=clock: clock.append(now()),
+            compile_config=compile_config,
         )
         seconds = now() - start
         if seconds < best:
@@ -158,10 +164,11 @@ def draw_next(model, prefix, state, uniforms, warpers):
 
 def make_report(args, rows, steps):
     """Two Markdown tables, and how they were made."""
+    compiled = "" if args.compile is None else f"The cached step is compiled ({args.compile}). "
     lines = [
         f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
         f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; "
-        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}; {args.clock} time. Re-run times are those of every {args.every}. element, multiplied.",
+        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}; {args.clock} time. {compiled}Re-run times are those of every {args.every}. element, multiplied.",
         "",
         "| codes | batch | cached, s/image | cached, ms/code | re-run, s/image | re-run, ms/code | re-run / cached |",
         "|---:|---:|---:|---:|---:|---:|---:|",

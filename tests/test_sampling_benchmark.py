@@ -27,6 +27,18 @@ def test_tables_have_a_row_for_every_length_and_batch_size(benchmark, tmp_path, 
     assert "| 40 | 2 |" in capsys.readouterr().out
 
 
+def test_the_cached_step_can_be_compiled(benchmark, tmp_path, monkeypatch):
+    compiled, torch_compile = [], benchmark.torch.compile
+    monkeypatch.setattr(
+        benchmark.torch, "compile", lambda step, **options: compiled.append(options) or torch_compile(step, **options)
+    )
+    output = tmp_path / "performance.md"
+    benchmark.main(tiny(benchmark, codes=[8], batch_sizes=[1], every=1, compile="aot_eager", output=str(output)))
+    assert [options["backend"] for options in compiled] == ["aot_eager"] * 2
+    assert "layers, compiled -->" in output.read_text()
+    assert "The cached step is compiled (aot_eager)." in output.read_text()
+
+
 def test_writing_leaves_the_rest_of_the_file_alone(benchmark, tmp_path):
     output = tmp_path / "performance.md"
     output.write_text("# Performance\n\nTraining is slow.\n")
