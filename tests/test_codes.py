@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.training.codes import CodeCollator, LengthBucketSampler, code_features, fingerprint, load_codes
+from dq_hf.training.codes import CodeCollator, LengthBucketSampler, code_features, codes_fingerprint, fingerprint, load_codes
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "encode_dataset.py"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -129,7 +129,7 @@ def test_a_cache_says_where_it_comes_from(cache, vae):
     index = json.loads((cache / "codes.json").read_text())
     assert index.pop("command").startswith(str(SCRIPT))
     assert index == {
-        "fingerprint": fingerprint(vae),
+        "fingerprint": codes_fingerprint(vae),
         "vae": "vae",
         "grid_sizes": [[4, 4], [8, 8]],
         "codebook_size": 16,
@@ -169,7 +169,7 @@ def test_the_codes_of_another_vae_are_refused(cache, vae):
     with torch.no_grad():
         vae.quantizer.codebook[0, 0] += 1e-3
     message = (
-        f"codes of another VAE: fingerprint [0-9a-f]{{16}}, of vae, got one with {fingerprint(vae)}; use that VAE"
+        f"codes of another VAE: fingerprint [0-9a-f]{{16}}, of vae, got one with {codes_fingerprint(vae)}; use that VAE"
     )
     with pytest.raises(ValueError, match=message):
         load_codes(cache, "train", vae)
@@ -221,8 +221,34 @@ def test_every_part_of_a_vae_counts_in_its_fingerprint(name):
     assert fingerprint(vae) != before
 
 
-def test_entropy_thresholds_count_in_a_fingerprint():
-    assert fingerprint(make_vae(entropy_thresholds=[1.0])) != fingerprint(make_vae(entropy_thresholds=[2.0]))
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("encoder.conv_in.weight", True),
+        ("router.gate.0.bias", True),
+        ("quant_conv.bias", True),
+        ("quantizer.codebook", True),
+        ("post_quant_conv.bias", False),
+        ("decoder.output.conv.bias", False),
+    ],
+)
+def test_what_makes_the_codes_counts_in_their_fingerprint_and_the_decoder_does_not(name, counts):
+    vae = make_vae(router="feature")
+    before = codes_fingerprint(vae)
+    with torch.no_grad():
+        vae.state_dict()[name].view(-1)[0] += 1e-3
+    assert (codes_fingerprint(vae) != before) == counts
+
+
+def test_another_decoder_reads_the_same_cache(cache, vae):
+    with torch.no_grad():
+        vae.decoder.output.conv.bias += 1
+    assert len(load_codes(cache, "train", vae)) == 28
+
+
+def test_entropy_thresholds_count_in_both_fingerprints():
+    for which in (fingerprint, codes_fingerprint):
+        assert which(make_vae(entropy_thresholds=[1.0])) != which(make_vae(entropy_thresholds=[2.0]))
 
 
 # Batches

@@ -31,7 +31,7 @@ class PerceptualDistance(StreamingMetric):
             self.figure, weights = "LPIPS", self.network
         else:  # the weights as they were before batch norms were folded into them, on every machine the same
             self.figure, weights = "PD-EffLite0", load_efficientnet_lite0()
-        self.network_description = f"{self.figure}, weights {hash_weights(weights)}"
+        self.network_description = f"{self.figure}, weights {hash_weights(weights.state_dict())}"
         super().__init__(**kwargs)
 
     @property

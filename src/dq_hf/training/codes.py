@@ -19,22 +19,29 @@ TRAINING_FIELDS = frozenset(
     "dropout codebook_decay codebook_eps restart_dead_codes commitment_beta codebook_weight budget_targets "
     "budget_gamma".split()
 )
+DECODER = ("post_quant_conv.", "decoder.")  # weights behind the codes
 
 
-def fingerprint(vae):
-    """16 hex digits that tell VAEs apart whose codes mean different images.
-
-    A hash of all weights as float32, the decoder's too, and of the configuration without its training-only fields:
-    the same on every device, and after saving and loading, alone or as part of a joint model.
+def fingerprint(model):
+    """16 hex digits of a DQ model: a hash of all weights as float32, and of the configuration without its training-only
+    fields; the same on every device, and after saving and loading, alone or as part of a joint model.
     """
-    config = {name: getattr(vae.config, name) for name in vae.config.own_field_names() - TRAINING_FIELDS}
-    return hash_weights(vae, json.dumps(config, sort_keys=True))
+    config = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}
+    return hash_weights(model.state_dict(), json.dumps(config, sort_keys=True))
 
 
-def hash_weights(module, text=""):
-    """16 hex digits of a text and of all weights of a module, as float32."""
+def codes_fingerprint(vae):
+    """16 hex digits that tell VAEs apart which give other codes: as `fingerprint`, without the decoder."""
+    fields = {name for name in vae.config.own_field_names() - TRAINING_FIELDS if not name.startswith("decoder_")}
+    config = {name: getattr(vae.config, name) for name in fields}
+    weights = {name: weight for name, weight in vae.state_dict().items() if not name.startswith(DECODER)}
+    return hash_weights(weights, json.dumps(config, sort_keys=True))
+
+
+def hash_weights(state_dict, text=""):
+    """16 hex digits of a text and of weights by name, as float32."""
     digest = hashlib.sha256(text.encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in sorted(state_dict.items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.float().flatten().cpu().numpy())
     return digest.hexdigest()[:16]
@@ -115,7 +122,7 @@ def write_index(folder, vae, vae_name, class_names, num_rows, **origin):
         origin: what else a reader may want to know, of types that JSON has.
     """
     index = {
-        "fingerprint": fingerprint(vae),
+        "fingerprint": codes_fingerprint(vae),
         "vae": vae_name,
         "grid_sizes": vae.config.grid_sizes,
         "codebook_size": vae.config.codebook_size,
@@ -148,7 +155,7 @@ def load_codes(folder, split, vae):
     folder = Path(folder).absolute()
     index = read_index(folder)
     theirs, vae_name, all_rows = index["fingerprint"], index["vae"], index["num_rows"]
-    if theirs != (ours := fingerprint(vae)):
+    if theirs != (ours := codes_fingerprint(vae)):
         raise ValueError(
             f"{folder} holds the codes of another VAE: fingerprint {theirs}, of {vae_name}, got one with {ours}; "
             f"use that VAE, or {AGAIN}"
