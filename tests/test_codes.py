@@ -19,7 +19,14 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.training.codes import CodeCollator, LengthBucketSampler, code_features, codes_fingerprint, fingerprint, load_codes
+from dq_hf.training.codes import (
+    CodeCollator,
+    LengthBucketSampler,
+    code_features,
+    codes_fingerprint,
+    fingerprint,
+    load_codes,
+)
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "encode_dataset.py"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -168,9 +175,7 @@ def copy(cache, tmp_path):
 def test_the_codes_of_another_vae_are_refused(cache, vae):
     with torch.no_grad():
         vae.quantizer.codebook[0, 0] += 1e-3
-    message = (
-        f"codes of another VAE: fingerprint [0-9a-f]{{16}}, of vae, got one with {codes_fingerprint(vae)}; use that VAE"
-    )
+    message = f"codes of another VAE: fingerprint [0-9a-f]{{16}}, of vae, got one with {codes_fingerprint(vae)}; use that VAE"
     with pytest.raises(ValueError, match=message):
         load_codes(cache, "train", vae)
 
