@@ -1,7 +1,7 @@
 """Make the embedded model from a finished training run: bfloat16 weights, measured figures, model card.
 
     python examples/build_embedded_model.py --model runs/emoji-transformer/model \
-        --checkpoint runs/emoji-transformer/checkpoint-5000
+        --checkpoint runs/emoji-transformer/checkpoint-5000 --vae runs/emoji-decoder/model
 
 The figures in the card are measured here, on the folder as it is shipped, with the held-out emoji.
 """
@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.training.codes import codes_fingerprint
 from dq_hf.training.data import ImageCollator, load_images
 from dq_hf.visualize import draw_grain_map, image_grid
 
@@ -58,6 +59,9 @@ class Arguments:
     checkpoint: str | None = field(
         default=None, metadata={"help": "take the generator's weights from this checkpoint of the run"}
     )
+    vae: str | None = field(
+        default=None, metadata={"help": "take this tokenizer; only its decoder may differ from that of the run"}
+    )
     temperature: float = field(default=0.8, metadata={"help": "becomes the model's default, like the next two"})
     top_p: float = 0.92
     guidance_scale: float = 2.5
@@ -73,12 +77,21 @@ def main():
     model = DQForImageGeneration.from_pretrained(args.model)
     if args.checkpoint is not None:
         model.transformer.load_state_dict(load_file(Path(args.checkpoint) / "model.safetensors"))
+    if args.vae is not None:
+        vae = DQVAEModel.from_pretrained(args.vae)
+        if codes_fingerprint(vae) != codes_fingerprint(model.vae):
+            raise ValueError(
+                f"{args.vae} must give the codes that the generator of {args.model} learned, got other ones"
+            )
+        model.vae = vae
     model.transformer.config.sampling_defaults = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "guidance_scale": args.guidance_scale,
     }
     save_bfloat16(model, folder)
+    for pictures in folder.glob("origin*"):  # of the run's card, which the one below takes the place of
+        shutil.rmtree(pictures)
 
     model = DQForImageGeneration.from_pretrained(folder)
     test_set = load_images(args.data, "test")
