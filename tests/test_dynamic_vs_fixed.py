@@ -24,7 +24,7 @@ import run  # noqa: E402
 import stage_1  # noqa: E402
 import stage_2  # noqa: E402
 
-TOKENIZERS = ("fixed-64", "fixed-128", "fixed-256", "random", "entropy", "feature", "triple")
+TOKENIZERS = ("fixed-64", "fixed-128", "fixed-256", "all-fine", "random", "entropy", "feature", "triple")
 GENERATORS = ("dq-transformer", "raster-256", "raster-128")
 
 
@@ -51,7 +51,7 @@ def test_smoke_runs_every_condition_and_reports_it(smoke):
     results = {path.name: json.loads(path.read_text()) for path in (smoke / "results/emoji").glob("*-seed0.json")}
     assert sorted(results) == sorted(f"{name}-seed0.json" for name in TOKENIZERS + GENERATORS)
     codes = {"fixed-64": {"own": 64}, "fixed-128": {"own": 128}, "fixed-256": {"own": 256}, "random": {"own": 127}}
-    codes |= {name: {"exact": 127} for name in ("entropy", "feature", "triple")}
+    codes |= {"all-fine": {"own": 256}} | {name: {"exact": 127} for name in ("entropy", "feature", "triple")}
     for name, expected in codes.items():
         held_out = results[f"{name}-seed0.json"]["held_out"]
         assert set(held_out) == {"own", *expected}

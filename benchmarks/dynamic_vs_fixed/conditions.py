@@ -57,6 +57,7 @@ CONDITIONS = {
     "fixed-64": Condition(**FIXED),
     "fixed-128": Condition(**FIXED, strides=(2, 1)),
     "fixed-256": Condition(**FIXED, strides=(1, 1)),
+    "all-fine": Condition(**(DUAL | dict(shares=(1.0,))), router="random"),
     "random": Condition(**DUAL, router="random"),
     "entropy": Condition(**DUAL, router="entropy"),
     "feature": Condition(**DUAL, router="feature"),

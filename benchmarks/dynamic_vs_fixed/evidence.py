@@ -153,7 +153,7 @@ def claim_table(runs, groups):
             continue
         for rate in ("codes", "bits"):
             lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", rate))
-        if row[0] != "random":
+        if CONDITIONS[row[0]].router != "random":
             lines.append(claim_row(runs, groups, row, "random routing", None))
     return markdown([line for line in lines if line])
 

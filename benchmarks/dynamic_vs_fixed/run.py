@@ -46,7 +46,7 @@ class Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights and order of images"})
     steps: int = field(default=600, metadata={"help": "optimizer steps of a tokenizer"})
-    seconds: float = field(default=180.0, metadata={"help": "CPU time of training a generator"})
+    seconds: float = field(default=120.0, metadata={"help": "CPU time of training a generator"})
     samples: int = field(default=384, metadata={"help": "images that a generator samples"})
     images: int | None = field(default=None, metadata={"help": "the first images of each split only; none: all"})
     smoke: bool = field(default=False, metadata={"help": "everything tiny, from the start, in <work_dir>/smoke"})

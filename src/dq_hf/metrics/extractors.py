@@ -131,7 +131,9 @@ class EfficientNetLite0Extractor(FeatureExtractor):
         super().__init__()
         self.network = load_efficientnet_lite0()
         self.maps = EfficientNetLitePerceptualLoss()  # the same blocks, faster
-        self.freeze(f"EfficientNet-Lite0, block 10 mean-pooled, 112 features, weights {hash_weights(self.network.state_dict())}")
+        self.freeze(
+            f"EfficientNet-Lite0, block 10 mean-pooled, 112 features, weights {hash_weights(self.network.state_dict())}"
+        )
 
     def features(self, images):
         return self.maps.feature_maps(images * 2 - 1)[-1].mean(dim=(2, 3))
