@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import make_vae
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -189,3 +191,18 @@ print(dq_hf.__file__)
     assert done.stdout.strip() == str(installed / "dq_hf" / "__init__.py") != dq_hf.__file__
     expected = pipeline("dq-generation")("food", seed=0)["image"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "empty" / "food.png")), np.asarray(expected))
+
+
+def test_it_is_not_built_with_a_tokenizer_of_other_codes(tiny_vae, tiny_transformer, tmp_path, monkeypatch):
+    build = runpy.run_path(str(ROOT / "examples" / "build_embedded_model.py"))["main"]
+    DQForImageGeneration.from_models(tiny_vae, tiny_transformer).save_pretrained(tmp_path / "run")
+    other = make_vae()
+    other.quantizer.codebook += 1
+    other.save_pretrained(tmp_path / "vae")
+    options = ["--model", tmp_path / "run", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "built"]
+    monkeypatch.setattr(sys, "argv", ["build", *map(str, options)])
+    with pytest.raises(
+        ValueError, match="vae must give the codes that the generator of .*run learned, got other ones"
+    ):
+        build()
+    assert not (tmp_path / "built").exists()
