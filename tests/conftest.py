@@ -1,8 +1,11 @@
 import os
+import resource
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # and torch, here and in the processes that tests start: they compare bit for bit
 
+import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -13,6 +16,7 @@ from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneratio
 from dq_hf.modeling.modeling_dqvae import DQVAEModel  # noqa: E402
 
 torch.set_num_threads(1)
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # seconds; 5 after every epoch of a stream add up to minutes
 settings.register_profile("dq", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("dq")
 
@@ -61,6 +65,17 @@ def make_transformer(**overrides):
         for parameter in model.parameters():
             parameter.normal_(std=0.6, generator=generator)
     return model
+
+
+@contextmanager
+def full_disk(num_bytes):
+    """While it lasts no file can grow above this size: writing ends as on a disk that has no more room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ def smoke_arguments(smoke, **changes):
     return run.Arguments(**(sizes | folders | changes))
 
 
+@pytest.mark.slow
 def test_smoke_runs_every_condition_and_reports_it(smoke):
     results = {path.name: json.loads(path.read_text()) for path in (smoke / "results/emoji").glob("*-seed0.json")}
     assert sorted(results) == sorted(f"{name}-seed0.json" for name in TOKENIZERS + GENERATORS)
@@ -68,6 +69,7 @@ def test_smoke_runs_every_condition_and_reports_it(smoke):
     assert Image.open(smoke / "images/dynamic_vs_fixed-emoji.png").size[0] > 500
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_only_what_is_missing_is_done_again(smoke):
     folder = smoke / "results/emoji"
     before = {path: path.read_text() for path in folder.iterdir()}
@@ -81,6 +83,7 @@ def test_finished_runs_are_kept_and_only_what_is_missing_is_done_again(smoke):
     assert {path: path.stat().st_mtime_ns for path in weights} == weights  # measured again, not trained again
 
 
+@pytest.mark.slow
 def test_a_run_that_was_lost_gives_the_same_figures_again(smoke):
     result, weights = smoke / "results/emoji/random-seed0.json", smoke / "emoji/random-seed0.safetensors"
     before = json.loads(result.read_text())
@@ -91,12 +94,14 @@ def test_a_run_that_was_lost_gives_the_same_figures_again(smoke):
     assert after == before
 
 
+@pytest.mark.slow
 def test_weights_of_other_settings_are_refused(smoke, tmp_path):
     args = smoke_arguments(smoke, steps=3, results_dir=str(tmp_path), conditions=["fixed-64"])
     with pytest.raises(ValueError, match="fixed-64-seed0.safetensors must be of a run with .*'steps': 3"):
         run.main(args)
 
 
+@pytest.mark.slow
 def test_a_generator_without_its_tokenizer_is_refused(smoke, tmp_path):
     folders = dict(work_dir=str(tmp_path), results_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run stage 1 of fixed-256, seed 0 first"):

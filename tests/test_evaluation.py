@@ -304,6 +304,7 @@ def test_too_few_samples_are_refused_before_any_is_made(generation, tmp_path):
     assert not (tmp_path / "samples").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_started_again_give_the_set_and_figures_of_one(place, tmp_path, generation, capfd):
     folder, report = tmp_path / "samples", tmp_path / "report.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dq_hf"]

@@ -459,6 +459,7 @@ CONFIGURATIONS = [  # file, what reads it, what loads a model by it, how many fi
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "reader", "model_class", "examples", "share"), CONFIGURATIONS)
 def test_mutated_configurations_are_refused_by_name_or_mean_what_they_say(
     name, reader, model_class, examples, share, saved, little_memory
@@ -568,6 +569,7 @@ def mutate_entry(entries, name, random):
     return entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "model_class", "examples"),
     [("transformer", DQTransformerForImageGeneration, 440), ("vae", DQVAEModel, 60)],

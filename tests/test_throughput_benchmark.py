@@ -48,6 +48,7 @@ def run(place, *options):
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_every_row_is_a_run_of_the_training_script(place):
     done = run(place, "--settings", "fp32", "bf16", "--output", "performance.md")
     assert done.returncode == 0, done.stderr[-3000:]
