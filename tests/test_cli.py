@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import full_disk, make_transformer, make_vae
+from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
-from dq_hf.cli import main
+from dq_hf.cli import main, write_thresholds
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 REFERENCE = Path(__file__).parent / "fixtures" / "reference" / "dual_entropy"
@@ -193,6 +194,9 @@ def test_force_overwrites(run, place):
         (["--class-label", "mon"], "unknown class 'mon'; did you mean 'moon'"),
         (["--class-label", "sun", "3"], "0 ... 2, got 3"),
         (["--class-label", "-1"], "0 ... 2, got -1"),
+        (["--class-label", "²"], "unknown class '²'; known classes: sun, moon, star"),
+        (["--seed", "18446744073709551616"], "seed must lie in 0 ... 18446744073709551615, got 18446744073709551616"),
+        (["--seed", "-1"], "seed must lie in 0 ... 18446744073709551615, got -1"),
         (["-n", "0"], "--num-images must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be above 0"),
@@ -203,7 +207,10 @@ def test_force_overwrites(run, place):
         (["--model", "no-such-model"], "no-such-model is no local folder"),
         (["--model", "./no/such/model"], "no/such/model is no local folder"),
         (["--model", "half.png"], "half.png is no local folder"),
-        (["--model", "model/vae"], "model_index.json"),
+        (
+            ["--model", "model/vae"],
+            "model/vae has no file model_index.json; a pipeline needs the tokenizer and the gen",
+        ),
     ],
 )
 def test_generate_refuses(refused, place, options, message):
@@ -300,6 +307,7 @@ def test_reconstruct_resizes_to_the_models_size(run, place):
         (["none.png", "out.png"], "none.png does not exist"),
         (["text.png", "out.png"], "text.png is damaged, or no image"),
         (["cut.png", "out.png"], "cut.png is damaged"),
+        (["cut.qoi", "out.png"], "cut.qoi is damaged, or no image that Pillow can read: IndexError"),
         (["model", "out.png"], "model"),
         (["nan.tif", "out.png"], "mode 'F'"),
         (["noise.png", "half.png"], "half.png exists"),
@@ -318,9 +326,56 @@ def test_reconstruct_refuses(refused, place, arguments, message):
     (place / "text.png").write_text("text")
     whole = (place / "noise.png").read_bytes()
     (place / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (place / "cut.qoi").write_bytes(b"qoif" + bytes([0, 0, 0, 8, 0, 0, 0, 8, 3, 0]))  # a header, and no pixels
     Image.fromarray(np.full((16, 24), np.nan, dtype=np.float32)).save("nan.tif")
     Image.open("noise.png").crop((0, 0, 10, 16)).save("odd.png")
     assert re.search(message, refused("reconstruct", "--model", "model", *arguments))
+
+
+@pytest.fixture(scope="module")
+def hub_client(models, tmp_path_factory):
+    """The folder in which a client of a Hub with `user/vae` and `user/both` ran `HUB_COMMANDS`, and its process."""
+    folder = tmp_path_factory.mktemp("client")
+    Image.effect_noise((8, 8), 90).convert("RGB").save(folder / "noise.png")
+    with HubServer() as hub:
+        hub.add("user/vae", models / "vae")
+        hub.add("user/both", models / "conditional")
+        done = run_client(hub, HUB_COMMANDS, check=False, cwd=folder)
+        fetched = {request.path.partition("/resolve/")[2].partition("/")[2] for request in hub.requests}
+    return folder, done, fetched
+
+
+HUB_COMMANDS = """
+from dq_hf.cli import main
+from dq_hf.demo import load_models
+for name in ("vae", "both"):
+    main(["reconstruct", "noise.png", f"{name}.png", "--model", f"user/{name}"])
+main(["draw", "entropy", "noise.png", "entropy.png", "--model", "user/vae"])
+print("demo", [type(model).__name__ for model in load_models("user/vae", "cpu")])
+main(["generate", "--output", "grid.png", "--model", "user/vae"])
+"""
+
+
+def test_a_repository_of_a_tokenizer_serves_where_one_is_enough(hub_client, models, run):
+    folder, done, _ = hub_client
+    printed = run("reconstruct", folder / "noise.png", folder / "local.png", "--model", models / "vae").out
+    assert done.stdout.startswith(2 * printed + "entropy ") and done.stdout.endswith(
+        "demo ['DQVAEModel', 'NoneType']\n"
+    )
+    local = pixels(Image.open(folder / "local.png"))
+    assert all((pixels(Image.open(folder / f"{name}.png")) == local).all() for name in ("vae", "both"))
+
+
+def test_a_repository_without_generator_is_refused_where_one_is_needed(hub_client):
+    folder, done, _ = hub_client
+    message = "user/vae, revision 'main': there is no file model_index.json; a pipeline needs the tokenizer and the"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"dq-hf generate: error: {message} gen")
+    assert not (folder / "grid.png").exists()
+
+
+def test_no_generator_is_fetched_where_a_tokenizer_is_enough(hub_client):
+    fetched = hub_client[2]
+    assert "vae/model.safetensors" in fetched and "transformer/model.safetensors" not in fetched
 
 
 def test_convert_writes_a_folder_that_loads(run, place):
@@ -397,7 +452,9 @@ def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, p
     assert any("3.png" in record.getMessage() for record in caplog.records)
 
 
-def test_calibrate_changes_nothing_else(run, place, photographs):
+@pytest.mark.parametrize("export_code", [False, True])
+def test_calibrate_changes_nothing_else(run, place, photographs, export_code):
+    DQForImageGeneration.from_pretrained("model").save_pretrained("model", export_code=export_code)
     before = {name: json.loads(Path(name).read_text()) for name in ("model/config.json", "model/vae/config.json")}
     files = files_of(place / "model")
     run("calibrate", "--data", "photographs", "--model", "model")
@@ -408,6 +465,22 @@ def test_calibrate_changes_nothing_else(run, place, photographs):
         assert after == config
     changed = {path for path, content in files_of(place / "model").items() if files[path] != content}
     assert changed == {place / "model" / "config.json", place / "model" / "vae" / "config.json"}
+
+
+def test_thresholds_that_find_no_room_on_the_disk_change_no_file(place):
+    vae, both = place / "model" / "vae" / "config.json", place / "model" / "config.json"
+    before = files_of(place)
+    with full_disk(vae.stat().st_size + 20), pytest.raises(OSError):  # room for one, not for the other
+        write_thresholds(place / "model", [0.7], both=True)
+    assert files_of(place) == before and both.stat().st_size > vae.stat().st_size + 20
+    write_thresholds(place / "model", [0.7], both=True)
+    assert DQForImageGeneration.from_pretrained("model").vae.config.entropy_thresholds == [0.7]
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "generation"])
+def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
+    message = refused("evaluate", kind, "--data", "gone", "--model", "gone", "--seed", -1, "--output", "report.json")
+    assert "seed must lie in 0 ... 18446744073709551615, got -1" in message
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import full_disk
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -1196,6 +1197,28 @@ def test_output_is_not_overwritten_without_force(tmp_path):
     convert_checkpoint(*vae, folder, force=True)
     assert DQVAEModel.from_pretrained(folder).config.codebook_size == 32
     assert not (folder / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("dual_entropy", "transformer_class"), ("transformer_class", "dual_entropy")]
+)
+def test_the_old_model_stays_until_the_new_one_is_written(old, new, tmp_path):
+    convert_checkpoint(REFERENCE / old / "config.yml", REFERENCE / old / "model.ckpt", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with full_disk(100_000), pytest.raises(OSError, match="cannot be written"):
+        convert_checkpoint(REFERENCE / new / "config.yml", REFERENCE / new / "model.ckpt", tmp_path, force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_no_shard_of_an_old_tokenizer_stays_beside_a_new_model(tmp_path):
+    paths = [REFERENCE / "transformer_class" / name for name in ("config.yml", "model.ckpt")]
+    vae = convert_checkpoint(*(REFERENCE / "dual_entropy" / path.name for path in paths), tmp_path / "vae")
+    vae.save_pretrained(tmp_path / "ours", max_shard_size="500KB")
+    (tmp_path / "ours" / "notes.txt").write_text("mine")
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    convert_checkpoint(*paths, tmp_path / "ours", force=True)
+    assert not list((tmp_path / "ours").glob("model*safetensors*"))
+    assert (tmp_path / "ours" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["dual_entropy", "transformer_class"])

@@ -253,6 +253,10 @@ BAD_UPLOADS = {
         lambda path: write(path, save(path, Image.effect_noise((64, 64), 50)).read_bytes()[:900]),
         "cut.png is damaged, or no image",
     ),
+    "header.png": (
+        lambda path: write(path, b"\x89PNG\r\n\x1a\n\0\0\0\4IHDR" + bytes(8)),  # Pillow: ValueError
+        "header.png is damaged, or no image; expected PNG",
+    ),
     "script.eps": (lambda path: save(path, Image.new("RGB", (8, 8))), "script.eps is damaged, or no image"),
     "large.png": (
         lambda path: save(path, Image.new("1", (5001, 5000))),
@@ -368,6 +372,7 @@ def test_what_the_command_refuses(models, capsys, monkeypatch):
     assert 'the demo needs gradio; install it with pip install "dq_hf[demo]"' in refused()
 
 
+@pytest.mark.slow
 def test_the_space_runs_from_its_folder_alone_and_asks_nothing_from_elsewhere(models, tmp_path):
     folder = tmp_path / "space"
     shutil.copytree(ROOT / "examples" / "space", folder)

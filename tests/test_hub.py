@@ -115,6 +115,10 @@ keep("joint-saved", DQForImageGeneration.from_pretrained("user/saved"))
 pipe = DQPipeline.from_pretrained("user/pipeline", revision="dev")
 keep("joint-pipeline", DQForImageGeneration.from_models(pipe.vae, pipe.transformer))
 met["size"] = DQImageProcessor.from_pretrained("user/vae").size
+met["cache below snapshots"] = [
+    error_of(DQVAEModel.from_pretrained, repository, cache_dir=os.path.abspath("snapshots/cache"), **place)
+    for repository, place in (("user/vae", {}), ("user/joint", {"subfolder": "vae"}))
+]
 DQPipeline.from_pretrained("user/joint").save_pretrained("pulled")
 DQVAEModel.from_pretrained("user/joint", subfolder="vae").save_pretrained("part")
 
@@ -351,6 +355,10 @@ def test_an_upload_that_was_cut_works_when_it_is_repeated(hub, place, met):
 
 
 # Pull
+
+
+def test_a_cache_may_lie_below_a_folder_of_any_name(met):
+    assert met["cache below snapshots"] == [None, None]
 
 
 def test_all_files_of_a_model_are_of_one_commit(hub, met):

@@ -374,6 +374,8 @@ def test_bad_arguments_of_the_pipeline_are_refused(pipe, arguments, error, messa
         (dict(batch_size=2.0), ValueError, "batch_size"),
         (dict(seed="7"), TypeError, "seed must be an integer"),
         (dict(seed=1.5), TypeError, "seed must be an integer"),
+        (dict(seed=2**64), ValueError, "seed must lie in 0 ... 18446744073709551615, got 18446744073709551616"),
+        (dict(seed=[0, -1]), ValueError, "seed must lie in 0 ... 18446744073709551615, got -1"),
         (dict(seed=[1]), ValueError, "list of 2, one for each image; got 1"),
         (dict(sead=1), TypeError, "unknown argument.* sead"),
         (dict(num_images=3), TypeError, "unknown argument.* num_images"),

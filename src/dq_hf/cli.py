@@ -1,9 +1,12 @@
 """The command `dq-hf`. Results go to stdout, progress to stderr; nothing is overwritten without --force."""
 
 import argparse
+import json
 import math
 import os
+import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,8 +17,11 @@ from transformers import AutoConfig
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
 from .convert import convert_checkpoint
 from .files import whole_file
+from .modeling.configuration_utils_dq import read_json_object
+from .modeling.hub_dq import loading_from, pin_revision
 from .modeling.routing_dq import count_codes, image_entropy
 from .pipelines.class_labels import class_ids
+from .pipelines.image_generation import check_seed
 from .reconstruction import reconstruct
 from .visualize import (
     draw_code_usage,
@@ -256,9 +262,10 @@ def run_generate(args):
 
 
 def check_sampling(args):
-    """Raise ValueError if the number of images or the device cannot be."""
+    """Raise ValueError if the number of images, the seed or the device cannot be."""
     if args.num_images < 1:
         raise ValueError(f"--num-images must be at least 1, got {args.num_images}")
+    check_seed(args.seed)
     check_device(args.device)
 
 
@@ -279,7 +286,7 @@ def sample(pipe, args, numbers, generator, **options):
 
 def is_id(name, config):
     """Whether a class given on the command line is a number, and not a name."""
-    return name not in config.label2id and name.lstrip("-").isdigit()
+    return name not in config.label2id and re.fullmatch("-?[0-9]+", name) is not None
 
 
 def run_reconstruct(args):
@@ -320,9 +327,13 @@ def open_image(args):
 
 def load_vae(model):
     """The tokenizer of a folder or repository, which may hold both models."""
-    folder = find_model(model)
-    both = AutoConfig.from_pretrained(folder).model_type == DQConfig.model_type
-    return DQVAEModel.from_pretrained(folder / "vae" if both else folder)
+    return DQVAEModel.from_pretrained(model, subfolder="vae" if holds_both(model) else "")
+
+
+def holds_both(model):
+    """Whether a folder or repository holds a generator beside the tokenizer."""
+    with loading_from(model):
+        return isinstance(AutoConfig.from_pretrained(model, revision=pin_revision(model)), DQConfig)
 
 
 def run_convert(args):
@@ -349,15 +360,25 @@ def run_calibrate(args):
         )
     images, loader = read_images(args, vae_config)
     batches = (batch["pixel_values"] for batch in loader)
-    vae_config.entropy_thresholds, achieved = calibrate_thresholds(
-        batches, vae_config.granularities[0], args.fine_ratio
-    )
-    config.save_pretrained(folder)
-    if isinstance(config, DQConfig):
-        vae_config.save_pretrained(folder / "vae")
-    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae_config.entropy_thresholds)} nats")
+    thresholds, achieved = calibrate_thresholds(batches, vae_config.granularities[0], args.fine_ratio)
+    write_thresholds(folder, thresholds, both=isinstance(config, DQConfig))
+    print(f"thresholds  {' '.join(f'{value:.7f}' for value in thresholds)} nats")
     num_images = images.num_rows - images.num_broken
     print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
+
+
+def write_thresholds(folder, thresholds, both):
+    """Change this entry, and no other, in every `config.json` that has it; after an error all are as before.
+
+    Args:
+        both: the folder holds a generator, too, and its tokenizer in `vae/`.
+    """
+    with ExitStack() as files:
+        for path in [folder / "vae" / "config.json"] * both + [folder / "config.json"]:
+            content = read_json_object(path)
+            vae_config = content.setdefault("vae_config", {}) if both and path.parent == folder else content
+            vae_config["entropy_thresholds"] = thresholds
+            files.enter_context(whole_file(path)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_images(args, vae_config):
@@ -437,6 +458,7 @@ def check_report(args):
         raise OSError(f"{args.output} cannot be written; its folder must exist and be writable")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_seed(args.seed)
 
 
 def finish_report(args, report):
@@ -548,7 +570,7 @@ def beside_grain_map(image, grain_map, scale):
 
 
 def find_model(model):
-    """The local folder of a model; a repository of the Hub is fetched."""
+    """The local folder of tokenizer and generator; a repository of the Hub is fetched."""
     return Path(model if Path(model).is_dir() else DQPipeline.download(model))
 
 
@@ -559,8 +581,10 @@ def read_image(path):
             return file.copy()
     except FileNotFoundError:
         raise OSError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path} is damaged, or no image that Pillow can read: {error}") from error
+    except Exception as error:  # Pillow's decoders raise almost any kind on damaged data
+        raise OSError(
+            f"{path} is damaged, or no image that Pillow can read: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_device(device):

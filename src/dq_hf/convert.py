@@ -17,6 +17,7 @@ import yaml
 from .modeling.configuration_dq import DQConfig
 from .modeling.configuration_dqtransformer import DQTransformerConfig
 from .modeling.configuration_dqvae import DQVAEConfig
+from .modeling.hub_dq import weights_of
 from .modeling.image_processing_dq import DQImageProcessor
 from .modeling.modeling_dq import DQForImageGeneration
 from .modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -120,13 +121,15 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
         raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
 
     model.eval()
-    # What a model of the other kind may have left there would be taken for a part of this one.
-    other = "model_index.json" if isinstance(model, DQVAEModel) else "model.safetensors"
-    (output_dir / other).unlink(missing_ok=True)
     model.save_pretrained(output_dir)
     if isinstance(model, DQVAEModel):
         height, width = config.image_height_width
         DQImageProcessor(size={"height": height, "width": width}).save_pretrained(output_dir)
+    # What a model of the other kind left there would be taken for a part of this one, which is whole only now.
+    for path in list(output_dir.iterdir()):
+        is_stale = path.name == "model_index.json" if isinstance(model, DQVAEModel) else weights_of(path.name)
+        if is_stale:
+            path.unlink()
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from . import DQImageProcessor, DQPipeline
-from .cli import find_model, load_vae
+from .cli import find_model, holds_both, load_vae
 from .modeling.configuration_dqvae import DQVAEConfig
 from .modeling.routing_dq import expand_grain_map
 from .reconstruction import coding_cost, peak_signal_to_noise_ratio, reconstruct
@@ -137,10 +137,9 @@ def check_address(host, port):
 
 def load_models(model, device):
     """(`DQVAEModel`, `DQPipeline` or None) of a folder or Hub id, in evaluation mode."""
-    folder = find_model(model)
-    if not (folder / "model_index.json").is_file():
-        return load_vae(folder).to(device).eval(), None
-    pipe = DQPipeline.from_pretrained(folder).to(device)
+    if not holds_both(model):
+        return load_vae(model).to(device).eval(), None
+    pipe = DQPipeline.from_pretrained(find_model(model)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe.vae, pipe
 
@@ -517,22 +516,24 @@ def read_upload(path):
     name = Path(path).name
     if Path(path).stat().st_size > MAX_UPLOAD_BYTES:
         raise ValueError(f"{name} is larger than {MAX_UPLOAD_BYTES // 2**20} MB; make it smaller")
-    too_many_pixels = f"{name} has more than {MAX_UPLOAD_PIXELS // 10**6} million pixels; make it smaller"
+    too_many_pixels = f"has more than {MAX_UPLOAD_PIXELS // 10**6} million pixels; make it smaller"
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as file:
             width, height = file.size
             if width * height > MAX_UPLOAD_PIXELS:
-                raise ValueError(too_many_pixels)
-            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-                raise ValueError(
-                    f"{name} is {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other; crop it"
+                problem = too_many_pixels
+            elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                problem = (
+                    f"is {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other; crop it"
                 )
-            return file.copy()
-    except Image.DecompressionBombError as error:
-        raise ValueError(too_many_pixels) from error
-    except (OSError, SyntaxError) as error:
+            else:
+                return file.copy()
+    except Image.DecompressionBombError:
+        problem = too_many_pixels
+    except Exception:  # Pillow's decoders raise almost any kind on damaged data
         formats = f"{', '.join(UPLOAD_FORMATS[:-1])} or {UPLOAD_FORMATS[-1]}"
-        raise ValueError(f"{name} is damaged, or no image; expected {formats}") from error
+        problem = f"is damaged, or no image; expected {formats}"
+    raise ValueError(f"{name} {problem}")
 
 
 def to_pixel_values(vae, picture):

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from .model_card_dq import find_file, merge_with_owner, read_source_card, save_card
@@ -181,7 +182,10 @@ class HubMixin(PushMixin):
 
     def write_files(self, folder, **arguments):
         """Write the files but the card."""
-        super().save_pretrained(folder, **arguments)
+        try:
+            super().save_pretrained(folder, **arguments)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"the weights cannot be written to {folder}: {error}") from error
 
 
 def check_arguments(arguments):
@@ -370,7 +374,8 @@ def pin_revision(source, revision=None, subfolder=None, *, file="config.json", *
     if Path(str(source)).is_dir():
         return revision
     path = hf_hub_download(str(source), file, subfolder=subfolder, revision=revision, **hub_arguments)
-    return re.search(r"/snapshots/([^/]+)/", Path(path).as_posix())[1]
+    depth = len(Path(subfolder or "", file).parts)
+    return Path(path).parents[depth - 1].name  # .../snapshots/commit/sub-folder/file
 
 
 def hub_error(error):

@@ -16,6 +16,7 @@ SAMPLING_ARGUMENTS = frozenset(inspect.signature(DQTransformerForImageGeneration
     "generator",
     "on_step_end",
 }
+MAX_SEED = 2**64 - 1
 
 
 class DQGenerationPipeline(Pipeline):
@@ -123,17 +124,25 @@ class DQGenerationPipeline(Pipeline):
         return self.model.push_to_hub(repo_id, **kwargs)
 
 
+def check_seed(seed):
+    """Raise ValueError if torch cannot take this integer, or takes it for another one, as all below 0."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must lie in 0 ... {MAX_SEED}, got {seed}")
+
+
 def make_generators(seed, num_images):
     """One generator (integer seed), one for each image (list), or None.
 
     Raises:
-        TypeError, ValueError: no integers, or another number of seeds than images.
+        TypeError, ValueError: no integers, integers out of range, or another number of seeds than images.
     """
     if seed is None:
         return None
     seeds = seed if isinstance(seed, (list, tuple)) else [seed]
     if any(isinstance(value, bool) or not isinstance(value, int) for value in seeds):
         raise TypeError(f"seed must be an integer or a list of integers, got {seed!r}")
+    for value in seeds:
+        check_seed(value)
     generators = [torch.Generator().manual_seed(value) for value in seeds]
     if not isinstance(seed, (list, tuple)):
         return generators[0]

@@ -20,6 +20,7 @@ from ..modeling.modeling_dqvae import DQVAEModel
 from .class_labels import as_list, class_ids
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+NEEDS_BOTH = "a pipeline needs the tokenizer and the generator, as DQForImageGeneration.save_pretrained writes them"
 CALLBACK_TENSORS = ("codes", "grain_map", "taken", "lengths")
 
 
@@ -167,10 +168,9 @@ class DQPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, but an index that is damaged, or not this pipeline's, is an error that names it."""
-        file = Path(pretrained_model_name_or_path, cls.config_name)
-        if file.is_file():
-            check_index(file)
+        """As in diffusers, but an index that is missing, damaged or not this pipeline's is an error that names it."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_index(Path(pretrained_model_name_or_path, cls.config_name))
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -182,7 +182,7 @@ class DQPipeline(DiffusionPipeline):
             patterns = ["*.json", "*.safetensors", "README.md"]
             folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
             if not (folder / "model_index.json").is_file():
-                raise OSError("there is no file model_index.json")
+                raise OSError(f"there is no file model_index.json; {NEEDS_BOTH}")
             if (folder / "README.md").is_file():
                 options["revision"] = folder.name  # of the same commit
                 for picture in pictures_of((folder / "README.md").read_text("utf-8", "replace")):
@@ -192,6 +192,8 @@ class DQPipeline(DiffusionPipeline):
 
 def check_index(file):
     """Raise `OSError` or `ValueError` if a `model_index.json` is not one that `save_pretrained` writes."""
+    if not file.is_file():
+        raise OSError(f"{file.parent} has no file {file.name}; {NEEDS_BOTH}")
     index = read_json_object(file)
     parts = {name: [part.__module__, part.__name__] for name, part in PARTS.items()}
     for key, expected in ({"_class_name": "DQPipeline"} | parts).items():
