@@ -10,7 +10,8 @@ One GPU, one's own images and tokenizer:
 
 Several GPUs or machines, which must share `output_dir`: the same after `accelerate config`, or with a file of
 `examples/configs`; any number of processes writes the same rows. Then `train_dqtransformer.py --codes runs/codes` trains
-on them, with the same `--vae`. A run that was stopped leaves nothing in `output_dir`; give the command again.
+on them, with the same `--vae`. A run that was stopped leaves nothing in `output_dir`; give the command again. With
+`--overwrite` the old cache is deleted only when the new one is in its place.
 """
 
 import math
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQVAEModel
+from dq_hf.training.checkpoints import put_in_place
 from dq_hf.training.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
 from dq_hf.training.data import ImageCollator, class_names, drop_broken_images, first_rows, load_images
 
@@ -89,9 +91,7 @@ def main():
     if accelerator.is_main_process:
         origin = {"data": args.data, "horizontal_flips": args.horizontal_flips, "command": shlex.join(sys.argv)}
         write_index(partial, vae, args.vae, names, num_rows, **origin)
-        if output_dir.exists():
-            shutil.rmtree(output_dir)
-        partial.rename(output_dir)
+        put_in_place(partial, output_dir)
     accelerator.print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
     accelerator.end_training()
 

@@ -22,6 +22,7 @@ LOG_TERMS = {
     "coarse_position_loss": ("position loss, coarse", "nats an element"),
     "fine_position_loss": ("position loss, fine", "nats an element"),
 }
+COLOURS = {"training": "C0", "held out": "C1", "calibration": "C2"}
 COLUMNS = 4
 PANEL_INCHES = (3.6, 2.4)
 DOTS_PER_INCH = 100
@@ -59,7 +60,10 @@ def read_rows(path):
 
 
 def find_curves(rows):
-    """Steps and values of the curves: {panel: {"training" or "held out": ([steps], [values])}}, as they first appear."""
+    """Steps and values of the curves: {panel: {kind: ([steps], [values])}}, as they first appear.
+
+    Kinds are "training", "held out" and "calibration", one value for a share of regions.
+    """
     panels = {}
     for row in rows:
         for name, value in row.items():
@@ -67,6 +71,8 @@ def find_curves(rows):
                 continue
             panel = HELD_OUT.get(name, name.removeprefix("test_"))
             kind = "held out" if name in HELD_OUT or name.startswith("test_") else "training"
+            if name.startswith("calibrated_"):
+                panel, kind = name.removeprefix("calibrated_"), "calibration"
             steps, values = panels.setdefault(panel, {}).setdefault(kind, ([], []))
             steps.append(row["step"])
             values.append(value)
@@ -100,7 +106,7 @@ def draw(rows, title):
         if number > len(panels) - columns:
             axes.set_xlabel("step", fontsize=8)
         for kind, (steps, values) in curves.items():
-            style = {"color": "C0", "linewidth": 1} if kind == "training" else {"color": "C1"}
+            style = {"color": COLOURS[kind], "linewidth": 1 if kind == "training" else 1.5}
             marker = "." if kind == "held out" or len(steps) == 1 else None
             [legend[kind]] = axes.plot(steps, values, marker=marker, **style)
         if start is not None:

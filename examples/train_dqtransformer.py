@@ -51,7 +51,7 @@ from dq_hf import (
 )
 from dq_hf.modeling.hub_dq import check_push
 from dq_hf.modeling.model_card_dq import write_model_card
-from dq_hf.training.checkpoints import check_writable, resume, save_checkpoint, sync, writing
+from dq_hf.training.checkpoints import check_writable, put_in_place, resume, save_checkpoint, writing
 from dq_hf.training.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
 from dq_hf.training.data import ImageCollator, class_names, first_rows, load_train_and_test, prepare_loader
 from dq_hf.training.progress import (
@@ -60,6 +60,7 @@ from dq_hf.training.progress import (
     RunLog,
     StopSignal,
     batches,
+    check_max_steps,
     ignore_sigterm,
     progress_bar,
     set_learning_rate,
@@ -166,8 +167,8 @@ def main():
     progress, best = Progress(), BestLoss()
     accelerator.register_for_checkpointing(progress, scheduler, best)
     set_seed(args.seed, device_specific=True)
-    if resume(accelerator, output_dir, args.resume) > args.max_steps:
-        raise ValueError(f"--max_steps must be at least {progress.step}, the checkpoint's step, got {args.max_steps}")
+    resume(accelerator, output_dir, args.resume)
+    check_max_steps(args.max_steps, progress.step, output_dir)
     if not (output_dir / "model").exists():  # the checkpoint may be another run's
         best.value = math.inf
     set_learning_rate(scheduler, args.learning_rate)
@@ -238,9 +239,13 @@ def make_loaders(accelerator, vae, args):
     label_column = None if args.label_column in (None, "none") else args.label_column
     sampler, on_epoch = None, None
     if args.codes is not None:
+        if args.streaming:
+            raise ValueError(
+                "--streaming reads images as they come, but --codes has their codes; leave one of them out"
+            )
         train_set, test_set = (load_codes(args.codes, split, vae) for split in (args.train_split, args.test_split))
         test_set = first_rows(test_set, args.max_test_images)
-        names = class_names(train_set, "label") if label_column and "label" in train_set.column_names else []
+        names = class_names(train_set, "label") if label_column else []
         train_collate = test_collate = CodeCollator(vae.config.grid_sizes)
         if args.length_buckets:
             rows_per_step = args.batch_size * accelerator.num_processes
@@ -422,14 +427,12 @@ def draw_samples(joint, names, seed, picture):
 
 
 def save_model(joint, folder):
-    """Both models, beside the folder first, so that what was there is lost only once the new one is whole."""
+    """Both models, beside the folder first, so that what was there is lost only once the new one is in its place."""
     partial = folder.with_name(f"partial-{folder.name}")
     with writing(folder, folder.parent):
         shutil.rmtree(partial, ignore_errors=True)
         joint.save_pretrained(partial)
-        sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        put_in_place(partial, folder)
 
 
 def describe_and_push(accelerator, args, rows, progress, num_classes, vae):

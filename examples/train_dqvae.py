@@ -47,7 +47,14 @@ from dq_hf.modeling.hub_dq import check_push
 from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
 from dq_hf.training.calibration import calibrate_thresholds
-from dq_hf.training.checkpoints import check_writable, resume, save_checkpoint, sync, writing
+from dq_hf.training.checkpoints import (
+    check_writable,
+    find_checkpoint,
+    put_in_place,
+    resume,
+    save_checkpoint,
+    writing,
+)
 from dq_hf.training.data import ImageCollator, load_train_and_test, prepare_loader
 from dq_hf.training.perceptual import make_perceptual_loss
 from dq_hf.training.progress import (
@@ -56,6 +63,7 @@ from dq_hf.training.progress import (
     RunLog,
     StopSignal,
     batches,
+    check_max_steps,
     ignore_sigterm,
     progress_bar,
     set_learning_rate,
@@ -160,6 +168,7 @@ def main():
             "--disc_weight 0"
         )
     check_writable(output_dir)
+    begins = find_checkpoint(accelerator, output_dir, args.resume) is None
     if args.push_to_hub and accelerator.is_main_process:
         args.push_to_hub = check_push(args.push_to_hub)  # with the user's name
     start = DQVAEModel.from_pretrained(args.start_from) if args.start_from is not None else None
@@ -196,7 +205,10 @@ def main():
     test_loader = DataLoader(test_set, args.batch_size, collate_fn=collate)
 
     # Models, and one optimiser for each (method section 5).
-    config, routed = (start.config, {}) if start is not None else make_config(args, train_set, collate)
+    config = start.config if start is not None else make_config(args)
+    calibration = Calibration(args, config)
+    if begins and start is None:
+        calibration.run(train_set, collate)
     vae = start if start is not None else DQVAEModel(config)
     if args.decoder_only:
         vae.requires_grad_(False)
@@ -222,15 +234,16 @@ def main():
     plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
     vae, discriminator, *optimizers, test_loader = accelerator.prepare(vae, discriminator, *optimizers, test_loader)
     progress = Progress()
-    accelerator.register_for_checkpointing(progress, ema, scheduler)
+    accelerator.register_for_checkpointing(progress, ema, scheduler, calibration)
     set_seed(args.seed, device_specific=True)
-    if resume(accelerator, output_dir, args.resume) > args.max_steps:
-        raise ValueError(f"--max_steps must be at least {progress.step}, the checkpoint's step, got {args.max_steps}")
+    resume(accelerator, output_dir, args.resume)
+    check_max_steps(args.max_steps, progress.step, output_dir)
     ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     accelerator.init_trackers("dqvae", config={k: str(v) for k, v in vars(args).items()})
     log = RunLog(output_dir / "log.jsonl", progress.step) if accelerator.is_main_process else None
-    accelerator.print(f"{args.max_steps} steps, starting at step {progress.step}; shares of regions: {routed}")
+    shares = calibration.shares
+    accelerator.print(f"{args.max_steps} steps, starting at step {progress.step}; shares of regions: {shares}")
 
     # Training.
     def objective(pixel_values):
@@ -301,6 +314,8 @@ def main():
                 finite.raise_if_bad(step, output_dir)
                 rows = averaged(accelerator, terms) | codebook_use(plain_vae.quantizer)
                 rows["lr"] = scheduler.get_last_lr()[0]
+                if step <= args.log_every:  # the first row
+                    rows |= {f"calibrated_share_{side}": share for side, share in shares.items()}
                 record(accelerator, log, step, rows)
                 bar.set_postfix({name: f"{rows[name]:.4g}" for name in ("loss", "l1", "codes")})
             if step % args.sample_every == 0 or last:
@@ -321,7 +336,8 @@ def main():
     if accelerator.is_main_process:
         with averaged_weights(vae, ema, args):
             save_model(plain_vae, processor, output_dir / "model")
-        describe_and_push(accelerator, args, log.read(), progress, None if args.streaming else len(train_set), routed)
+        num_images = None if args.streaming else len(train_set)
+        describe_and_push(accelerator, args, log.read(), progress, num_images, shares)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -358,14 +374,13 @@ def is_trained(parameter):
     return parameter.requires_grad
 
 
-def make_config(args, train_set, collate):
-    """The model's configuration, entropy thresholds calibrated on training images, and the shares that they give."""
-    fine_ratios = args.fine_ratios if len(args.granularities) > 1 else []  # one granularity: nothing to choose
-    config = DQVAEConfig(
+def make_config(args):
+    """The model's configuration; its entropy thresholds are not those of these images yet."""
+    return DQVAEConfig(
         image_size=args.image_size,
         granularities=args.granularities,
         router=args.router,
-        budget_targets=fine_ratios,
+        budget_targets=args.fine_ratios if len(args.granularities) > 1 else [],  # one: nothing to choose
         block_out_channels=args.block_out_channels,
         layers_per_block=args.layers_per_block,
         norm_num_groups=args.norm_num_groups,
@@ -375,14 +390,41 @@ def make_config(args, train_set, collate):
         codebook_dim=args.codebook_dim,
         encoder_attention_factors=args.granularities[:1],
     )
-    if args.router != "entropy" or not fine_ratios:
-        return config, {}
-    subset = train_set.part(0, 1) if args.streaming else train_set.shuffle(seed=args.seed)  # the same on all processes
-    loader = DataLoader(subset, args.batch_size, collate_fn=collate)
-    num_batches = math.ceil(args.calibration_images / args.batch_size)
-    images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
-    config.entropy_thresholds, achieved = calibrate_thresholds(images, args.granularities[0], fine_ratios)
-    return config, dict(zip(args.granularities[1:], achieved))
+
+
+class Calibration:
+    """Entropy thresholds, in the model's configuration, and the shares of regions that they give.
+
+    Both are kept in the checkpoints: a run that goes on codes as it began, whatever it would find now.
+    """
+
+    def __init__(self, args, config):
+        self.args = args
+        self.config = config
+        self.shares = {}
+
+    def run(self, train_set, collate):
+        """Find the thresholds for training images, if the router needs any."""
+        args, granularities, budget = self.args, self.config.granularities, self.config.budget_targets
+        if self.config.router != "entropy" or not budget:
+            return
+        # The same on all processes.
+        subset = train_set.part(0, 1) if args.streaming else train_set.shuffle(seed=args.seed)
+        loader = DataLoader(subset, args.batch_size, collate_fn=collate)
+        num_batches = math.ceil(args.calibration_images / args.batch_size)
+        images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        self.config.entropy_thresholds, shares = calibrate_thresholds(images, granularities[0], budget)
+        self.shares = dict(zip(granularities[1:], shares))
+
+    def state_dict(self):
+        sizes = {name: getattr(self.args, name) for name in ("image_size", "fine_ratios", *SIZES)}
+        return {"sizes": sizes, "thresholds": self.config.entropy_thresholds, "shares": self.shares}
+
+    def load_state_dict(self, state):
+        for name, value in state["sizes"].items():
+            if getattr(self.args, name) != value:
+                raise ValueError(f"--{name} was {value}, got {getattr(self.args, name)}")
+        self.config.entropy_thresholds, self.shares = state["thresholds"], state["shares"]
 
 
 @contextmanager
@@ -439,18 +481,16 @@ def evaluate(accelerator, model, loader, processor, picture):
 
 
 def save_model(vae, processor, folder):
-    """Beside the folder first, so that what was there is lost only once the new one is whole."""
+    """Beside the folder first, so that what was there is lost only once the new one is in its place."""
     partial = folder.with_name(f"partial-{folder.name}")
     with writing(folder, folder.parent):
         shutil.rmtree(partial, ignore_errors=True)
         vae.save_pretrained(partial)
         processor.save_pretrained(partial)
-        sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        put_in_place(partial, folder)
 
 
-def describe_and_push(accelerator, args, rows, progress, num_images, routed):
+def describe_and_push(accelerator, args, rows, progress, num_images, shares):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
     folder = Path(args.output_dir) / "model"
     measured = next(row for row in reversed(rows) if "psnr" in row)
@@ -466,7 +506,7 @@ def describe_and_push(accelerator, args, rows, progress, num_images, routed):
         metrics={name: measured[name] for name in ("psnr", "codes_per_image")},
         losses={name: trained[name] for name in (*PLAIN_LOSSES, "codebook_usage", "perplexity") if name in trained},
         data={"training images": num_images, "horizontal flips": args.horizontal_flips}
-        | {f"share of regions with codes of {side} x {side} pixels": share for side, share in routed.items()},
+        | {f"share of regions with codes of {side} x {side} pixels": share for side, share in shares.items()},
         training={
             "steps": progress.step,
             "images seen": progress.images,

@@ -113,6 +113,7 @@ def test_mirror_images_follow_their_images_in_the_training_split(place, cache, v
     assert len(set(rows["num_codes"][:].tolist())) > 2  # variable-length
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_rows_over_an_old_cache(place, cache, vae):
     old = place / "two"
     old.mkdir()

@@ -19,6 +19,7 @@ from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import pipeline
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
@@ -282,6 +283,22 @@ def test_the_entropy_router_is_calibrated_to_the_share_asked_for(plain, place):
     assert float(card_figures(run / "model")["share of regions with codes of 2 x 2 pixels"]) == pytest.approx(
         share, abs=1e-4
     )
+    first, *others = training_rows(run)
+    assert first["calibrated_share_2"] == pytest.approx(share, abs=1e-6)
+    assert not any("calibrated_share_2" in row for row in others)
+
+
+def test_a_run_that_goes_on_keeps_the_thresholds_that_it_began_with(plain, place, capsys):
+    run, printed = plain
+    shutil.copytree(run, place / "kept")
+    command = f"{PLAIN} --output_dir kept --max_steps 4 --sample_every 4 --calibration_images 1"
+    told = [re.search("shares of regions: .*", text)[0] for text in (run_here(place, command), printed)]
+    assert told[0] == told[1] and "calibrate" not in capsys.readouterr().err
+    before, after = (DQVAEModel.from_pretrained(place / name / "model").config for name in (run.name, "kept"))
+    assert after.entropy_thresholds == before.entropy_thresholds
+    message = r"kept/checkpoint-4 cannot be loaded: .*--fine_ratios was \[0.3\], got \[0.4\]. If settings changed"
+    with pytest.raises(CheckpointError, match=message):
+        run_here(place, f"{command} --fine_ratios 0.4")
 
 
 def test_the_plainest_objective_needs_no_other_network(plain):
@@ -460,9 +477,16 @@ def test_codes_train_as_the_images_they_are_of(place, codes):
     assert rows_of(place / "mixed")[0]["loss"] != rows_of(place / "from-codes")[0]["loss"]
 
 
-def test_codes_of_another_tokenizer_are_refused(place, codes, full):
-    with pytest.raises(ValueError, match="codes holds the codes of another VAE"):
-        run_here(place, f"{STAGE_2} --output_dir mixed-up --vae full/model --codes codes")
+def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
+    encode = "encode_dataset.py --vae plain/model --data folders --output_dir unlabelled"
+    run_here(place, f"{encode} --max_images 1 --label_column none")
+    for message, arguments in (
+        ("codes holds the codes of another VAE", "--vae full/model --codes codes"),
+        ("--streaming reads images as they come, but --codes has their codes", "--codes codes --streaming"),
+        ("label column 'label' must hold .*, or train without labels .--label_column none", "--codes unlabelled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_here(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}")
 
 
 # Both stages
@@ -486,6 +510,39 @@ def test_a_stream_trains_and_goes_on_where_it_stopped(place, plain, stage):
     assert "training images" not in card_figures(whole / "model")  # a stream does not know
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_checkpoint_of_another_run_needs_steps_to_go_on_with(place, plain, generator, stage):
+    command = {1: PLAIN, 2: f"{STAGE_2} --vae plain/model --data folders"}[stage]
+    run, steps = {1: (plain[0], 3), 2: (generator, 6)}[stage]
+    command += f" --output_dir from-{run.name} --resume {run.name}/checkpoint-{steps}"
+    for too_few in (steps - 1, steps):
+        message = f"--max_steps must be at least {steps + 1} for from-{run.name}, .* after step {steps}, got {too_few}"
+        with pytest.raises(ValueError, match=message):
+            run_here(place, f"{command} --max_steps {too_few}")
+    run_here(place, f"{command} --max_steps {steps + 1}")
+    assert [row["step"] for row in training_rows(place / f"from-{run.name}")] == [steps + 1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_step_is_taken_with_a_longer_gradient_than_allowed(place, plain, stage):
+    norms = []
+
+    def measure(optimizer, *_):
+        gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm().item())
+
+    judged = f"{PLAIN} --disc_weight 0.75 --disc_start 0"
+    command = {1: judged, 2: f"{STAGE_2} --vae plain/model --data folders"}[stage]
+    hook = register_optimizer_step_pre_hook(measure)
+    try:
+        run_here(place, f"{command} --output_dir clipped-{stage} --max_steps 2 --max_grad_norm 0.01")
+    finally:
+        hook.remove()
+    assert norms == pytest.approx([0.01] * {1: 4, 2: 2}[stage], rel=1e-3)  # of the discriminator, too
+    rows = training_rows(place / f"clipped-{stage}")
+    assert all(row[name] > 0.02 for row in rows for name in row if name.endswith("grad_norm"))  # as they were
+
+
 @pytest.mark.parametrize(
     "granularities, shares", [([4], []), ([8, 4, 2], [0.25, 0.5])], ids=["one granularity", "three granularities"]
 )
@@ -498,7 +555,7 @@ def test_both_stages_take_any_number_of_granularities(place, granularities, shar
     run_here(place, f"{command} --output_dir vae-{number}")
     [row] = training_rows(place / f"vae-{number}")
     names = {f"share_{side}" for side in granularities[1:]}
-    assert {name for name in row if "share" in name} == names
+    assert {name for name in row if name.startswith("share_")} == names
     assert sum(row[name] for name in names) <= 1
     run_here(place, f"{STAGE_2} --data folders --vae vae-{number}/model --output_dir both-{number} --max_steps 1")
     model = DQForImageGeneration.from_pretrained(place / f"both-{number}" / "model")

@@ -52,6 +52,10 @@ def test_held_out_figures_share_the_panel_of_what_training_logs(plot_log, stage_
     assert list(panels) == ["loss", "l1", "codes", "g_loss", "d_loss", "psnr"]
     assert panels["codes"] == {"training": ([20, 40, 60], [40.0] * 3), "held out": ([40], [39.0])}
     assert panels["psnr"] == {"held out": ([40], [20.0])}
+    panels = plot_log.find_curves(
+        [{"step": 5, "share_4": 0.4, "calibrated_share_4": 0.5}, {"step": 10, "share_4": 0.6}]
+    )
+    assert panels == {"share_4": {"training": ([5, 10], [0.4, 0.6]), "calibration": ([5], [0.5])}}
     log = RunLog(tmp_path / "stage_2.jsonl")
     log.write(5, {"content_loss": 5.0})
     log.write(5, {"test_content_loss": 6.0})

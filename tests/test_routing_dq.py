@@ -1,10 +1,13 @@
 """Routers, grain maps and the budget loss, against slow versions written from the method's description."""
 
 import math
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -215,6 +218,34 @@ def test_budget_loss_is_0_at_the_wanted_shares_and_for_one_granularity():
     grain_map = torch.tensor([[[0, 1], [2, 2]]])
     assert budget_loss(one_hot_gate(grain_map, 3), [0.25, 0.5], 10.0).item() == pytest.approx(0, abs=1e-12)
     assert budget_loss(torch.ones(2, 1, 3, 3), [], 10.0).item() == 0
+
+
+def joint_gates():
+    """Of two images: the first has no fine region, the second only such."""
+    return one_hot_gate(torch.tensor([[[0, 0]], [[1, 1]]]), 2).requires_grad_()
+
+
+def run_process(rank, folder):
+    """Budget loss and its gradient where each of two processes has one of the images."""
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    gates = joint_gates()
+    losses = [budget_loss(gates[rank : rank + 1], [target], 10.0, all_processes=True) for target in (0.5, 0.3)]
+    losses[1].backward()
+    torch.save((torch.stack(losses).detach(), gates.grad), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_the_budget_is_that_of_the_images_of_all_processes(tmp_path):
+    # Forked, because new processes would take seconds to import everything.
+    mp.start_processes(run_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    losses, gradients = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)))
+    gates = joint_gates()
+    budget_loss(gates, [0.3], 10.0).backward()
+    assert gates.grad.abs().max() > 0.1
+    torch.testing.assert_close(torch.stack(gradients).mean(0), gates.grad)  # as data-parallel training averages them
+    for both in losses:
+        torch.testing.assert_close(both, torch.tensor([0.0, 10 * (0.5 - 0.3) ** 2]))
 
 
 scores = arrays(np.float32, (2, 3, 5), elements=st.floats(-100, 100, width=32))

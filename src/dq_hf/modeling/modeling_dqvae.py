@@ -302,7 +302,8 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         loss = reconstruction_loss + self.config.codebook_weight * encoded.loss
         budget = None
         if self.config.router == "feature" and fine_ratio is None and grain_map is None:
-            budget = budget_loss(encoded.gates, self.config.budget_targets, self.config.budget_gamma)
+            targets, gamma = self.config.budget_targets, self.config.budget_gamma
+            budget = budget_loss(encoded.gates, targets, gamma, all_processes=self.training)
             loss = loss + budget
         return DQVAEOutput(
             loss=loss,

@@ -6,6 +6,7 @@ A region is one cell of the coarsest grid. `grain_map` (B, h, w) long holds each
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # Entropy of grey values: bins evenly spaced over the image range [-1, 1], smoothed by a Gaussian kernel.
@@ -121,7 +122,7 @@ def rank_routing(score, shares):
     return torch.zeros_like(grain_map).scatter(1, order, grain_map).view(score.shape)
 
 
-def budget_loss(gates, targets, gamma):
+def budget_loss(gates, targets, gamma, all_processes=False):
     """How far the shares of finer regions are from their targets (paper equation 7), a scalar.
 
     For each finer granularity g, ratio_g = (codes spent if every other choice cost one code, less the minimum) /
@@ -131,16 +132,31 @@ def budget_loss(gates, targets, gamma):
         gates: (B, K, h, w), non-negative.
         targets: share wanted at each granularity but the coarsest.
         gamma: weight of the finest granularity's term.
+        all_processes: ratios are those of the batches of all processes together, which must all call it.
     """
-    num_regions = gates.shape[2] * gates.shape[3]
+    shares = gates.mean((0, 2, 3))  # (K,)
+    if all_processes:
+        shares = mean_over_processes(shares)
     loss = gates.new_zeros(())
     for granularity, target in enumerate(targets, start=1):
         cost = 4**granularity
-        codes = gates.sum() + (cost - 1) * gates[:, granularity].sum()
-        ratio = (codes / len(gates) - num_regions) / ((cost - 1) * num_regions)
+        codes = shares.sum() + (cost - 1) * shares[granularity]  # a region
+        ratio = (codes - 1) / (cost - 1)
         weight = gamma if granularity == len(targets) else 1.0
         loss = loss + weight * (ratio - target) ** 2
     return loss
+
+
+def mean_over_processes(values):
+    """Mean of a tensor over the processes that train together; its gradient is that of this process's own values.
+
+    Averaged over the processes, as data-parallel training does, gradients are then those of the mean.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    mean = values.detach().clone()
+    dist.all_reduce(mean)
+    return values + (mean / dist.get_world_size() - values.detach())
 
 
 def expand_grain_map(grain_map, num_granularities):

@@ -47,14 +47,7 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
 
     def publish():
         if accelerator.is_main_process:
-            sync(partial)
-            replaced = run_dir / f"replaced-{final.name}"
-            if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            sync(run_dir, recursive=False)
-            if replaced.exists():
-                shutil.rmtree(replaced)
+            put_in_place(partial, final)
             for old in list_checkpoints(run_dir)[:-keep]:
                 shutil.rmtree(old.rename(run_dir / f"partial-{old.name}"))
 
@@ -68,17 +61,12 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
 
 
 def resume(accelerator, run_dir, choice="auto"):
-    """Load a checkpoint and return its step; 0 for a run that starts. All processes call it.
-
-    Args:
-        choice: "auto", the newest checkpoint in `run_dir` if there is one; "never", start, in a folder without
-            checkpoints; or the path of a checkpoint, than which `run_dir` must hold no newer one.
+    """Load the checkpoint that `find_checkpoint` finds and return its step; 0 for a run that starts.
 
     Raises:
         CheckpointError: on every process: the choice is impossible, or the checkpoint does not fit or is damaged.
     """
-    chosen = together(lambda: choose_checkpoint(Path(run_dir), choice) if accelerator.is_main_process else None)
-    [folder] = broadcast_object_list([chosen])
+    folder = find_checkpoint(accelerator, run_dir, choice)
     if folder is None:
         return 0
     try:
@@ -91,8 +79,22 @@ def resume(accelerator, run_dir, choice="auto"):
     return checkpoint_step(folder)
 
 
+def find_checkpoint(accelerator, run_dir, choice="auto"):
+    """Folder of the checkpoint that a run goes on from, None for a run that starts. All processes call it.
+
+    Args:
+        choice: "auto", the newest checkpoint in `run_dir` if there is one; "never", start, in a folder without
+            checkpoints; or the path of a checkpoint, than which `run_dir` must hold no newer one.
+
+    Raises:
+        CheckpointError: on every process: the choice is impossible.
+    """
+    chosen = together(lambda: choose_checkpoint(Path(run_dir), choice) if accelerator.is_main_process else None)
+    return broadcast_object_list([chosen])[0]
+
+
 def choose_checkpoint(run_dir, choice):
-    """Folder of the checkpoint to load, None to start; see `resume`."""
+    """Folder of the checkpoint to load, None to start; see `find_checkpoint`."""
     tidy(run_dir)
     checkpoints = list_checkpoints(run_dir)
     newest = checkpoints[-1] if checkpoints else None
@@ -214,9 +216,27 @@ def describe(error):
     return shorten(f"{type(error).__name__}: {error}", 500)
 
 
+def put_in_place(partial, folder):
+    """Rename a finished folder; one that already has the name is deleted only then.
+
+    Killed at any moment, also by a power cut, it leaves one of the two whole: the old one as `folder` or, beside it, as
+    `replaced-<name>`.
+    """
+    replaced = folder.with_name(f"replaced-{folder.name}")
+    sync(partial)
+    if folder.exists():
+        if replaced.exists():  # a whole one took its place before a crash
+            shutil.rmtree(replaced)
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent, recursive=False)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
 def tidy(run_dir):
     """Undo what an earlier crash left half done."""
-    for replaced in run_dir.glob(f"replaced-{PREFIX}*"):
+    for replaced in run_dir.glob("replaced-*"):
         final = run_dir / replaced.name.removeprefix("replaced-")
         if final.exists():
             shutil.rmtree(replaced)

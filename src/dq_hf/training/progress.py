@@ -78,6 +78,17 @@ def batches(loader, progress, accelerator, on_epoch=None, max_steps=math.inf):
         progress.batch = 0
 
 
+def check_max_steps(max_steps, step, run_dir):
+    """Raise `ValueError` at a run that goes on after `step` and has no step left, unless its figures are in its folder."""
+    run_dir = Path(run_dir)
+    ended_here = (run_dir / f"checkpoint-{step}").is_dir() and (run_dir / "log.jsonl").exists()
+    least = step if ended_here else step + 1
+    if max_steps < least:
+        raise ValueError(
+            f"--max_steps must be at least {least} for {run_dir}, which goes on after step {step}, got {max_steps}"
+        )
+
+
 class StopSignal:
     """A request to stop, made by SIGTERM, for a training loop to ask for after each step."""
 
