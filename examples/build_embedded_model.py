@@ -33,6 +33,11 @@ SAMPLES = """\
 Samples, one row a class ({classes}); seed 0, not chosen. What is not given is drawn with {sampling} (`sampling_defaults`
 in the configuration)."""
 
+RECONSTRUCTIONS = """\
+Held-out images, the first ones and the first smileys: their variable-length coding, and their reconstructions."""
+
+COLUMNS = 12  # of that picture
+
 DATA = """\
 {num_train:,} training and {num_images:,} held-out pictures of 64x64, split by emoji; the figures above are of all that were
 held out, with the shipped (bfloat16) weights, computed in float32.
@@ -113,7 +118,10 @@ def main():
         command=Path(args.commands).read_text().rstrip(),
         limits=LIMITS,
         license="cc-by-4.0",
-        captions={"samples.png": SAMPLES.format(classes=", ".join(model.config.id2label.values()), sampling=sampling)},
+        captions={
+            "samples.png": SAMPLES.format(classes=", ".join(model.config.id2label.values()), sampling=sampling),
+            "reconstructions.png": RECONSTRUCTIONS,
+        },
     )
     shutil.rmtree(output_dir, ignore_errors=True)
     folder.rename(output_dir)
@@ -128,11 +136,11 @@ def save_bfloat16(model, folder):
 
 
 def measure(model, test_set, folder):
-    """Figures on held-out images; a picture of the first 24: image with coding above, reconstruction below."""
+    """Figures on held-out images; a picture of the first ones: image with coding above, reconstruction below."""
     height, width = model.vae.config.image_height_width
     processor = DQImageProcessor(size={"height": height, "width": width})
     sums = dict.fromkeys(("psnr", "codes_per_image", "content_loss", "position_loss", "nats"), 0.0)
-    overlays, reconstructions = [], []
+    shown = {"others": [], "faces": []}  # images with coding, and reconstructions
     for batch in tqdm(DataLoader(test_set, 1, collate_fn=ImageCollator(processor, "image", "label"))):
         pixel_values = batch["pixel_values"]
         encoded = model.vae.encode(pixel_values)
@@ -143,11 +151,12 @@ def measure(model, test_set, folder):
         sums["content_loss"] += output.content_loss.item()
         sums["position_loss"] += output.position_loss.item()
         sums["nats"] += stream_nats(output)
-        if len(overlays) < 24:
-            overlays.append(draw_grain_map(processor.post_process(pixel_values)[0], encoded.grain_map[0], scale=2))
-            reconstructions.append(processor.post_process(decoded)[0].resize(overlays[0].size))
-    rows = [overlays[:12], reconstructions[:12], overlays[12:], reconstructions[12:]]
-    image_grid([image for row in rows for image in row], columns=12).save(folder / "reconstructions.png")
+        pairs = shown["faces" if batch["class_labels"].item() == model.config.label2id["smileys"] else "others"]
+        if len(pairs) < COLUMNS:
+            overlay = draw_grain_map(processor.post_process(pixel_values)[0], encoded.grain_map[0], scale=2)
+            pairs.append((overlay, processor.post_process(decoded)[0].resize(overlay.size)))
+    rows = [row for pairs in shown.values() for row in zip(*pairs)]
+    image_grid([image for row in rows for image in row], columns=COLUMNS).save(folder / "reconstructions.png")
     figures = {name: value / len(test_set) for name, value in sums.items()}
     figures["nats_per_code"] = figures.pop("nats") / figures["codes_per_image"]
     figures["code_bits_per_image"] = figures["codes_per_image"] * math.log2(model.vae.config.codebook_size)
