@@ -1,10 +1,10 @@
 """How fast training is: images a second and peak memory of both stages, with and without the code cache.
 
     python benchmarks/train_throughput.py                                 # the embedded model's sizes, one CPU thread
-    python benchmarks/train_throughput.py --output docs/performance.md    # puts the table of these sizes into that file
+    python benchmarks/train_throughput.py --output docs/performance.md    # puts the table of these sizes and settings into that file
     python benchmarks/train_throughput.py --device cuda --data path/to/images --vae runs/vae/model \
         --stage_1 "--image_size 256 --granularities 16 8 --block_out_channels 128 128 256 256 512" \
-        --stage_2 "--hidden_size 1024 --num_attention_heads 16 --num_position_layers 6 --num_content_layers 18"
+        --stage_2 "--hidden_size 1024 --num_attention_heads 8 --num_position_layers 6 --num_content_layers 18"
 
 Every row is a run of the example script itself in a process of its own, which ends once enough steps are timed: a step
 is all that happens between two updates of the script's progress bar, so the reading of images, the optimizers and the
@@ -53,7 +53,12 @@ ROWS = {
     "codes": Row(2, "code cache, length buckets", "train_dqtransformer", "--codes {cache}", 4),
 }
 # Name: mixed precision, and options of the script.
-SETTINGS = {"fp32": ("no", ""), "bf16": ("bf16", ""), "bf16-compile": ("bf16", "--compile")}
+SETTINGS = {
+    "fp32": ("no", ""),
+    "fp32-compile": ("no", "--compile"),
+    "bf16": ("bf16", ""),
+    "bf16-compile": ("bf16", "--compile"),
+}
 
 
 @dataclass
@@ -111,7 +116,8 @@ def main(args):
     report = make_report(args, sizes, runs)
     print(report)
     if args.output is not None:
-        write_section(Path(args.output), f"benchmarks/train_throughput.py, {args.device}, {sizes}", report)
+        title = f"benchmarks/train_throughput.py, {args.device}, {sizes}; {' '.join(args.settings)}"
+        write_section(Path(args.output), title, report)
 
 
 def check(args):

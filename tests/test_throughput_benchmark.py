@@ -54,7 +54,7 @@ def test_every_row_is_a_run_of_the_training_script(place):
     assert done.returncode == 0, done.stderr[-3000:]
     report = (place / "performance.md").read_text()
     sizes = "16 pixels, widths 8 8 16; transformer width 16, 1 + 1 layers; batch 5"
-    assert f"<!-- begin of benchmarks/train_throughput.py, cpu, {sizes} -->\n{sizes}; " in report
+    assert f"<!-- begin of benchmarks/train_throughput.py, cpu, {sizes}; fp32 bf16 -->\n{sizes}; " in report
     rows = [line.strip("| ").split(" | ") for line in report.splitlines() if re.match(r"\| [12] ", line)]
     texts = [
         ("1", "L1 and VQ loss"),
