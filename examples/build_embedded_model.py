@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.training.checkpoints import put_in_place
 from dq_hf.training.codes import codes_fingerprint
 from dq_hf.training.data import ImageCollator, load_images
 from dq_hf.visualize import draw_grain_map, image_grid
@@ -123,8 +124,7 @@ def main():
             "reconstructions.png": RECONSTRUCTIONS,
         },
     )
-    shutil.rmtree(output_dir, ignore_errors=True)
-    folder.rename(output_dir)
+    put_in_place(folder, output_dir)
     size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
 

@@ -9,7 +9,7 @@ One GPU, the paper's sizes, one's own tokenizer; images are encoded once, into a
 
     accelerate launch examples/encode_dataset.py --data path/to/images --vae runs/vae/model --output_dir runs/codes
     accelerate launch --config_file examples/configs/one_gpu.yaml examples/train_dqtransformer.py --codes runs/codes \
-        --vae runs/vae/model --output_dir runs/transformer --hidden_size 1024 --num_attention_heads 16 \
+        --vae runs/vae/model --output_dir runs/transformer --hidden_size 1024 --num_attention_heads 8 \
         --num_position_layers 6 --num_content_layers 18 --max_steps 300000
 
 All GPUs of one machine: `--config_file examples/configs/one_node.yaml`, or `one_node_fsdp.yaml` to share out weights and
