@@ -17,10 +17,10 @@ from report import write_section
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQPipeline
-from dq_hf.metrics.evaluation import ReferenceImages, from_bytes, to_bytes
-from dq_hf.metrics.extractors import make_extractor
+from dq_hf.data.images import class_names
+from dq_hf.metrics.references import ReferenceImages, from_bytes, to_bytes
 from dq_hf.metrics.streaming import unit_images
-from dq_hf.training.data import class_names
+from dq_hf.networks.extractors import make_extractor
 
 PENALTY = 1e-3  # of the classifier's squared weights
 

@@ -18,7 +18,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import HfArgumentParser, TorchAoConfig
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
-from dq_hf.training.data import ImageCollator, load_images
+from dq_hf.data.images import ImageCollator, load_images
 
 VARIANTS = {
     "float32": {},

@@ -30,10 +30,10 @@ from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor
 from dq_hf.cli import load_vae
+from dq_hf.data.images import ImageCollator, first_rows, load_images
 from dq_hf.metrics import PerceptualDistance, psnr, ssim
 from dq_hf.metrics.code_statistics import count_bits
-from dq_hf.training.data import ImageCollator, first_rows, load_images
-from dq_hf.visualize import new_figure
+from dq_hf.pictures import new_figure
 
 ROUTER = "router"
 DIGITS = {"PSNR": 2, "SSIM": 3}  # a perceptual distance gets four

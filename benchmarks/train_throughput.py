@@ -30,7 +30,7 @@ from report import CLOCKS, describe_device, synchronize, write_section
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
-from dq_hf.training.data import load_images
+from dq_hf.data.images import load_images
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

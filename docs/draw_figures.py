@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
-from dq_hf.visualize import GRAIN_COLOURS, draw_grain_map
+from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
 PICTURE = 198  # row of the held-out pictures: a smiley with sunglasses

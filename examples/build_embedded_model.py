@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
+from dq_hf.data.fingerprint import codes_fingerprint
+from dq_hf.data.images import ImageCollator, load_images
 from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.training.checkpoints import put_in_place
-from dq_hf.training.codes import codes_fingerprint
-from dq_hf.training.data import ImageCollator, load_images
-from dq_hf.visualize import draw_grain_map, image_grid
 
 SUMMARY = """\
 The model that dq_hf carries with it: a DQ-VAE and a class-conditional DQ-Transformer ({vae_parameters:,} and

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQVAEModel
+from dq_hf.data.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
+from dq_hf.data.images import ImageCollator, class_names, drop_broken_images, first_rows, load_images
 from dq_hf.training.checkpoints import put_in_place
-from dq_hf.training.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
-from dq_hf.training.data import ImageCollator, class_names, drop_broken_images, first_rows, load_images
 
 EMOJI = Path(__file__).parent / "data" / "emoji"
 

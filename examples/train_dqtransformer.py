@@ -49,11 +49,13 @@ from dq_hf import (
     DQTransformerForImageGeneration,
     DQVAEModel,
 )
+from dq_hf.data.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
+from dq_hf.data.images import ImageCollator, class_names, first_rows
+from dq_hf.data.streams import load_train_and_test, prepare_loader
 from dq_hf.modeling.hub_dq import check_push
 from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.pictures import image_grid
 from dq_hf.training.checkpoints import check_writable, put_in_place, resume, save_checkpoint, writing
-from dq_hf.training.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
-from dq_hf.training.data import ImageCollator, class_names, first_rows, load_train_and_test, prepare_loader
 from dq_hf.training.progress import (
     FiniteCheck,
     Progress,
@@ -66,7 +68,6 @@ from dq_hf.training.progress import (
     set_learning_rate,
 )
 from dq_hf.training.publish import command_line, machine_facts, push_folder
-from dq_hf.visualize import image_grid
 
 
 @dataclass

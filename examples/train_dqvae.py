@@ -43,8 +43,12 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
+from dq_hf.data.images import ImageCollator
+from dq_hf.data.streams import load_train_and_test, prepare_loader
 from dq_hf.modeling.hub_dq import check_push
 from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.networks.perceptual import make_perceptual_loss
+from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
 from dq_hf.training.calibration import calibrate_thresholds
 from dq_hf.training.checkpoints import (
@@ -55,8 +59,6 @@ from dq_hf.training.checkpoints import (
     save_checkpoint,
     writing,
 )
-from dq_hf.training.data import ImageCollator, load_train_and_test, prepare_loader
-from dq_hf.training.perceptual import make_perceptual_loss
 from dq_hf.training.progress import (
     FiniteCheck,
     Progress,
@@ -69,7 +71,6 @@ from dq_hf.training.progress import (
     set_learning_rate,
 )
 from dq_hf.training.publish import command_line, machine_facts, push_folder
-from dq_hf.visualize import draw_grain_map, image_grid
 
 
 @dataclass

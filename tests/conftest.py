@@ -1,3 +1,4 @@
+import math
 import os
 import resource
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig  # noqa: E402
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig  # noqa: E402
@@ -100,3 +102,38 @@ def tiny_transformer():
 def tiny_transformer_class():
     """Of three classes, with a hidden class for guidance."""
     return make_transformer(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
+
+
+# VGG16 as torchvision numbers its `features`: (index, channels in, channels out) of the convolutions.
+VGG16 = [
+    *[(0, 3, 64), (2, 64, 64)],
+    *[(5, 64, 128), (7, 128, 128)],
+    *[(10, 128, 256), (12, 256, 256), (14, 256, 256)],
+    *[(17, 256, 512), (19, 512, 512), (21, 512, 512)],
+    *[(24, 512, 512), (26, 512, 512), (28, 512, 512)],
+]
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory):
+    """A folder with `model.safetensors`, random weights in the names and shapes of timm/vgg16.tv_in1k."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {"head.fc.weight": torch.zeros(2, 512)}
+    for index, inputs, outputs in VGG16:
+        deviation = math.sqrt(2 / (9 * inputs))
+        weights[f"features.{index}.weight"] = torch.randn(outputs, inputs, 3, 3, generator=generator) * deviation
+        weights[f"features.{index}.bias"] = torch.randn(outputs, generator=generator) * 0.1
+    folder = tmp_path_factory.mktemp("vgg")
+    save_file(weights, folder / "model.safetensors")
+    yield folder
+    (folder / "model.safetensors").unlink()  # 59 MB
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory):
+    """A `vgg.pth` of random linear heads, in the names and shapes of lpips' own."""
+    path = tmp_path_factory.mktemp("heads") / "vgg.pth"
+    generator = torch.Generator().manual_seed(1)
+    widths = enumerate((64, 128, 256, 512, 512))
+    torch.save({f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1, generator=generator) for i, n in widths}, path)
+    return path

@@ -216,7 +216,8 @@ def test_files_of_the_readmes_table_exist(name):
 )
 def test_a_test_that_is_named_exists(name):
     file, _, function = name.partition("::")
-    tree = ast.parse(read(f"tests/{file}"))
+    (path,) = paths_of(f"tests/**/{file}")
+    tree = ast.parse(read(path))
     assert not function or function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
+from dq_hf.modeling.grain_map_dq import count_codes, rank_routing, top_left_cells
 from dq_hf.modeling.modeling_dqvae import DQVAEEncoderOutput, DQVAEModel
-from dq_hf.modeling.routing_dq import count_codes, rank_routing, top_left_cells
 
 IMAGE_SIZE = 64
 SIZES = dict(

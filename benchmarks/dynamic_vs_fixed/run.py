@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 import dq_hf
+from dq_hf.data.images import ImageCollator, load_images
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
-from dq_hf.training.data import ImageCollator, load_images
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

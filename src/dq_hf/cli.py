@@ -15,22 +15,16 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
+from .codec.cost import reconstruct
 from .convert import convert_checkpoint
 from .files import whole_file
 from .modeling.configuration_utils_dq import read_json_object
+from .modeling.grain_map_dq import count_codes
 from .modeling.hub_dq import loading_from, pin_revision
-from .modeling.routing_dq import count_codes, image_entropy
+from .modeling.routing_dq import image_entropy
+from .pictures import draw_code_usage, draw_entropy, draw_generation, draw_grain_map, image_grid, import_figure
 from .pipelines.class_labels import class_ids
 from .pipelines.image_generation import check_seed
-from .reconstruction import reconstruct
-from .visualize import (
-    draw_code_usage,
-    draw_entropy,
-    draw_generation,
-    draw_grain_map,
-    image_grid,
-    import_figure,
-)
 
 SAMPLING_OPTIONS = (
     "temperature",
@@ -383,7 +377,8 @@ def write_thresholds(folder, thresholds, both):
 
 def read_images(args, vae_config):
     """The images of `add_data_options`, with counts of those read, and a loader of their `pixel_values`."""
-    from .training.data import ImageCollator, StreamedImages, load_images
+    from .data.images import ImageCollator, load_images
+    from .data.streams import StreamedImages
 
     height, width = vae_config.image_height_width
     collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), args.image_column)
@@ -397,7 +392,7 @@ def read_images(args, vae_config):
 def run_evaluate_reconstruction(args):
     """`dq-hf evaluate reconstruction`."""
     check_report(args)
-    from .metrics.evaluation import evaluate_reconstruction
+    from .metrics.reconstruction import evaluate_reconstruction
 
     finish_report(
         args,
@@ -419,7 +414,7 @@ def run_evaluate_reconstruction(args):
 def run_evaluate_generation(args):
     """`dq-hf evaluate generation`."""
     check_report(args)
-    from .metrics.evaluation import evaluate_generation
+    from .metrics.generation import evaluate_generation
 
     options = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
     finish_report(
@@ -465,7 +460,7 @@ def finish_report(args, report):
     """Write and print what all processes have measured, once."""
     from accelerate import PartialState
 
-    from .metrics.evaluation import report_table, write_report
+    from .metrics.references import report_table, write_report
 
     if PartialState().is_main_process:
         write_report(report, args.output)

@@ -17,10 +17,10 @@ from PIL import Image
 
 from . import DQImageProcessor, DQPipeline
 from .cli import find_model, holds_both, load_vae
+from .codec.cost import coding_cost, peak_signal_to_noise_ratio, reconstruct
 from .modeling.configuration_dqvae import DQVAEConfig
-from .modeling.routing_dq import expand_grain_map
-from .reconstruction import coding_cost, peak_signal_to_noise_ratio, reconstruct
-from .visualize import GRAIN_COLOURS, draw_grain_map, image_grid
+from .modeling.grain_map_dq import expand_grain_map
+from .pictures import GRAIN_COLOURS, draw_grain_map, image_grid
 
 try:
     import gradio as gr

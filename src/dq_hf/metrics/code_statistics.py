@@ -5,8 +5,8 @@ import math
 import torch
 
 from dq_hf.metrics.streaming import StreamingMetric, per_image  # absolute: `evaluate` copies this file
+from dq_hf.modeling.grain_map_dq import count_codes, expand_grain_map, top_left_cells
 from dq_hf.modeling.modeling_utils_dq import check_indices
-from dq_hf.modeling.routing_dq import count_codes, expand_grain_map, top_left_cells
 
 
 def count_bits(num_codes, num_regions, codebook_size, num_granularities):

@@ -4,7 +4,7 @@ from abc import ABC
 
 import torch
 
-from .extractors import make_extractor
+from ..networks.extractors import make_extractor
 from .streaming import StreamingMetric, unit_images
 
 

@@ -2,15 +2,10 @@
 
 import torch
 
-from dq_hf.metrics.extractors import make_first  # absolute: `evaluate` copies this file
+from dq_hf.data.fingerprint import hash_weights
 from dq_hf.metrics.streaming import StreamingMetric, image_pairs, per_image
-from dq_hf.training.codes import hash_weights
-from dq_hf.training.perceptual import (
-    LPIPS,
-    PERCEPTUAL_LOSSES,
-    EfficientNetLitePerceptualLoss,
-    load_efficientnet_lite0,
-)
+from dq_hf.networks.extractors import make_first  # absolute: `evaluate` copies this file
+from dq_hf.networks.perceptual import LPIPS, PERCEPTUAL_LOSSES, EfficientNetLitePerceptualLoss, load_efficientnet_lite0
 
 
 class PerceptualDistance(StreamingMetric):
@@ -21,7 +16,7 @@ class PerceptualDistance(StreamingMetric):
 
     Args:
         network: "lpips", "efficientnet-lite0", "auto" (the first whose weights are to be had), or such a network of
-            `dq_hf.training.perceptual`. It follows the images to their device.
+            `dq_hf.networks.perceptual`. It follows the images to their device.
     """
 
     def __init__(self, network="auto", **kwargs):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dqvae import DQVAEConfig
+from .grain_map_dq import count_codes, expand_grain_map, rank_routing, top_left_cells
 from .hub_dq import HubMixin
 from .layers_dq import (
     DQLevel,
@@ -20,18 +21,7 @@ from .layers_dq import (
 )
 from .modeling_utils_dq import StrictLoadingMixin, check_indices
 from .quantization_dq import DQQuantizer
-from .routing_dq import (
-    EntropyRouter,
-    FeatureRouter,
-    budget_loss,
-    count_codes,
-    expand_grain_map,
-    fineness,
-    gate_values,
-    one_hot_gate,
-    rank_routing,
-    top_left_cells,
-)
+from .routing_dq import EntropyRouter, FeatureRouter, budget_loss, fineness, gate_values, one_hot_gate
 
 
 @dataclass

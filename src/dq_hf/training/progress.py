@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import find_batch_size, gather_object
 from tqdm.auto import tqdm
 
+from ..data.streams import EndlessLoader
 from .checkpoints import last_good, sync, writing
-from .data import EndlessLoader
 
 
 @dataclass

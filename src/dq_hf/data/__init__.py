@@ -1,0 +1,1 @@
+"""Images, streams and code caches, for training and for measuring."""

@@ -1,0 +1,205 @@
+"""How samples compare with real images, by a protocol that anyone can repeat."""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from datasets import ClassLabel
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..data.fingerprint import fingerprint
+from ..data.images import class_names
+from ..files import whole_file
+from ..networks.extractors import make_extractor
+from .frechet_distance import FrechetDistance
+from .inception_score import InceptionScore
+from .precision_recall import PrecisionRecall
+from .references import ReferenceImages, check_number, environment, figures, share_out
+
+PROTOCOL_FILE = "protocol.json"  # in a folder of samples: how they were made
+LABEL_RULES = ("reference", "balanced")
+
+
+@torch.no_grad()
+def evaluate_generation(
+    pipe,
+    model,
+    data,
+    split,
+    folder,
+    *,
+    num_images=None,
+    num_references=None,
+    seed=0,
+    batch_size=32,
+    label_rule="reference",
+    label_column="label",
+    sampling=None,
+    networks=None,
+    **columns,
+):
+    """Sample images into a folder, those that are not yet there, and compare them with real ones.
+
+    Image i is the i-th of `pipe(..., generator=torch.Generator().manual_seed(seed))`: the set of images depends neither
+    on the number of processes nor on the batch size, and a larger set begins with the smaller one.
+
+    Args:
+        pipe: a `DQPipeline`.
+        model: its name, for the protocol.
+        data, split, columns: real images, as for `ReferenceImages`.
+        folder: path for `<number>.png` and `protocol.json`, seen by all processes.
+        num_images: of samples; None: as many as there are real images.
+        num_references: as many real images, drawn by the seed; None: all.
+        label_rule: for a model with classes: "reference", the labels of the real images, mixed by the seed, from the
+            start again when all are used; or "balanced", every class in turn.
+        label_column: of the real images, for the rule "reference"; its names must be the model's.
+        sampling: arguments of the pipeline, temperature and the like.
+        networks: {"extractor": ...}, as for `FrechetDistance`.
+
+    Returns:
+        {"protocol": ..., "results": {figure: value}}, the same on all processes.
+
+    Raises:
+        ValueError: too few images, labels that do not fit, or a folder with samples made in another way.
+        OSError: a sample that cannot be read or written.
+        ImportError, OSError: a network that cannot be had.
+    """
+    state = Accelerator().state
+    references = ReferenceImages(pipe.vae, data, split, num_images=num_references, seed=seed, **columns)
+    num_images = len(references) if num_images is None else num_images
+    with state.main_process_first():  # which downloads
+        extractor = make_extractor((networks or {}).get("extractor", "auto"))
+    frechet, score, neighbours = (kind(extractor) for kind in (FrechetDistance, InceptionScore, PrecisionRecall))
+    check_number(num_images, neighbours.num_neighbours + 1, "samples")
+    check_number(len(references), neighbours.num_neighbours + 1, "references")
+
+    pipe = pipe.to(state.device)
+    labels = label_cycle(pipe.transformer.config, references.dataset, label_rule, label_column, seed)
+    protocol = {
+        "vae_fingerprint": fingerprint(pipe.vae),
+        "transformer_fingerprint": fingerprint(pipe.transformer),
+        "seed": seed,
+        "sampling": pipe.transformer.config.sampling_defaults | (sampling or {}),
+        "class_labels": label_rule if labels else None,
+        "class_labels_sha256": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16],
+        **environment(pipe.vae),
+    }
+    claim_folder(folder, protocol)
+    paths = [folder / f"{number:06d}.png" for number in range(num_images)]
+    sample_missing(pipe, paths, labels, seed, batch_size, sampling or {})
+    state.wait_for_everyone()
+
+    size = tuple(references.protocol["image_size"])
+    for numbers in share_out(num_images, batch_size, "samples"):
+        images = torch.stack([read_sample(paths[number], size) for number in numbers]).to(state.device)
+        features, logits = extractor.features_and_logits(frechet.unit_images(images))
+        frechet.add_features(predictions=features)
+        neighbours.add_features(predictions=features)
+        score.add_logits(logits)
+    for images in references.batches(batch_size):
+        features = extractor.features(frechet.unit_images(images.to(state.device)))
+        frechet.add_features(references=features)
+        neighbours.add_features(references=features)
+    protocol = {
+        "evaluation": "generation",
+        "model": str(model),
+        "num_images": num_images,
+        **protocol,
+        **references.protocol,
+        "references_sha256": references.sha256(),
+        "extractor": extractor.description,
+    }
+    return {"protocol": protocol, "results": figures(*(metric.compute() for metric in (frechet, score, neighbours)))}
+
+
+def label_cycle(config, dataset, rule, label_column, seed):
+    """Labels that samples take in turn, [] for a model without classes; see `evaluate_generation`."""
+    if rule not in LABEL_RULES:
+        raise ValueError(f"class labels must be {' or '.join(LABEL_RULES)}, got {rule!r}")
+    if config.num_classes == 0:
+        return []
+    if rule == "balanced":
+        return list(range(config.num_classes))
+    remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
+    if not isinstance((dataset.features or {}).get(label_column), ClassLabel):
+        raise ValueError(f"the real images have no class labels in a column {label_column!r}; {remedy}")
+    names = class_names(dataset, label_column)
+    if unknown := [name for name in names if name not in config.label2id]:
+        raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
+    labels = [config.label2id[names[label]] for label in dataset[:][label_column]]
+    return [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
+
+
+def claim_folder(folder, protocol):
+    """Make a folder for samples, or make sure that those in it were made in the same way; all processes call it.
+
+    Raises:
+        ValueError: they were not, or nobody knows.
+    """
+    state, file = PartialState(), folder / PROTOCOL_FILE
+    protocol = json.loads(json.dumps(protocol))  # as a file gives it back
+    if state.is_main_process and not (folder.is_dir() and any(folder.glob("*.png"))) and not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps(protocol, indent=2) + "\n")
+    state.wait_for_everyone()
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has images but no {PROTOCOL_FILE} that says how they were made ({error}); give another folder"
+        ) from error
+    differing = sorted(key for key in {*protocol, *found} if protocol.get(key) != found.get(key))
+    if differing:
+        details = "; ".join(f"{key} was {found.get(key)}, now {protocol.get(key)}" for key in differing)
+        raise ValueError(f"{folder} holds samples made in another way: {details}; give another folder, or remove it")
+
+
+def sample_missing(pipe, paths, labels, seed, batch_size, sampling):
+    """Sample this process's part of the images that are not there."""
+    state = PartialState()
+    mine = range(state.process_index, len(paths), state.num_processes)
+    missing = [number for number in mine if not paths[number].exists()]
+    source, drawn = torch.Generator().manual_seed(seed), 0
+    pipe.set_progress_bar_config(disable=True)
+    with tqdm(
+        total=len(mine), initial=len(mine) - len(missing), desc="sample", disable=not state.is_main_process
+    ) as bar:
+        for first in range(0, len(missing), batch_size):
+            numbers = missing[first : first + batch_size]
+            generators = []
+            for number in numbers:  # the pipeline takes image i's seed from the i-th draw
+                for _ in range(number - drawn):
+                    torch.randint(2**63 - 1, (), generator=source)
+                drawn = number
+                generators.append(torch.Generator())
+                generators[-1].set_state(source.get_state())
+            images = pipe(
+                class_labels=[labels[number % len(labels)] for number in numbers] if labels else None,
+                num_images_per_label=1 if labels else len(numbers),
+                generator=generators,
+                **sampling,
+            ).images
+            for image, number in zip(images, numbers):
+                with whole_file(paths[number]) as partial:
+                    image.save(partial)
+            bar.update(len(numbers))
+
+
+def read_sample(path, size):
+    """A sample, uint8 (3, H, W), or OSError."""
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(file.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise OSError(
+            f"{path} is missing or damaged ({error}); delete it and run again, it will be sampled anew"
+        ) from error
+    if pixels.shape[:2] != size:
+        raise OSError(
+            f"{path} must be {size[1]}x{size[0]}, got {pixels.shape[1]}x{pixels.shape[0]}; delete it and run again"
+        )
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,0 +1,134 @@
+"""The real images of an evaluation, and its report: figures and the protocol by which they were measured.
+
+Runs in one process or, under `accelerate launch`, in several, which share the images out and all get the report.
+"""
+
+import hashlib
+import json
+import math
+import platform
+from importlib.metadata import version
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..data.images import ImageCollator, load_images
+from ..files import whole_file
+from ..modeling.image_processing_dq import DQImageProcessor
+from .streaming import gather
+
+PIXELS = "8 bits a colour, as PNG stores them: originals, and what is compared with them"
+UNITS = {"PSNR": "dB", "PSNR of mean error": "dB", "codes": "an image", "bits": "an image, grain map included"}
+
+
+class ReferenceImages:
+    """The real images of an evaluation, at the model's size and in 8 bits.
+
+    Args:
+        vae: the `DQVAEModel` whose image size they get.
+        data, split, image_column: as for `load_images`.
+        num_images: so many, drawn by the seed; None: all, in their order.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: no such split or column, or fewer images than asked for.
+    """
+
+    def __init__(self, vae, data, split, image_column="image", num_images=None, seed=0):
+        dataset = load_images(data, split, image_column)
+        if num_images is not None:
+            if not 1 <= num_images <= len(dataset):
+                raise ValueError(
+                    f"split {split!r} of {data} has {len(dataset)} images, got a request for {num_images}"
+                )
+            dataset = dataset.shuffle(seed=seed).select(range(num_images))
+        self.dataset = dataset
+        height, width = vae.config.image_height_width
+        self.collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), image_column)
+        self.digests = {}
+        self.protocol = {
+            "data": str(data),
+            "split": split,
+            "image_size": [height, width],
+            "resampling": "scaled until the size is covered, bicubic, antialiased; images of this size stay as they are",
+            "crop": "centre",
+            "pixels": PIXELS,
+            "num_references": len(dataset),
+            "references_drawn_by_seed": None if num_images is None else seed,
+        }
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batches(self, batch_size):
+        """This process's images, uint8 (B, 3, H, W).
+
+        Raises:
+            ValueError: an image that cannot be read.
+        """
+        for rows in share_out(len(self.dataset), batch_size, "references"):
+            images = to_bytes(self.collate([self.dataset[row] for row in rows])["pixel_values"])
+            for row, image in zip(rows, images):
+                self.digests[row] = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
+            yield images
+
+    def sha256(self):
+        """Of the images of all processes that `batches` gave, in their order; 16 hex digits."""
+        digests = {row: digest for part in gather(self.digests) for row, digest in part.items()}
+        return hashlib.sha256(b"".join(digests[row] for row in sorted(digests))).hexdigest()[:16]
+
+
+def share_out(number, batch_size, text):
+    """Lists of this process's part of the numbers from 0, with a progress bar."""
+    state = PartialState()
+    mine = list(range(number))[state.process_index :: state.num_processes]
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    return tqdm(batches, desc=text, disable=not state.is_main_process)
+
+
+def to_bytes(pixel_values):
+    """uint8 of images in [-1, 1]; what lies outside is clipped, as in any file."""
+    return ((pixel_values.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def from_bytes(images):
+    """What `DQImageProcessor` gives for such an image: float in [-1, 1]."""
+    return images.float() / 255 * 2 - 1
+
+
+def check_number(number, least, text):
+    """ValueError for too few."""
+    if number < least:
+        raise ValueError(f"at least {least} {text} are needed, got {number}")
+
+
+def environment(model):
+    """What else may change figures: versions, device, precision."""
+    device = model.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {"dq_hf": __version__, "python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", "diffusers", "pillow")},
+    }
+
+
+def figures(*results):
+    """Their figures together, without what the protocol says."""
+    return {name: value for result in results for name, value in result.items() if isinstance(value, float)}
+
+
+def write_report(report, path):
+    """The report as JSON, in which an infinite figure is a text."""
+    results = {name: value if math.isfinite(value) else str(value) for name, value in report["results"].items()}
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(report | {"results": results}, indent=2) + "\n")
+
+
+def report_table(report):
+    """The figures as lines of text."""
+    width = max(map(len, report["results"]))
+    lines = (f"{name:{width}}  {value:10.4f}  {UNITS.get(name, '')}" for name, value in report["results"].items())
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,1 @@
+"""Frozen feature networks, for perceptual losses and for metrics."""

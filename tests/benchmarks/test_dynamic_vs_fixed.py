@@ -1,0 +1,345 @@
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dq_hf.modeling.configuration_dqvae import DQVAEConfig
+from dq_hf.modeling.modeling_dqvae import DQVAEModel
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks" / "dynamic_vs_fixed")]
+import conditions  # noqa: E402
+import evidence  # noqa: E402
+import photographs  # noqa: E402
+import run  # noqa: E402
+import stage_1  # noqa: E402
+import stage_2  # noqa: E402
+
+TOKENIZERS = ("fixed-64", "fixed-128", "fixed-256", "all-fine", "random", "entropy", "feature", "triple")
+GENERATORS = ("dq-transformer", "raster-256", "raster-128")
+
+
+def images(count, seed=0):
+    return torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """What `run.py --smoke` leaves behind."""
+    place = tmp_path_factory.mktemp("dynamic_vs_fixed")
+    run.main(run.Arguments(smoke=True, work_dir=str(place)))
+    return place / "smoke"
+
+
+def smoke_arguments(smoke, **changes):
+    """The same runs again, as if they were not a smoke test."""
+    sizes = dict(seeds=[0], steps=2, seconds=0.5, samples=4, images=16)
+    folders = dict(work_dir=str(smoke), results_dir=str(smoke / "results"))
+    return run.Arguments(**(sizes | folders | changes))
+
+
+@pytest.mark.slow
+def test_smoke_runs_every_condition_and_reports_it(smoke):
+    results = {path.name: json.loads(path.read_text()) for path in (smoke / "results/emoji").glob("*-seed0.json")}
+    assert sorted(results) == sorted(f"{name}-seed0.json" for name in TOKENIZERS + GENERATORS)
+    codes = {"fixed-64": {"own": 64}, "fixed-128": {"own": 128}, "fixed-256": {"own": 256}, "random": {"own": 127}}
+    codes |= {"all-fine": {"own": 256}} | {name: {"exact": 127} for name in ("entropy", "feature", "triple")}
+    for name, expected in codes.items():
+        held_out = results[f"{name}-seed0.json"]["held_out"]
+        assert set(held_out) == {"own", *expected}
+        for way, count in expected.items():
+            assert held_out[way]["images"]["codes"] == [count] * 16
+        for figures in held_out.values():
+            assert {len(values) for values in figures["images"].values()} == {16}
+    report = (smoke / "evidence.md").read_text()
+    for name in TOKENIZERS:
+        assert re.search(rf"^\| {name} \| .* \| 1 of 3 \|$", report, flags=re.MULTILINE)
+    for name, tokenizer in zip(GENERATORS, ("entropy", "fixed-256", "fixed-128")):
+        assert re.search(rf"^\| {name} \| {tokenizer} \| .* \| 1 of 3 \|$", report, flags=re.MULTILINE)
+    assert "(images/dynamic_vs_fixed-emoji.png)" in report
+    assert Image.open(smoke / "images/dynamic_vs_fixed-emoji.png").size[0] > 500
+
+
+@pytest.mark.slow
+def test_finished_runs_are_kept_and_only_what_is_missing_is_done_again(smoke):
+    folder = smoke / "results/emoji"
+    before = {path: path.read_text() for path in folder.iterdir()}
+    weights = {path: path.stat().st_mtime_ns for path in (smoke / "emoji").iterdir()}
+    untouched = {path: path.stat().st_mtime_ns for path in folder.glob("*-seed0.json")}
+    removed = folder / "entropy-seed0.json"
+    removed.unlink(), untouched.pop(removed)
+    run.main(smoke_arguments(smoke))
+    assert {path: path.read_text() for path in folder.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights  # measured again, not trained again
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lost_gives_the_same_figures_again(smoke):
+    result, weights = smoke / "results/emoji/random-seed0.json", smoke / "emoji/random-seed0.safetensors"
+    before = json.loads(result.read_text())
+    result.unlink(), weights.unlink()
+    run.main(smoke_arguments(smoke, conditions=["random"]))
+    after = json.loads(result.read_text())
+    assert after.pop("seconds_per_step") > 0 and before.pop("seconds_per_step") > 0
+    assert after == before
+
+
+@pytest.mark.slow
+def test_weights_of_other_settings_are_refused(smoke, tmp_path):
+    args = smoke_arguments(smoke, steps=3, results_dir=str(tmp_path), conditions=["fixed-64"])
+    with pytest.raises(ValueError, match="fixed-64-seed0.safetensors must be of a run with .*'steps': 3"):
+        run.main(args)
+
+
+@pytest.mark.slow
+def test_a_generator_without_its_tokenizer_is_refused(smoke, tmp_path):
+    folders = dict(work_dir=str(tmp_path), results_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="run stage 1 of fixed-256, seed 0 first"):
+        run.main(smoke_arguments(smoke, **folders, conditions=["raster-256"]))
+
+
+@pytest.mark.parametrize("changes", [{"data": ["faces"]}, {"conditions": ["fixed-100"]}, {"stages": [3]}])
+def test_what_is_not_there_to_run_is_refused(changes):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(changes))} must be of .*, got {next(iter(changes.values()))[0]}"
+    ):
+        run.main(run.Arguments(**changes))
+
+
+def test_all_tokenizers_have_equally_many_parameters():
+    counts = {
+        name: sum(parameter.numel() for parameter in conditions.make_model(condition).parameters())
+        for name, condition in conditions.CONDITIONS.items()
+    }
+    assert set(counts) == set(TOKENIZERS)
+    assert max(counts.values()) < 1.01 * min(counts.values())
+
+
+def test_dynamic_tokenizers_have_128_codes_on_average():
+    for name in ("random", "entropy", "feature", "triple"):
+        condition = conditions.CONDITIONS[name]
+        regions = (64 // condition.granularities[0]) ** 2
+        shares = [1 - sum(condition.shares), *condition.shares]
+        assert regions * sum(4**g * share for g, share in enumerate(shares)) == pytest.approx(128)
+
+
+def test_random_regions_have_the_wanted_share_and_differ():
+    grain_maps = conditions.random_grain_map(conditions.CONDITIONS["random"], 500, torch.Generator().manual_seed(0))
+    assert grain_maps.flatten(1).sum(1).tolist() == [21] * 500  # of 64 regions
+    hits = grain_maps.sum(0)
+    assert 110 < hits.min() and hits.max() < 220  # 164 expected, four standard deviations of 10.5 are 42
+
+
+def test_a_grid_of_strides_two_is_the_library_model():
+    condition = conditions.CONDITIONS["fixed-64"]
+    ours = conditions.make_model(condition).eval()
+    config = DQVAEConfig(
+        **conditions.SIZES,
+        granularities=condition.granularities,
+        block_out_channels=condition.widths,
+        decoder_block_out_channels=condition.decoder_widths,
+    )
+    theirs = DQVAEModel(config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    pixel_values = images(2)
+    a, b = ours(pixel_values), theirs(pixel_values)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.sample, b.sample)
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.num_codes, b.num_codes)
+
+
+def test_an_anisotropic_grid_sees_every_part_of_the_image_in_its_place():
+    torch.manual_seed(0)
+    model = conditions.make_model(conditions.CONDITIONS["fixed-128"]).eval()
+    features = []
+    model.quant_conv.register_forward_hook(lambda module, inputs, output: features.append(output))
+    pixel_values = images(1)
+    for rows, columns in ((slice(0, 16), slice(0, 16)), (slice(40, 56), slice(0, 16)), (slice(0, 16), slice(40, 56))):
+        changed = pixel_values.clone()
+        changed[:, :, rows, columns] *= -1
+        model.encode(pixel_values), model.encode(changed)
+        difference = (features.pop() - features.pop()).square().sum(1)[0]
+        assert difference.shape == (8, 16)
+        inside = difference[rows.start // 8 : rows.stop // 8, columns.start // 4 : columns.stop // 4]
+        assert inside.mean() > 2 * difference.mean()
+
+
+def test_batches_are_whole_epochs_in_the_same_order_for_a_seed():
+    first, again, other = (
+        [rows.tolist() for rows in itertools.islice(stage_1.batches_of_rows(11, 4, seed), 6)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    for epoch in range(3):
+        rows = [row for batch in first[2 * epoch : 2 * epoch + 2] for row in batch]
+        assert len(set(rows)) == 8 and set(rows) <= set(range(11))
+
+
+def test_nats_count_what_sampling_draws():
+    torch.manual_seed(0)
+    grain_map = torch.zeros(2, 2, 2, dtype=torch.long)
+    grain_map[1, 0, 1] = 1
+    model = stage_2.make_model(torch.zeros(2, 4, 4), grain_map, codebook_size=10).eval()
+    model.content_head.projection.weight.data.zero_()
+    model.position_head.projection.weight.data.zero_()
+    nats = stage_2.nats_per_image(model, torch.zeros(2, 4, 4, dtype=torch.long), grain_map)
+    content, position = math.log(10 + 3), math.log(16 + 3)  # pad, end and start have logits too
+    # Four coarse codes, or three and four fine ones; positions of the coarse codes and of their end.
+    assert nats.tolist() == pytest.approx([4 * content + 5 * position, 7 * content + 4 * position])
+    raster = stage_2.make_model(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), codebook_size=10).eval()
+    raster.content_head.projection.weight.data.zero_()
+    codes = torch.zeros(1, 4, 4, dtype=torch.long)
+    assert stage_2.nats_per_image(raster, codes, codes).tolist() == pytest.approx([16 * content])
+
+
+def test_bootstrap_agrees_with_all_draws_there_are():
+    differences = np.array([[0.0, 1.0, 2.0, 5.0, -3.0], [1.0, 1.5, 4.0, 2.0, -1.0]])
+    groups = np.array([7, 7, 2, 9, 2])
+    members = [[0, 1], [2, 4], [3]]
+    means = []
+    for seeds in itertools.product(range(2), repeat=2):
+        for drawn in itertools.product(members, repeat=3):
+            chosen = [image for group in drawn for image in group]
+            means.append(np.mean([differences[seed][chosen].mean() for seed in seeds]))
+    assert len(means) == 4 * 27
+    low, high = evidence.bootstrap(differences, groups, num_resamples=200_000)
+    assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5], method="inverted_cdf"), abs=1e-9)
+
+
+def test_bootstrap_of_many_independent_images_is_the_normal_interval():
+    differences = np.random.default_rng(0).normal(0.3, 2.0, size=(1, 2000))
+    low, high = evidence.bootstrap(differences, np.arange(2000))
+    error = differences.std() / math.sqrt(2000)
+    assert (low, high) == pytest.approx(
+        (differences.mean() - 1.96 * error, differences.mean() + 1.96 * error), abs=0.01
+    )
+
+
+def test_the_fixed_length_curve_is_linear_in_the_logarithm():
+    values = [np.array([1.0, 10.0]), np.array([3.0, 20.0]), np.array([4.0, 0.0])]
+    for rate, expected in (
+        (64, [1, 10]),
+        (128, [3, 20]),
+        (256, [4, 0]),
+        (64 * math.sqrt(2), [2, 15]),
+        (128 * 2**0.25, [3.25, 15]),
+        (32, [-1, 0]),  # the nearest two, continued
+        (512, [5, -20]),
+    ):
+        assert evidence.interpolate(rate, [64, 128, 256], values).tolist() == pytest.approx(expected)
+
+
+def test_verdicts_follow_the_direction_of_the_measure():
+    assert [evidence.verdict(*interval, True) for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
+        "better",
+        "worse",
+        "open",
+    ]
+    assert [evidence.verdict(*interval, False) for interval in ((0.1, 0.2), (-0.2, -0.1))] == ["worse", "better"]
+
+
+def result(name, seed, psnr, codes, bits, way="own", steps=5):
+    """A finished tokenizer run with these per-image PSNRs."""
+    lists = {"codes": [codes] * len(psnr), "psnr": psnr, "ssim": [0.5] * len(psnr), "perceptual": [0.25] * len(psnr)}
+    figures = {"codes": codes, "bits": bits, "shares": [1.0], "FD-EffLite0": 10.0, "images": lists}
+    common = {"data_sha256": "x", "steps": steps, "batch_size": 2, "learning_rate": 0.1, "num_parameters": 1234}
+    return common | {"condition": name, "seed": seed, "held_out": {way: figures}, "versions": {"torch": "2"}}
+
+
+def test_report_says_what_is_measured_and_what_is_missing(tmp_path):
+    folder = tmp_path / "results" / "emoji"
+    finished = [
+        result("fixed-64", 0, [10.0, 20.0], 64.0, 576.0),
+        result("fixed-64", 1, [12.0, 22.0], 64.0, 576.0),
+        result("fixed-128", 0, [12.0, 22.0], 128.0, 1152.0),
+        result("fixed-256", 0, [14.0, 24.0], 256.0, 2304.0),
+        # One dB above the curve at 64 sqrt(2) codes, and at four times its bits two dB below it.
+        result("entropy", 0, [12.0, 22.0], 64 * math.sqrt(2), 576 * math.sqrt(2) * 4),
+    ]
+    for one in finished:
+        run.write_json(folder / f"{one['condition']}-seed{one['seed']}.json", one)
+    run.write_json(folder / "held_out.json", {"groups": [0, 1]})
+    output = tmp_path / "docs" / "evidence.md"
+    output.parent.mkdir()
+    evidence.main(
+        evidence.Arguments(str(tmp_path / "results"), output=str(output), images_dir=str(output.parent / "images"))
+    )
+    report = output.read_text()
+    error = -10 * math.log10((1e-1 + 1e-2 + 10**-1.2 + 10**-2.2) / 4)  # of both seeds; the table has the mean of two
+    each = [-10 * math.log10((10**-a + 10**-b) / 2) for a, b in ((1.0, 2.0), (1.2, 2.2))]
+    assert abs(np.mean(each) - error) > 0.05
+    assert (
+        f"| fixed-64 |  | 64.0 | 576 | 16.00 ± 1.00 | 0.5000 | 0.2500 | {np.mean(each):.2f} ± 1.00 | 10.0 |" in report
+    )
+    assert "| 1.000 | 1,234 | 2 of 3 |" in report
+    assert re.search(r"^\| feature \| its own \| not yet \|.*\| 0 of 3 \|$", report, flags=re.MULTILINE)
+    assert "| entropy, its own choice | fixed-length at equal codes | +1.00 [+1.00, +1.00] better |" in report
+    assert "| entropy, its own choice | fixed-length at equal bits | -3.00 [-3.00, -3.00] worse |" in report
+    assert "+0.0000 [+0.0000, +0.0000] open" in report
+    assert re.search(r"^\| dq-transformer \| entropy \| not yet \|.*\| 0 of 3 \|$", report, flags=re.MULTILINE)
+    assert "2 held-out images in 2 independent groups" in report
+
+
+def test_runs_of_different_settings_are_not_put_into_one_table():
+    with pytest.raises(ValueError, match="must have the same settings, got .*'steps': 5.* and .*'steps': 6"):
+        evidence.describe([result("random", 0, [1.0], 1.0, 1.0), result("random", 1, [1.0], 1.0, 1.0, steps=6)], [0])
+
+
+def encoded(image, kind):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def test_photographs_become_tiles_of_one_split_each(tmp_path):
+    source = np.random.default_rng(0)
+    pictures = [Image.fromarray(source.integers(0, 256, (256, 400, 3), dtype=np.uint8)) for _ in range(20)]
+    files = [encoded(picture, "WEBP") for picture in pictures[:10]] + [encoded(p, "PNG") for p in pictures[10:]]
+    package = tmp_path / "package"
+    package.mkdir()
+    no_webp = b"RIFF\x04\x00\x00\x00WAVE"
+    (package / "pictures.rcc").write_bytes(b"qres" + no_webp + b"\0".join(files[:10]) + b"end")
+    for number, content in enumerate(files[10:]):
+        (package / f"{number}.png").write_bytes(content)
+    found = photographs.find_pictures(package)
+    hashes = [hashlib.sha256(content).hexdigest() for content in files]
+    assert set(found) == set(hashes)
+
+    rows = [{"package": "p", "version": "1", "name": "n", "sha256": sha256} for sha256 in hashes]
+    counts = photographs.build(rows, found, tmp_path / "tiles")
+    tiles = {split: sorted((tmp_path / "tiles" / split).iterdir()) for split in ("train", "test")}
+    assert counts == {split: len(paths) for split, paths in tiles.items()}
+    per_picture = Counter(path.name.split("-")[0] for paths in tiles.values() for path in paths)
+    assert per_picture == {sha256[:16]: 4 * 6 for sha256 in hashes}
+    for split, paths in tiles.items():
+        assert {path.name[:16] for path in paths} == {
+            h[:16] for h in hashes if (int(h, 16) % 8 == 0) == (split == "test")
+        }
+    # 256 rows of 400 columns stay as they are; six columns of tiles leave 16 pixels over, half of them on the left.
+    split = "test" if int(hashes[0], 16) % 8 == 0 else "train"
+    tile = Image.open(tmp_path / "tiles" / split / f"{hashes[0][:16]}-07.png")
+    assert np.array_equal(tile, np.asarray(pictures[0])[64:128, 8 + 64 : 8 + 128])
+
+    loaded, groups = run.load_split(tmp_path / "tiles", "train")
+    assert Counter(Counter(groups).values()) == {24: len({path.name[:16] for path in tiles["train"]})}
+    assert loaded.shape == (counts["train"], 3, 64, 64)
+
+
+def test_a_photograph_that_is_missing_is_an_error(tmp_path):
+    rows = [{"package": "p", "version": "1.2", "name": "tower.jpg", "sha256": "0" * 64}]
+    with pytest.raises(ValueError, match="expected 1 listed pictures, got 0: missing are tower.jpg of p 1.2"):
+        photographs.build(rows, {}, tmp_path)
+
+
+def test_listed_photographs_are_distinct_and_split():
+    rows = photographs.read_list()
+    assert len({row["sha256"] for row in rows}) == len(rows) == 147
+    assert sum(photographs.split_of(row["sha256"]) == "test" for row in rows) == 28

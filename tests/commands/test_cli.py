@@ -1,0 +1,635 @@
+"""The command `dq-hf`: what it writes and prints, and that a refused command changes nothing."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import full_disk, make_transformer, make_vae
+from hub_server import HubServer, run_client
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
+from dq_hf.cli import main, write_thresholds
+
+NAMES = {0: "sun", 1: "moon", 2: "star"}
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "dual_entropy"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders with models for 8x8 images, codes of 4x4 and 2x2 pixels: "conditional", "unconditional", "vae"."""
+    root = tmp_path_factory.mktemp("models")
+    vae = make_vae(image_size=8, entropy_thresholds=[0.3])
+    for name, overrides in (("conditional", dict(num_classes=3, id2label=NAMES)), ("unconditional", {})):
+        transformer = make_transformer(grid_sizes=[[2, 2], [4, 4]], **overrides)
+        DQForImageGeneration.from_models(vae, transformer).save_pretrained(root / name)
+    vae.save_pretrained(root / "vae")
+    return root
+
+
+@pytest.fixture
+def place(tmp_path, models, monkeypatch):
+    """An own working folder with `model` (conditional), `noise.png` (24 wide, 16 high) and `half.png`."""
+    shutil.copytree(models / "conditional", tmp_path / "model")
+    noise = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    noise[:, :12] = 255
+    Image.fromarray(noise).save(tmp_path / "half.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command that must succeed, and gives what it printed."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        main([str(argument) for argument in arguments])
+        return capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(capfd, place):
+    """Runs a command that must fail with status 1, one line and no trace on the disk, and gives the line."""
+
+    def refused(*arguments):
+        capfd.readouterr()
+        before = files_of(place)
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        printed = capfd.readouterr()
+        errors = [line for line in re.split("[\r\n]", printed.err) if "error:" in line]
+        assert stop.value.code == 1 and printed.out == "" and "Traceback" not in printed.err
+        assert len(errors) == 1 and printed.err.endswith(errors[0] + "\n")
+        assert errors[0].startswith(f"dq-hf {arguments[0]}: error: ")
+        assert files_of(place) == before
+        return errors[0]
+
+    return refused
+
+
+def files_of(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def pixels(image):
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def cells(path, columns, count, width=8, height=8):
+    """The pictures of a grid, as lists."""
+    grid = pixels(Image.open(path))
+    return [grid[i // columns * height :, i % columns * width :][:height, :width].tolist() for i in range(count)]
+
+
+def expected_images(folder, labels, seed):
+    pipe = DQPipeline.from_pretrained(folder)
+    output = pipe(class_labels=labels, generator=torch.Generator().manual_seed(seed))
+    return [pixels(image).tolist() for image in output.images], output.grain_maps
+
+
+def enlarged(image, scale):
+    return np.asarray(image).repeat(scale, 0).repeat(scale, 1)
+
+
+def test_generate_draws_a_grid_of_every_class_in_turn(run, place):
+    printed = run("generate", "--model", "model", "--output", "grid.png")
+    assert printed.out == "grid.png\n" and "100%" in printed.err
+    assert Image.open("grid.png").size == (32, 32)
+    images, _ = expected_images("model", [i % 3 for i in range(16)], seed=0)
+    assert cells("grid.png", columns=4, count=16) == images
+
+
+def test_generate_takes_names_and_ids_and_a_seed(run, place):
+    run("generate", "--model", "model", "--class-label", "moon", "2", "-n", 3, "--seed", 5, "--output", "a.png")
+    images, _ = expected_images("model", ["moon", "star", "moon"], seed=5)
+    assert cells("a.png", columns=2, count=4) == [*images, np.full((8, 8, 3), 255).tolist()]
+    run("generate", "--model", "model", "--class-label", "1", "star", "-n", 3, "--seed", 5, "--output", "b.png")
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_generate_writes_single_files_whatever_the_batch(run, place):
+    options = ["--model", "model", "-n", 5, "--seed", 2]
+    printed = run("generate", *options, "--output-dir", "new/images", "--batch-size", 2)
+    assert printed.out == "new/images: 5 images\n"
+    names = [f"{i:05d}.png" for i in range(5)]
+    assert sorted(path.name for path in Path("new/images").iterdir()) == names
+    images, _ = expected_images("model", [0, 1, 2, 0, 1], seed=2)
+    assert [pixels(Image.open(f"new/images/{name}")).tolist() for name in names] == images
+
+
+def test_generate_passes_sampling_options_on(run, place):
+    options = ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--position-temperature", 1.3]
+    options += ["--position-top-k", 4, "--position-top-p", 0.8, "--fine-positions", "free"]
+    run("generate", "--model", "model", "-n", 1, *options, "--output", "a.png")
+    output = DQPipeline.from_pretrained("model")(
+        class_labels=[0],
+        temperature=0.7,
+        top_k=5,
+        top_p=0.9,
+        position_temperature=1.3,
+        position_top_k=4,
+        position_top_p=0.8,
+        fine_positions="free",
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert pixels(Image.open("a.png")).tolist() == pixels(output.images[0]).tolist()
+
+
+def test_generate_shows_the_coding_beside_each_image(run, place):
+    run("generate", "--model", "model", "--output", "grid.png", "--show-grain-map")
+    images, grain_maps = expected_images("model", [i % 3 for i in range(16)], seed=0)
+    assert set(grain_maps.flatten(1).amax(1).tolist()) == {0, 1}  # with and without a fine region
+    pairs = cells("grid.png", columns=4, count=16, width=64, height=32)
+    for image, grain_map, pair in zip(images, grain_maps, pairs):
+        picture, coding = np.array(pair)[:, :32], np.array(pair)[:, 32:]
+        assert (picture == enlarged(image, 4)).all()
+        inside_coarse = np.full((16, 16), False)
+        inside_coarse[1:-1, 1:-1] = True
+        inside_fine = np.tile(np.pad(np.full((6, 6), True), 1), (2, 2))
+        untouched = np.block([[inside_fine if fine else inside_coarse for fine in row] for row in grain_map])
+        assert (coding[untouched] == picture[untouched]).all()
+        assert (coding[~untouched] != picture[~untouched]).any(-1).all()
+
+
+def test_generate_samples_an_unconditional_model(run, place, models):
+    run("generate", "--model", models / "unconditional", "-n", 3, "--batch-size", 2, "--output-dir", "a")
+    pipe = DQPipeline.from_pretrained(models / "unconditional")
+    output = pipe(num_images_per_label=3, generator=torch.Generator().manual_seed(0))
+    files = [pixels(Image.open(f"a/{i:05d}.png")).tolist() for i in range(3)]
+    assert files == [pixels(image).tolist() for image in output.images]
+
+
+def test_force_overwrites(run, place):
+    Path("grid.png").write_text("old")
+    run("generate", "--model", "model", "-n", 1, "--output", "grid.png", "--force")
+    run("reconstruct", "noise.png", "grid.png", "--model", "model", "--force")
+    assert Image.open("grid.png").size == (24, 16)
+    assert sorted(path.name for path in place.iterdir()) == ["grid.png", "half.png", "model", "noise.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "half.png"], "half.png exists; choose another name or give --force"),
+        (["--output", "no/grid.png"], "no/grid.png cannot be written; its folder must exist"),
+        (["--output", "half.png/grid.png"], "half.png/grid.png cannot be written"),
+        (["--output", "model.png/"], "must exist|exists"),
+        (["--output", "grid"], "grid must end like an image file, for example .png"),
+        (["--output", "grid.psd"], "grid.psd must end like an image file"),
+        (["--output-dir", "half.png"], "cannot be written"),
+        (["--output-dir", "half.png/sub"], "cannot be written"),
+        (["--output-dir", "taken"], "taken/00001.png exists"),
+        (["--class-label", "mon"], "unknown class 'mon'; did you mean 'moon'"),
+        (["--class-label", "sun", "3"], "0 ... 2, got 3"),
+        (["--class-label", "-1"], "0 ... 2, got -1"),
+        (["--class-label", "²"], "unknown class '²'; known classes: sun, moon, star"),
+        (["--seed", "18446744073709551616"], "seed must lie in 0 ... 18446744073709551615, got 18446744073709551616"),
+        (["--seed", "-1"], "seed must lie in 0 ... 18446744073709551615, got -1"),
+        (["-n", "0"], "--num-images must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--temperature", "0"], "temperature must be above 0"),
+        (["--top-p", "1.5"], r"top_p must lie in \(0, 1\], got 1.5"),
+        (["--position-top-k", "0"], "position_top_k must be at least 1"),
+        (["--guidance-scale", "2"], "class_dropout"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--model", "no-such-model"], "no-such-model is no local folder"),
+        (["--model", "./no/such/model"], "no/such/model is no local folder"),
+        (["--model", "half.png"], "half.png is no local folder"),
+        (
+            ["--model", "model/vae"],
+            "model/vae has no file model_index.json; a pipeline needs the tokenizer and the gen",
+        ),
+    ],
+)
+def test_generate_refuses(refused, place, options, message):
+    (place / "model.png").mkdir()
+    (place / "taken").mkdir()
+    (place / "taken" / "00001.png").write_text("mine")
+    arguments = ["--model", "model", "-n", "2", *options]
+    if not any(option.startswith("--output") for option in options):
+        arguments += ["--output", "grid.png"]
+    assert re.search(message, refused("generate", *arguments))
+
+
+def test_generate_refuses_labels_for_an_unconditional_model(refused, models):
+    options = ["--model", models / "unconditional", "--class-label", "sun", "--output-dir", "a"]
+    assert "unconditional" in refused("generate", *options)
+
+
+def test_damaged_models_are_refused_by_file(refused, place):
+    path = place / "model" / "vae" / "model.safetensors"
+    weights = load_file(path)
+    weights["decoder.conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    message = "model/vae/model.safetensors .*not finite: decoder.conv_in.weight"
+    assert re.search(message, refused("generate", "--model", "model", "--output", "grid.png"))
+    assert re.search(message, refused("reconstruct", "noise.png", "out.png", "--model", "model"))
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "model/vae/model.safetensors is damaged" in refused("generate", "--model", "model", "--output", "grid.png")
+
+
+@pytest.mark.parametrize("model", ["model", "vae"])
+@pytest.mark.parametrize(
+    ("image", "options", "num_fine"),
+    [
+        ("half.png", [], 12),  # 4 x 6 regions, the left half white
+        ("noise.png", ["--fine-ratio", "0"], 0),
+        ("noise.png", ["--fine-ratio", "0.25"], 6),
+        ("noise.png", ["--fine-ratio", "0.3"], 7),
+        ("noise.png", ["--fine-ratio", "1"], 24),
+    ],
+)
+def test_reconstruct_prints_codes_bits_and_psnr(run, place, models, model, image, options, num_fine):
+    folder = place / "model" if model == "model" else models / "vae"
+    printed = run("reconstruct", image, "out.png", "--model", folder, *options)
+    codes = 24 - num_fine + 4 * num_fine
+    bits = codes * math.log2(16)
+    error = np.square(pixels(Image.open("out.png")) - pixels(Image.open(image))).mean()
+    lines = printed.out.splitlines()
+    assert lines[0].split() == ["codes", str(codes), "(96", "if", "all", "regions", "were", "fine)"]
+    assert lines[1] == f"bits   {bits + 24:.0f} ({bits:.0f} codes + 24 grain map)"
+    name, psnr, unit = lines[2].split()
+    assert (name, unit) == ("PSNR", "dB") and float(psnr) == pytest.approx(10 * math.log10(255**2 / error), abs=0.05)
+    assert len(lines) == 3
+
+
+def test_reconstruct_is_encode_and_decode(run, place, models):
+    run("reconstruct", "noise.png", "out.png", "--model", "model", "--fine-ratio", 0.5)
+    vae = DQVAEModel.from_pretrained(models / "vae")
+    pixel_values = torch.from_numpy(pixels(Image.open("noise.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        sample = vae.decode(vae.encode(pixel_values, fine_ratio=0.5).quantized).sample
+    expected = ((sample[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
+    assert np.abs(pixels(Image.open("out.png")) - expected).max() <= 0.51
+
+
+def test_reconstruct_draws_the_coding_over_the_image(run, place):
+    run("reconstruct", "half.png", "plain.png", "--model", "model")
+    run("reconstruct", "half.png", "out.png", "--model", "model", "--show-grain-map")
+    picture = pixels(Image.open("out.png"))
+    assert picture.shape == (64, 192, 3)  # four times as large, two side by side
+    coding, reconstruction = picture[:, :96], picture[:, 96:]
+    assert (reconstruction == enlarged(pixels(Image.open("plain.png")), 4)).all()
+    original = enlarged(pixels(Image.open("half.png")), 4)
+    frames = np.full((64, 96), True)
+    for row in range(0, 64, 16):  # regions of 16 pixels, the right half with codes of 8
+        for column in range(0, 48, 16):
+            frames[row + 1 : row + 15, column + 1 : column + 15] = False
+    for row in range(0, 64, 8):
+        for column in range(48, 96, 8):
+            frames[row + 1 : row + 7, column + 1 : column + 7] = False
+    assert (coding[~frames] == original[~frames]).all()
+    assert (coding[frames] != original[frames]).any(-1).all()
+    blue, red = coding[0, 0], coding[0, 48]
+    assert blue[2] > blue[0] and red[0] > red[2]
+
+
+def test_reconstruct_resizes_to_the_models_size(run, place):
+    printed = run("reconstruct", "noise.png", "out.png", "--model", "model", "--resize", "--fine-ratio", 0.5)
+    assert Image.open("out.png").size == (8, 8) and printed.out.startswith("codes  10 (16 if")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png", "out.png"], "none.png does not exist"),
+        (["text.png", "out.png"], "text.png is damaged, or no image"),
+        (["cut.png", "out.png"], "cut.png is damaged"),
+        (["cut.qoi", "out.png"], "cut.qoi is damaged, or no image that Pillow can read: IndexError"),
+        (["model", "out.png"], "model"),
+        (["nan.tif", "out.png"], "mode 'F'"),
+        (["noise.png", "half.png"], "half.png exists"),
+        (["noise.png", "no/out.png"], "no/out.png cannot be written"),
+        (["noise.png", "out.txt"], "out.txt must end like an image file"),
+        (["odd.png", "out.png"], "multiples of 4, got 10x16; give --resize for 8x8"),
+        (["noise.png", "out.png", "--fine-ratio", "1.5"], r"fine_ratio must lie in \[0, 1\]"),
+        (["noise.png", "out.png", "--fine-ratio", "nan"], r"fine_ratio must lie in \[0, 1\]"),
+        (["noise.png", "out.png", "--fine-ratio", "0.5", "0.2"], r"needs 1 share"),
+        (["noise.png", "out.png", "--model", "missing"], "missing is no local folder"),
+        (["noise.png", "out.png", "--model", "model/transformer"], "DQVAEConfig"),
+        (["noise.png", "out.png", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+    ],
+)
+def test_reconstruct_refuses(refused, place, arguments, message):
+    (place / "text.png").write_text("text")
+    whole = (place / "noise.png").read_bytes()
+    (place / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (place / "cut.qoi").write_bytes(b"qoif" + bytes([0, 0, 0, 8, 0, 0, 0, 8, 3, 0]))  # a header, and no pixels
+    Image.fromarray(np.full((16, 24), np.nan, dtype=np.float32)).save("nan.tif")
+    Image.open("noise.png").crop((0, 0, 10, 16)).save("odd.png")
+    assert re.search(message, refused("reconstruct", "--model", "model", *arguments))
+
+
+@pytest.fixture(scope="module")
+def hub_client(models, tmp_path_factory):
+    """The folder in which a client of a Hub with `user/vae` and `user/both` ran `HUB_COMMANDS`, and its process."""
+    folder = tmp_path_factory.mktemp("client")
+    Image.effect_noise((8, 8), 90).convert("RGB").save(folder / "noise.png")
+    with HubServer() as hub:
+        hub.add("user/vae", models / "vae")
+        hub.add("user/both", models / "conditional")
+        done = run_client(hub, HUB_COMMANDS, check=False, cwd=folder)
+        fetched = {request.path.partition("/resolve/")[2].partition("/")[2] for request in hub.requests}
+    return folder, done, fetched
+
+
+HUB_COMMANDS = """
+from dq_hf.cli import main
+from dq_hf.demo import load_models
+for name in ("vae", "both"):
+    main(["reconstruct", "noise.png", f"{name}.png", "--model", f"user/{name}"])
+main(["draw", "entropy", "noise.png", "entropy.png", "--model", "user/vae"])
+print("demo", [type(model).__name__ for model in load_models("user/vae", "cpu")])
+main(["generate", "--output", "grid.png", "--model", "user/vae"])
+"""
+
+
+def test_a_repository_of_a_tokenizer_serves_where_one_is_enough(hub_client, models, run):
+    folder, done, _ = hub_client
+    printed = run("reconstruct", folder / "noise.png", folder / "local.png", "--model", models / "vae").out
+    assert done.stdout.startswith(2 * printed + "entropy ") and done.stdout.endswith(
+        "demo ['DQVAEModel', 'NoneType']\n"
+    )
+    local = pixels(Image.open(folder / "local.png"))
+    assert all((pixels(Image.open(folder / f"{name}.png")) == local).all() for name in ("vae", "both"))
+
+
+def test_a_repository_without_generator_is_refused_where_one_is_needed(hub_client):
+    folder, done, _ = hub_client
+    message = "user/vae, revision 'main': there is no file model_index.json; a pipeline needs the tokenizer and the"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"dq-hf generate: error: {message} gen")
+    assert not (folder / "grid.png").exists()
+
+
+def test_no_generator_is_fetched_where_a_tokenizer_is_enough(hub_client):
+    fetched = hub_client[2]
+    assert "vae/model.safetensors" in fetched and "transformer/model.safetensors" not in fetched
+
+
+def test_convert_writes_a_folder_that_loads(run, place):
+    arguments = ["--config", REFERENCE / "config.yml", "--checkpoint", REFERENCE / "model.ckpt"]
+    printed = run("convert", *arguments, "--output", "converted")
+    model = DQVAEModel.from_pretrained("converted")
+    assert printed.out == f"converted: DQVAEModel, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+    expected = load_file(REFERENCE / "expected.safetensors")
+    with torch.no_grad():
+        encoded = model.encode(expected["image"])
+    assert torch.equal(encoded.codes, expected["codes"]) and torch.equal(encoded.grain_map, expected["grain_map"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yml", "--checkpoint", "noise.png", "--output", "new"], "none.yml"),
+        (["--config", REFERENCE / "config.yml", "--checkpoint", "noise.png", "--output", "new"], "noise.png"),
+        (["--config", REFERENCE / "config.yml", "--checkpoint", "none.ckpt", "--output", "new"], "none.ckpt"),
+        (
+            ["--config", REFERENCE / "config.yml", "--checkpoint", REFERENCE / "model.ckpt", "--output", "model"],
+            "model",
+        ),
+    ],
+)
+def test_convert_refuses(refused, arguments, message):
+    assert message in refused("convert", *arguments)
+
+
+@pytest.fixture
+def photographs(place):
+    """A folder of eight images 16x16, from plain to noise; no two regions have the same entropy."""
+    (place / "photographs").mkdir()
+    source = np.random.default_rng(1)
+    for i in range(8):
+        image = source.normal(128, 6 * (i + 1), (16, 16, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(place / "photographs" / f"{i}.png")
+    return place / "photographs"
+
+
+@pytest.mark.parametrize("kind", ["model", "vae"])
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models, photographs, kind, share):
+    if kind == "vae":
+        shutil.copytree(models / "vae", place / "vae")
+    printed = run("calibrate", "--data", "photographs", "--model", kind, "--fine-ratio", share)
+    lines = [line.split() for line in printed.out.splitlines()]
+    assert [line[0] for line in lines] == ["thresholds", "achieved"] and lines[1][-2:] == ["8", "images"]
+    assert float(lines[1][1]) == pytest.approx(share, abs=1 / 32)
+
+    if kind == "model":
+        thresholds = json.loads(Path("model/vae/config.json").read_text())["entropy_thresholds"]
+        assert json.loads(Path("model/config.json").read_text())["vae_config"]["entropy_thresholds"] == thresholds
+        vae = DQForImageGeneration.from_pretrained("model").vae
+    else:
+        thresholds = json.loads(Path("vae/config.json").read_text())["entropy_thresholds"]
+        vae = DQVAEModel.from_pretrained("vae")
+    assert float(lines[0][1]) == pytest.approx(thresholds[0], abs=1e-6)
+    images = [Image.open(path) for path in photographs.iterdir()]
+    with torch.no_grad():  # at the model's own size: 8 images of 2 x 2 regions
+        grain_map = vae.encode(DQImageProcessor(size={"height": 8, "width": 8})(images)["pixel_values"]).grain_map
+    assert grain_map.float().mean().item() == pytest.approx(share, abs=0.5 / 32 + 1e-6)
+
+
+def test_calibrate_reads_a_stream_alike(run, place, photographs):
+    stored = run("calibrate", "--data", "photographs", "--model", "model").out
+    assert run("calibrate", "--data", "photographs", "--model", "model", "--streaming").out == stored
+
+
+def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, photographs, caplog):
+    (photographs / "3.png").write_bytes(b"")
+    printed = run("calibrate", "--data", "photographs", "--model", "model", "--max-broken-share", "0.125")
+    assert printed.out.endswith("of the regions of 7 images\n")
+    assert any("3.png" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("export_code", [False, True])
+def test_calibrate_changes_nothing_else(run, place, photographs, export_code):
+    DQForImageGeneration.from_pretrained("model").save_pretrained("model", export_code=export_code)
+    before = {name: json.loads(Path(name).read_text()) for name in ("model/config.json", "model/vae/config.json")}
+    files = files_of(place / "model")
+    run("calibrate", "--data", "photographs", "--model", "model")
+    for name, config in before.items():
+        after = json.loads(Path(name).read_text())
+        part, part_after = (config["vae_config"], after["vae_config"]) if "vae_config" in config else (config, after)
+        assert part.pop("entropy_thresholds") != part_after.pop("entropy_thresholds")
+        assert after == config
+    changed = {path for path, content in files_of(place / "model").items() if files[path] != content}
+    assert changed == {place / "model" / "config.json", place / "model" / "vae" / "config.json"}
+
+
+def test_thresholds_that_find_no_room_on_the_disk_change_no_file(place):
+    vae, both = place / "model" / "vae" / "config.json", place / "model" / "config.json"
+    before = files_of(place)
+    with full_disk(vae.stat().st_size + 20), pytest.raises(OSError):  # room for one, not for the other
+        write_thresholds(place / "model", [0.7], both=True)
+    assert files_of(place) == before and both.stat().st_size > vae.stat().st_size + 20
+    write_thresholds(place / "model", [0.7], both=True)
+    assert DQForImageGeneration.from_pretrained("model").vae.config.entropy_thresholds == [0.7]
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "generation"])
+def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
+    message = refused("evaluate", kind, "--data", "gone", "--model", "gone", "--seed", -1, "--output", "report.json")
+    assert "seed must lie in 0 ... 18446744073709551615, got -1" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no-such-model"], "local folder with a config.json, got no-such-model"),
+        (["--model", "model/transformer"], "entropy router"),
+        (["--model", "feature"], "entropy router"),
+        (["--fine-ratio", "1.5"], r"\[0, 1\]"),
+        (["--fine-ratio", "0.2", "0.3"], "needs 1 share"),
+        (["--split", "test"], "no split 'test'; it has train"),
+        (["--image-column", "picture"], "no column 'picture'; it has image"),
+        (["--data", "empty"], "empty"),
+        (["--max-broken-share", "2"], r"\[0, 1\], got 2.0"),
+    ],
+)
+def test_calibrate_refuses(refused, place, photographs, options, message):
+    (place / "empty").mkdir()
+    make_vae(router="feature").save_pretrained(place / "feature")
+    assert re.search(message, refused("calibrate", "--data", "photographs", "--model", "model", *options))
+
+
+def test_a_damaged_image_stops_the_calibration(refused, place, photographs):
+    path = photographs / "3.png"
+    path.write_bytes(path.read_bytes()[:200])
+    message = refused("calibrate", "--data", "photographs", "--model", "model")
+    assert re.search(r"at most 1.00% .* got 1 of 8, the first: .*3.png", message)
+
+
+def test_draw_order_shows_the_codes_coming_and_then_the_images_of_generate(run, place):
+    options = ["--model", "model", "--class-label", "moon", "star", "-n", 2, "--seed", 3]
+    printed = run("draw", "order", "order.gif", *options, "--seconds", 0.8)
+    images, grain_maps = expected_images("model", ["moon", "star"], seed=3)
+    codes = (4**grain_maps).flatten(1).sum(1)
+    assert printed.out == f"order.gif: 2 images of {codes[0]}, {codes[1]} codes\n"
+    with Image.open("order.gif") as animation:
+        frames, durations = [], []
+        for number in range(animation.n_frames):
+            animation.seek(number)
+            frames.append(pixels(animation))
+            durations.append(animation.info["duration"])
+    assert 2 < len(frames) <= 11 and sum(durations) == 800 + 2000 and durations[-1] == 2000
+    margin, side = 4, 32  # cells of the fine grid have 8 pixels
+    for number, image in enumerate(images):
+        left = margin + number * (side + 2 * margin)
+        finished = frames[-1][margin : margin + side, left : left + side]
+        assert np.abs(finished - enlarged(image, 4)).mean() < 4  # 256 colours
+    grey = [(np.abs(frame - 226).max(2) < 3).sum() for frame in frames]
+    assert grey[0] > 1000 and grey[-2] < 50 and all(later <= earlier + 50 for earlier, later in zip(grey, grey[1:]))
+
+
+def test_draw_entropy_prints_what_the_router_sees(run, place):
+    printed = run("draw", "entropy", "half.png", "map.png", "--model", "model")
+    grey = (pixels(Image.open("half.png")) / 127.5 - 1) @ [0.2989, 0.5870, 0.1140]
+    entropies = []
+    for row, column in np.ndindex(4, 6):
+        values = grey[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(16, 1)
+        density = np.exp(-(((values - np.linspace(-1, 1, 32)) / 0.01) ** 2) / 2).mean(0)
+        density = density / (density.sum() + 1e-40) + 1e-40
+        entropies.append(-(density * np.log(density)).sum())
+    name, low, _, high, *_, mean = printed.out.splitlines()[0].split()
+    assert name == "entropy" and [float(low), float(high), float(mean)] == pytest.approx(
+        [min(entropies), max(entropies), np.mean(entropies)], abs=0.002
+    )
+    assert printed.out.splitlines()[1].split() == ["codes", str(12 + 4 * 12)]
+    assert Image.open("map.png").size == (1100, 60 + round(320 * 16 / 24))
+    run("draw", "entropy", "half.png", "map.png", "--model", "model", "--fine-ratio", 0, "--force")
+
+
+def test_draw_usage_counts_each_code_once(run, place, photographs, models):
+    Image.new("RGB", (16, 16), "white").save(photographs / "plain.png")
+    printed = run("draw", "usage", "usage.png", "--model", models / "vae", "--data", photographs, "--split", "train")
+    images = DQImageProcessor(size={"height": 8, "width": 8})([Image.open(path) for path in photographs.iterdir()])
+    with torch.no_grad():
+        encoded = DQVAEModel.from_pretrained(models / "vae").encode(images["pixel_values"])
+    uses = {"4x4": [], "2x2": []}
+    for codes, grain_map in zip(encoded.codes.tolist(), encoded.grain_map.tolist()):
+        for row, column in np.ndindex(2, 2):
+            cells = [codes[2 * row + i][2 * column + j] for i in (0, 1) for j in (0, 1)]
+            if grain_map[row][column]:
+                uses["2x2"] += cells
+            else:
+                uses["4x4"].append(cells[0])
+    assert uses["4x4"] and uses["2x2"]
+    lines = printed.out.splitlines()
+    assert lines[0].split() == ["images", "9"]
+    for line, (name, codes) in zip(lines[1:], (uses | {"all": uses["4x4"] + uses["2x2"]}).items()):
+        shares = np.bincount(codes) / len(codes)
+        shares = shares[shares > 0]
+        perplexity = np.exp(-(shares * np.log(shares)).sum())
+        assert line.split(maxsplit=1) == [
+            name,
+            f"{len(shares)} of 16 codes, used {len(codes)} times, perplexity {perplexity:.1f}",
+        ]
+    assert Image.open("usage.png").size == (900, 600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["order", "order.png"], r"order.png must end in .gif or .webp"),
+        (["order", "taken.gif"], "taken.gif exists; choose another name or give --force"),
+        (["order", "no/order.gif"], "no/order.gif cannot be written"),
+        (["order", "order.gif", "--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["order", "order.gif", "-n", "0"], "--num-images must be at least 1, got 0"),
+        (["order", "order.gif", "--class-label", "mon"], "unknown class 'mon'"),
+        (["entropy", "none.png", "out.png"], "none.png does not exist"),
+        (["entropy", "noise.png", "half.png"], "half.png exists"),
+        (["entropy", "odd.png", "out.png"], "multiples of 4, got 10x16"),
+        (["usage", "out.png", "--data", "photographs"], "no split 'test'; it has train"),
+        (["usage", "half.png", "--data", "photographs"], "half.png exists"),
+        (["usage", "out.txt", "--data", "photographs"], "out.txt must end like an image file"),
+        (["usage", "out.png", "--data", "photographs", "--split", "train", "--device", "cuda:99"], "cannot be used"),
+    ],
+)
+def test_draw_refuses(refused, place, photographs, arguments, message):
+    (place / "taken.gif").write_text("mine")
+    Image.new("RGB", (10, 16)).save(place / "odd.png")
+    assert re.search(message, refused("draw", *arguments, "--model", "model"))
+
+
+@pytest.mark.parametrize("arguments", [["entropy", "noise.png", "out.png"], ["usage", "out.png", "--data", "gone"]])
+def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "dq_hf[draw]"' in refused("draw", *arguments, "--model", "model")
+
+
+def test_the_module_runs_as_a_command(place):
+    command = [sys.executable, "-m", "dq_hf", "generate", "--model", "model", "-n", "2", "--output"]
+    done = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "grid.png\n"
+    assert "100%" in done.stderr and "arning:" not in done.stderr
+    images, _ = expected_images("model", [0, 1], seed=0)
+    assert cells("grid.png", columns=2, count=2) == images
+    again = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
+    assert again.returncode == 1 and again.stdout == ""
+    message = "dq-hf generate: error: grid.png exists; choose another name or give --force"
+    assert again.stderr.splitlines()[-1] == message  # above it may stand what torchao says when it is imported
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "--sead", "1", "--output", "a.png"]])
+def test_wrong_options_show_the_usage(place, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2 and "usage: dq-hf" in capsys.readouterr().err
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("generate", "reconstruct", "convert", "calibrate", "draw"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0 and f"usage: dq-hf {command}" in capsys.readouterr().out

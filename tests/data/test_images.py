@@ -1,0 +1,668 @@
+"""What training reads: data sets, stored or streamed, and the entropy thresholds that it sets from them."""
+
+import gc
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import struct
+import zlib
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dq_hf.data.images import ImageCollator, class_names, decode_image, drop_broken_images, load_images
+from dq_hf.data.streams import EndlessLoader, StreamedImages, load_train_and_test, prepare_loader
+from dq_hf.modeling.configuration_dqvae import DQVAEConfig
+from dq_hf.modeling.image_processing_dq import DQImageProcessor
+from dq_hf.modeling.routing_dq import EntropyRouter, image_entropy
+from dq_hf.training.calibration import RESOLUTION, calibrate_thresholds
+
+# Data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(
+        datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False
+    )  # 5 s at the end of Parquet
+
+
+def write_images(folder, names):
+    """Plain images, each of the grey value of its place in the list."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, i, i)).save(folder / name)
+    return folder
+
+
+def png(grey, size=(4, 4)):
+    """Bytes of a plain PNG image."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (grey, grey, grey)).save(file, "png")
+    return file.getvalue()
+
+
+def images_of(files):
+    """A data set of files' bytes, numbered."""
+    features = {"image": datasets.Image(decode=False), "number": datasets.Value("int64")}
+    rows = {"image": [{"bytes": file, "path": None} for file in files], "number": list(range(len(files)))}
+    return Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def write_tables(folder, sizes):
+    """Parquet files with so many plain images each, of the grey values 0, 1, 2, ..."""
+    folder.mkdir()
+    dataset = images_of([png(grey) for grey in range(sum(sizes))])
+    for i, end in enumerate(itertools.accumulate(sizes)):
+        rows = dataset.select(range(end - sizes[i], end))
+        rows.to_parquet(folder / f"train-{i:05d}-of-{len(sizes):05d}.parquet")
+    return folder
+
+
+def greys(dataset):
+    return [decode_image(row["image"]).getpixel((0, 0))[0] for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("extra", [None, "annotations.json"])
+def test_a_folder_of_images_is_a_training_split(tmp_path, extra, streaming):
+    write_images(tmp_path, ["a.png", "b.png", "c.png"])
+    if extra:
+        (tmp_path / extra).write_text('{"a": [1, 2]}')
+    assert greys(load_images(tmp_path, "train", streaming=streaming)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_give_labels_and_splits(tmp_path, streaming):
+    write_images(tmp_path, ["train/cat/a.png", "train/dog/b.png", "test/dog/c.png"])
+    dataset = load_images(tmp_path, "train", streaming=streaming)
+    assert class_names(dataset, "label") == ["cat", "dog"] and [row["label"] for row in dataset] == [0, 1]
+    assert greys(load_images(str(tmp_path), "test", streaming=streaming)) == [2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("one_file", [False, True])
+def test_parquet_files_are_read(tmp_path, one_file, streaming):
+    images = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in (7, 8)]
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"])})
+    Dataset.from_dict({"picture": images, "kind": [1, 0]}, features=features).to_parquet(tmp_path / "train.parquet")
+    data = tmp_path / "train.parquet" if one_file else tmp_path
+    dataset = load_images(data, "train", image_column="picture", streaming=streaming)
+    assert [decode_image(row["picture"]).getpixel((0, 0)) for row in dataset] == [(7, 0, 0), (8, 0, 0)]
+    assert class_names(dataset, "kind") == ["x", "y"]
+
+
+def test_a_stream_may_tell_its_columns_only_by_its_rows(tmp_path):
+    write_images(tmp_path, ["a.png", "b.png"])
+    lines = [json.dumps({"file": str(tmp_path / name)}) for name in ("a.png", "b.png")]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(lines))
+    dataset = load_images(tmp_path / "rows", "train", "file", streaming=True)
+    assert [decode_image(row["file"]).getpixel((0, 0))[0] for row in dataset] == [0, 1]
+    with pytest.raises(ValueError, match="no column 'image'; it has file"):
+        load_images(tmp_path / "rows", "train", streaming=True)
+
+
+def test_a_local_folder_may_be_named_like_a_builder_of_datasets(tmp_path, monkeypatch):
+    (tmp_path / "imagefolder" / "train").mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "imagefolder" / "train" / "red.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "elsewhere.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_images("imagefolder", "train")) == 1
+
+
+def test_the_emoji_of_the_examples_are_loaded(request):
+    dataset = load_images(request.config.rootpath / "examples" / "data" / "emoji", "test")
+    assert decode_image(dataset[0]["image"]).size == (64, 64) and len(class_names(dataset, "label")) == 9
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_splits_and_columns_are_named(tmp_path, streaming):
+    write_images(tmp_path, ["a.png"])
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        load_images(tmp_path, "test", streaming=streaming)
+    with pytest.raises(ValueError, match="no column 'picture'; it has image"):
+        load_images(tmp_path, "train", image_column="picture", streaming=streaming)
+    with pytest.raises(ValueError, match="'label' must hold class labels .* got None"):
+        class_names(load_images(tmp_path, "train", streaming=streaming), "label")
+    with pytest.raises(ValueError, match="'number' must hold class labels .* got Value"):
+        class_names(Dataset.from_dict({"number": [1]}), "number")
+
+
+# Broken images
+
+
+def bomb():
+    """A PNG file that claims 20,000 x 20,000 pixels."""
+    file = bytearray(png(0))
+    file[16:24] = struct.pack(">II", 20000, 20000)
+    file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
+    return bytes(file)
+
+
+def without_range():
+    """A readable file whose values have no fixed range."""
+    file = io.BytesIO()
+    Image.new("F", (4, 4)).save(file, "tiff")
+    return file.getvalue()
+
+
+BROKEN = {
+    "cut off": png(7, (64, 64))[:90],
+    "empty": b"",
+    "no image": b"<html>not found</html>",
+    "damaged": png(7)[:40] + bytes(20) + png(7)[60:],
+    "bomb": bomb(),
+    "without range": without_range(),
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_images_are_recognised(kind):
+    with pytest.raises(ValueError):
+        decode_image({"bytes": BROKEN[kind], "path": None})
+    with pytest.raises(ValueError):
+        decode_image(BROKEN[kind])
+
+
+def test_embedded_bytes_come_before_a_file_of_the_same_name(tmp_path, monkeypatch):
+    write_images(tmp_path, ["a.png"])
+    monkeypatch.chdir(tmp_path)
+    assert decode_image({"bytes": png(9), "path": "a.png"}).getpixel((0, 0))[0] == 9
+
+
+def test_broken_images_are_left_out_and_named(tmp_path, caplog):
+    write_images(tmp_path, [f"{i:03d}.png" for i in range(20)])
+    assert len(drop_broken_images(load_images(tmp_path, "train"))) == 20 and not caplog.records
+    (tmp_path / "004.png").write_bytes(BROKEN["cut off"])
+    (tmp_path / "011.png").write_bytes(BROKEN["no image"])
+    for _ in range(2):  # the second time from the cache of datasets
+        caplog.clear()
+        left = drop_broken_images(load_images(tmp_path, "train"), max_share=0.1)
+        assert greys(left) == [i for i in range(20) if i not in (4, 11)]
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING and record.getMessage().startswith("2 of 20 images")
+        assert "004.png (OSError" in record.getMessage()
+        assert "011.png (no image that Pillow can read)" in record.getMessage()
+        assert "005.png" not in record.getMessage()
+
+
+def test_images_are_decoded_once_as_long_as_they_do_not_change(tmp_path, monkeypatch):
+    write_images(tmp_path, ["a.png", "b.png"])
+    drop_broken_images(load_images(tmp_path, "train"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # decoding would fail
+        assert len(drop_broken_images(load_images(tmp_path, "train"))) == 2
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_broken_images_without_a_path_are_named_by_row(caplog, num_proc):
+    files = [png(i) if i % 2 else BROKEN["empty"] for i in range(60)]
+    left = drop_broken_images(images_of(files), max_share=0.5, num_proc=num_proc)
+    assert left["number"] == list(range(1, 60, 2))
+    message = caplog.records[0].getMessage()
+    assert message.startswith("30 of 60") and message.endswith("; and 10 more")
+    assert message.count("row ") == 20 and "row 38 (" in message and "row 40" not in message
+
+
+@pytest.mark.parametrize(
+    ("files", "share", "message"),
+    [
+        ([png(0)] * 9 + [b""], 0.09, r"at most 9.00% .* got 1 of 10, the first: row 9 \(.*; repair or remove"),
+        ([b""] * 3, 1.0, "at most 100.00% .* got 3 of 3"),
+        ([], 0.01, "at least one image, got none"),
+        ([png(0)], 1.5, r"must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_too_many_broken_images_are_an_error(files, share, message):
+    with pytest.raises(ValueError, match=message):
+        drop_broken_images(images_of(files), max_share=share)
+
+
+def test_a_share_of_broken_images_may_be_reached():
+    assert len(drop_broken_images(images_of([png(0)] * 9 + [b""]), max_share=0.1)) == 9
+
+
+# Streams
+
+
+def stream_of(files, **options):
+    return StreamedImages(images_of(files).to_iterable_dataset(), **options)
+
+
+def numbers(rows):
+    return [row["number"] for row in rows]
+
+
+def test_a_stream_gives_decoded_images():
+    rows = list(stream_of([png(3), png(5)], shuffle_buffer=0))
+    assert [row["image"].getpixel((0, 0))[0] for row in rows] == [3, 5] and numbers(rows) == [0, 1]
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    files = [png(0)] * 30
+    stream, same, other = (stream_of(files, shuffle_buffer=10, seed=seed) for seed in (0, 0, 1))
+    first = numbers(stream)
+    assert first == numbers(stream) == numbers(same)
+    stream.set_epoch(1)
+    second = numbers(stream)
+    orders = [list(range(30)), first, second, numbers(other)]
+    assert all(sorted(order) == orders[0] for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def give_all(rows):
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("shuffle_buffer", [0, 4])
+@pytest.mark.parametrize(
+    ("sizes", "num_processes", "num_workers"),
+    [([7], 2, 0), ([4, 1, 6, 2], 2, 0), ([7], 3, 2), ([4, 1, 6], 2, 2), ([4, 1, 6, 2], 2, 2)],
+)
+def test_every_row_comes_once(tmp_path, sizes, num_processes, num_workers, shuffle_buffer):
+    dataset = load_images(write_tables(tmp_path / "tables", sizes), "train", streaming=True)
+    rows = []
+    for i in range(num_processes):
+        stream = StreamedImages(dataset, process_index=i, num_processes=num_processes, shuffle_buffer=shuffle_buffer)
+        stream.set_epoch(1)
+        loader = DataLoader(stream, 2, num_workers=num_workers, collate_fn=give_all)
+        rows += [row["number"] for batch in loader for row in batch]
+    assert sorted(rows) == list(range(sum(sizes)))
+
+
+def test_a_part_is_the_same_stream_for_another_process():
+    stream = stream_of([png(0)] * 9, shuffle_buffer=0, process_index=1, num_processes=3)
+    assert numbers(stream.part(0, 1)) == list(range(9)) and numbers(stream.part(0, 3)) == [0, 3, 6]
+    assert numbers(stream) == [1, 4, 7] and stream.features["number"] == datasets.Value("int64")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_to_train_and_to_measure_on(tmp_path, streaming):
+    write_images(tmp_path, [f"train/{i}.png" for i in range(5)] + [f"test/{i}.png" for i in range(5)])
+    (tmp_path / "test" / "1.png").write_bytes(b"")
+    (tmp_path / "train" / "0.png").write_bytes(b"")
+    options = dict(splits=("train", "test"), image_column="image", streaming=streaming, max_test_images=2, seed=0)
+    train_set, test_set = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
+    assert sorted(greys(train_set)) == [1, 2, 3, 4]
+    assert len(test_set) == 2 and set(greys(test_set)) < {5, 7, 8, 9}
+    _, again = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
+    assert greys(again) == greys(test_set)
+    with pytest.raises(ValueError, match="at most 10.00% .* got 1 of 5"):
+        list(load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.1, **options)[0])
+
+
+def test_a_stream_skips_counts_and_names_broken_images(caplog):
+    files = [BROKEN["empty"] if i in (3, 150) else png(1) for i in range(200)]
+    stream = stream_of(files, shuffle_buffer=0, max_share=0.015)
+    assert numbers(stream) == [i for i in range(200) if i not in (3, 150)]
+    assert (stream.num_rows, stream.num_broken) == (200, 2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3 and "row 3 (" in messages[0] and "row 150 (" in messages[1]
+    assert messages[2] == "skipped 2 of 200 images in epoch 0"
+
+
+def test_a_stream_with_too_many_broken_images_stops_after_100_rows():
+    stream = iter(stream_of([png(1), b""] + [png(1)] * 300, shuffle_buffer=0, max_share=0.005))
+    assert len(list(itertools.islice(stream, 98))) == 98
+    with pytest.raises(ValueError, match=r"at most 0.50% .* got 1 of 100, the first: row 1 \("):
+        next(stream), next(stream)
+
+
+def test_a_short_stream_is_judged_at_its_end():
+    rows = []
+    with pytest.raises(ValueError, match="got 2 of 20"):
+        for row in stream_of([b"", b""] + [png(1)] * 18, shuffle_buffer=0, max_share=0.05):
+            rows.append(row)
+    assert len(rows) == 18
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1"):
+        stream_of([b""], max_share=-1)
+
+
+# Batches
+
+
+def make_collator(**options):
+    return ImageCollator(DQImageProcessor(size={"height": 8, "width": 8}), **options)
+
+
+def test_collator_makes_a_batch_with_labels():
+    rows = [{"image": Image.new("L", (9, 20), value), "label": label} for value, label in ((255, 2), (0, 1))]
+    batch = make_collator(label_column="label")(rows)
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["pixel_values"].mean(dim=(1, 2, 3)).tolist() == pytest.approx([1, -1])
+    assert batch["class_labels"].dtype == torch.long and batch["class_labels"].tolist() == [2, 1]
+    assert set(make_collator()(rows)) == {"pixel_values"}
+
+
+def test_collator_decodes_and_names_what_it_cannot_decode(tmp_path):
+    write_images(tmp_path, ["a.png"])
+    values = [{"path": str(tmp_path / "a.png"), "bytes": None}, {"path": None, "bytes": png(255)}]
+    batch = make_collator()([{"image": value} for value in values])
+    assert batch["pixel_values"].mean(dim=(1, 2, 3)).tolist() == pytest.approx([-1, 1])
+    with pytest.raises(ValueError, match=r"cannot be read: .*no-such.png \(FileNotFoundError.*; remove it"):
+        make_collator()([{"image": {"path": str(tmp_path / "no-such.png"), "bytes": None}}])
+    with pytest.raises(ValueError, match=r"cannot be read: row 1 \(there is no image\)"):
+        make_collator()([{"image": values[0]}, {"image": None}])
+
+
+def noise_rows(count):
+    source = np.random.default_rng(0)
+    return [{"image": Image.fromarray(source.integers(0, 256, (8, 8, 3), np.uint8))} for _ in range(count)]
+
+
+def mirrored(collate, rows):
+    """Which images a collator mirrors; they must be mirrored exactly or not at all."""
+    images, plain = collate(rows)["pixel_values"], make_collator()(rows)["pixel_values"]
+    flips = (images == plain[..., list(range(7, -1, -1))]).flatten(1).all(1)
+    assert ((images == plain).flatten(1).all(1) ^ flips).all()
+    return flips
+
+
+def test_half_of_the_images_are_mirrored_left_to_right_anew_in_each_epoch():
+    rows, collate = noise_rows(1000), make_collator(flip_seed=0)
+    first = mirrored(collate, rows)
+    collate.epoch = 1
+    second = mirrored(collate, rows)
+    other = mirrored(make_collator(flip_seed=1), rows)
+    for share in (first, second, other, first ^ second, first ^ other):
+        assert 430 < share.sum() < 570  # 4.4 standard deviations
+
+
+def test_an_image_is_mirrored_alike_in_any_batch():
+    rows = noise_rows(20)
+    flips = mirrored(make_collator(flip_seed=3), rows)
+    assert torch.cat([mirrored(make_collator(flip_seed=3), [row]) for row in reversed(rows)]).flip(0).equal(flips)
+
+
+# Loaders
+
+
+def make_accelerator():
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0))
+
+
+def stream_loader(accelerator, count=11, num_workers=0, batch_size=2):
+    """An endless loader of `count` images of noise."""
+    files = []
+    for row in noise_rows(count):
+        row["image"].save(file := io.BytesIO(), "png")
+        files.append(file.getvalue())
+    collate = make_collator(label_column="number", flip_seed=0)
+    stream = stream_of(files, shuffle_buffer=5)
+    return prepare_loader(
+        accelerator, DataLoader(stream, batch_size, collate_fn=collate, drop_last=True, num_workers=num_workers)
+    )
+
+
+def assert_same_batches(batches, others):
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys() and all(batch[key].equal(other[key]) for key in batch)
+
+
+def test_a_stream_goes_on_with_the_next_epoch_without_end():
+    batches = list(itertools.islice(stream_loader(make_accelerator()), 15))  # of 5 an epoch, one image left over
+    epochs = [[n for batch in batches[i : i + 5] for n in batch["class_labels"].tolist()] for i in (0, 5, 10)]
+    assert all(len(set(epoch)) == 10 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    images = {}  # by number, as mirrored in each epoch
+    for batch in batches:
+        for number, image in zip(batch["class_labels"].tolist(), batch["pixel_values"]):
+            images.setdefault(number, set()).add(image.numpy().tobytes())
+    assert max(len(versions) for versions in images.values()) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 5, 7])
+def test_a_resumed_stream_gives_the_next_batch(tmp_path, done, num_workers):
+    accelerator = make_accelerator()
+    loader = stream_loader(accelerator, num_workers=num_workers)
+    batches = []
+    for batch in itertools.islice(loader, 12):
+        batches.append(batch)
+        if len(batches) == done:
+            accelerator.save_state(tmp_path / "state")
+    accelerator = make_accelerator()
+    loader = stream_loader(accelerator, num_workers=num_workers)
+    accelerator.load_state(tmp_path / "state")
+    assert_same_batches(list(itertools.islice(loader, 12 - done)), batches[done:])
+
+
+def test_a_stream_is_resumed_only_as_it_was_split(tmp_path):
+    accelerator = make_accelerator()
+    stream_loader(accelerator)
+    accelerator.save_state(tmp_path)
+    accelerator = make_accelerator()
+    stream_loader(accelerator, batch_size=3)
+    with pytest.raises(ValueError, match="'batch_size': 3.*got .*'batch_size': 2.*go on with the numbers"):
+        accelerator.load_state(tmp_path)
+    (tmp_path / "stream_0.json").unlink()
+    with pytest.raises(ValueError, match="stream_0.json must be of a run with"):
+        accelerator.load_state(tmp_path)
+
+
+def test_a_stream_refuses_what_would_never_end():
+    with pytest.raises(ValueError, match="batch_size must be at most .* got 12"):
+        next(iter(stream_loader(make_accelerator(), batch_size=12)))
+    loader = DataLoader(stream_of([png(0)]), num_workers=1, persistent_workers=True)
+    with pytest.raises(ValueError, match="persistent_workers must be False"):
+        prepare_loader(make_accelerator(), loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipped_batches_of_a_stored_set_are_those_that_were_done(num_workers):
+    accelerator = make_accelerator()
+    rows = [row | {"number": i} for i, row in enumerate(noise_rows(11))]
+    collate = make_collator(label_column="number", flip_seed=0)
+    loader = DataLoader(
+        rows, 2, shuffle=True, collate_fn=collate, num_workers=num_workers, generator=torch.Generator()
+    )
+    loader = prepare_loader(accelerator, loader)
+    assert not isinstance(loader, EndlessLoader) and len(loader) == 6
+    epochs = []
+    for epoch in (0, 1):
+        collate.epoch = epoch
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+        rest = accelerator.skip_first_batches(loader, 4)
+        rest.set_epoch(epoch)
+        assert_same_batches(list(rest), epochs[-1][4:])
+    assert not torch.equal(epochs[0][0]["class_labels"], epochs[1][0]["class_labels"])
+
+
+# Two processes
+
+
+def in_two_processes(target, *arguments):
+    """Exit codes of two forks that do `target(*arguments)` as processes of one training."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=as_rank, args=(rank, port, target, arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def as_rank(rank, port, target, arguments):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    target(*arguments)
+
+
+def read_together(place):
+    """Write which images this process was given: streamed, streamed and resumed, and stored."""
+
+    def make_stream():
+        accelerator = make_accelerator()
+        share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        stream = StreamedImages(load_images(place / "tables", "train", streaming=True), shuffle_buffer=4, **share)
+        loader = DataLoader(stream, 2, collate_fn=make_collator(label_column="number"), drop_last=True)
+        return accelerator, stream, prepare_loader(accelerator, loader)
+
+    def labels(batches):
+        result = []
+        for batch in batches:
+            accelerator.reduce(batch["pixel_values"])  # waits for the other process's batch
+            result.append(batch["class_labels"].tolist())
+        return result
+
+    accelerator, stream, loader = make_stream()
+    result = {"processes": accelerator.num_processes, "once": numbers(stream)}
+    batches = iter(loader)
+    labels(itertools.islice(batches, 5))
+    accelerator.save_state(place / "state")
+    accelerator.wait_for_everyone()
+    result["uninterrupted"] = labels(itertools.islice(batches, 7))
+
+    accelerator, stream, loader = make_stream()
+    accelerator.load_state(place / "state")
+    result["resumed"] = labels(itertools.islice(loader, 7))
+
+    dataset = load_images(place / "tables", "train")
+    stored = DataLoader(dataset, 2, shuffle=True, collate_fn=make_collator(label_column="number"))
+    stored = prepare_loader(accelerator, stored)
+    stored.set_epoch(1)
+    result["stored"] = labels(stored)
+    rest = accelerator.skip_first_batches(stored, 2)
+    rest.set_epoch(1)
+    result["skipped"] = labels(rest)
+    (place / f"{accelerator.process_index}.json").write_text(json.dumps(result))
+    accelerator.end_training()
+
+
+def test_two_processes_share_the_images_and_neither_runs_dry(tmp_path):
+    write_tables(tmp_path / "tables", [9, 3])  # a stream gives one process 9 images and the other 3
+    assert in_two_processes(read_together, tmp_path) == [0, 0]
+    one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert sorted([len(one["once"]), len(two["once"])]) == [3, 9]
+    assert sorted(one["once"] + two["once"]) == list(range(12))
+    assert sorted(sum(one["stored"] + two["stored"], [])) == list(range(12))
+    for result in (one, two):
+        assert result["processes"] == 2
+        assert result["resumed"] == result["uninterrupted"] and len(result["resumed"]) == 7
+        assert result["skipped"] == result["stored"][2:] and len(result["stored"]) == 3
+
+
+# Calibration
+
+
+def random_images(count, seed=0):
+    """Noise whose strength differs between images and places."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
+    return noise * torch.rand(count, 1, 1, 1, generator=generator) * torch.linspace(0.2, 1, 32)
+
+
+def achieved_shares(thresholds, images, patch_size):
+    """Share of regions that a router with these thresholds puts at each granularity but the coarsest."""
+    factors = [patch_size // 2**g for g in range(len(thresholds) + 1)]
+    widths = [32] * patch_size.bit_length()
+    config = DQVAEConfig(
+        image_size=32, granularities=factors, block_out_channels=widths, entropy_thresholds=thresholds
+    )
+    grain_map = EntropyRouter(config)(images)[1]
+    return [(grain_map == g).float().mean().item() for g in range(1, len(factors))]
+
+
+@pytest.mark.parametrize("shares", [[0.5], [0.1], [0.9], [0.0], [1.0], [0.3, 0.2], [0.5, 0.5], [0.25, 0.0]])
+def test_calibrated_thresholds_give_the_wanted_shares(shares):
+    images = random_images(40)
+    thresholds, achieved = calibrate_thresholds(images.split(16), 4, shares)
+    assert thresholds == sorted(thresholds) and len(thresholds) == len(shares)
+    assert achieved == pytest.approx(shares, abs=0.01)
+    assert achieved_shares(thresholds, images, 4) == pytest.approx(achieved, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.77])
+def test_a_threshold_is_the_quantile_of_the_entropies(share):
+    images = random_images(50)
+    entropies = np.sort(image_entropy(images, 4).numpy(), axis=None)  # 3,200 regions
+    count = round(share * len(entropies))  # that are to be fine
+    (threshold,), (achieved,) = calibrate_thresholds(images.split(7), 4, [share])
+    assert entropies[-count - 1] - RESOLUTION <= threshold <= entropies[-count] + RESOLUTION
+    assert achieved == np.mean(entropies > np.float32(threshold)) == pytest.approx(share, abs=0.001)
+
+
+def test_a_threshold_lies_between_entropies_that_are_close():
+    images = random_images(1)
+    close = images.clone()
+    close[:, :, 0, 0] += 1e-4
+    both = torch.cat([images] * 50 + [close] * 50)
+    low, high = sorted(image_entropy(images, 4)[:, 0, 0].tolist() + image_entropy(close, 4)[:, 0, 0].tolist())
+    assert 2 * RESOLUTION < high - low < 0.01
+    others = image_entropy(images, 4).flatten()
+    finer = ((others > high).sum().item() + 0.5) / 64  # half of the images' first regions
+    (threshold,), (achieved,) = calibrate_thresholds([both], 4, [finer])
+    assert low < threshold < high and achieved == pytest.approx(finer, abs=1e-9)
+
+
+def test_calibration_reads_once_and_keeps_nothing():
+    sizes = []
+
+    def batches():
+        for seed in range(3):
+            yield random_images(20, seed)
+            gc.collect()
+            sizes.append(sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor))
+
+    thresholds, achieved = calibrate_thresholds(batches(), 4, [0.5])
+    assert sizes[1] == sizes[2]
+    images = torch.cat([random_images(20, seed) for seed in range(3)])
+    assert (thresholds, achieved) == calibrate_thresholds([images], 4, [0.5])
+
+
+def test_calibration_holds_for_other_images_of_the_same_kind():
+    thresholds, _ = calibrate_thresholds([random_images(100)], 4, [0.4])
+    assert achieved_shares(thresholds, random_images(100, seed=1), 4) == pytest.approx([0.4], abs=0.1)
+
+
+def test_plain_regions_stay_coarse_together():
+    images = random_images(10)
+    images[:, :, :16] = 0.5  # half of all regions, of one entropy
+    for wanted, possible in ((0.3, 0.3), (0.5, 0.5), (0.8, 0.5), (1.0, 1.0)):
+        thresholds, achieved = calibrate_thresholds([images], 4, [wanted])
+        assert achieved == pytest.approx([possible], abs=0.01)
+        assert achieved_shares(thresholds, images, 4) == pytest.approx(achieved, abs=1e-6)
+
+
+def test_thresholds_leave_room_for_rounding():
+    images = random_images(10)
+    images[:, :, :16] = 0.5
+    thresholds, achieved = calibrate_thresholds([images], 4, [0.5])
+    assert achieved_shares([thresholds[0] - 1e-4], images, 4) == achieved_shares([thresholds[0] + 1e-4], images, 4)
+
+
+@pytest.mark.parametrize(
+    ("batches", "shares", "message"),
+    [
+        ([], [0.5], "at least one image, got none"),
+        ([torch.zeros(1, 3, 30, 32)], [0.5], r"multiples of 4, got \(30, 32\); resize"),
+        ([torch.zeros(1, 3, 32, 32)], [1.5], r"shares must lie in \[0, 1\]"),
+        ([torch.zeros(1, 3, 32, 32)], [0.6, 0.6], "a sum of at most 1"),
+    ],
+)
+def test_calibration_refuses(batches, shares, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_thresholds(batches, 4, shares)

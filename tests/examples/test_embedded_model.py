@@ -1,0 +1,208 @@
+"""The model that the package carries: small, complete, offline, and as good as its card says."""
+
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import make_vae
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+import dq_hf
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline, DQVAEModel
+
+ROOT = Path(__file__).parents[2]
+HELD_OUT = ROOT / "examples" / "data" / "emoji" / "test-00000-of-00001.parquet"
+NAMES = ["people", "flags", "objects", "symbols", "travel", "smileys", "animals", "food", "activities"]
+MAX_BYTES = 20e6
+MIN_PSNR = 24.0  # dB, mean over 64 held-out emoji
+CODES = (120, 200)  # an image, mean over the same
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DQForImageGeneration.from_pretrained(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def figures(model):
+    """PSNR in dB and codes of every held-out emoji, two arrays."""
+    rows = pyarrow.parquet.read_table(HELD_OUT).column("image").to_pylist()
+    images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows])
+    originals = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    psnrs, codes = [], []
+    for batch in originals.split(32):
+        with torch.no_grad():
+            encoded = model.vae.encode(batch.float())
+            decoded = model.vae.decode_codes(encoded.codes).sample.double().clamp(-1, 1)
+        psnrs += (10 * torch.log10(4 / (decoded - batch).square().mean(dim=(1, 2, 3)))).tolist()
+        codes += (64 + 3 * encoded.grain_map.sum(dim=(1, 2))).tolist()  # a fine region has four codes
+    return np.array(psnrs), np.array(codes)
+
+
+def test_it_is_small_and_complete():
+    files = [path for path in Path(DEFAULT_MODEL).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    names = {str(path.relative_to(DEFAULT_MODEL)) for path in files}
+    assert {
+        "README.md",
+        "config.json",
+        "model_index.json",
+        "preprocessor_config.json",
+        "transformer/config.json",
+        "transformer/model.safetensors",
+        "vae/config.json",
+        "vae/model.safetensors",
+    } <= names
+
+
+def test_its_files_name_no_place_on_a_disk():
+    for path in Path(DEFAULT_MODEL).rglob("*.json"):
+        assert not re.search(r'"(_name_or_path|/[^"]*|[A-Z]:\\[^"]*)"', path.read_text()), path
+
+
+def test_its_weights_are_stored_in_bfloat16_and_computed_in_float32(model):
+    for part in ("vae", "transformer"):
+        assert json.loads(Path(DEFAULT_MODEL, part, "config.json").read_text())["dtype"] == "float32"
+        for key, value in load_file(Path(DEFAULT_MODEL, part, "model.safetensors")).items():
+            assert value.dtype == (torch.float32 if key.startswith("quantizer.") else torch.bfloat16), key
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_it_is_what_the_documentation_says(model):
+    vae, transformer = model.vae.config, model.transformer.config
+    assert vae.image_height_width == (64, 64) and vae.granularities == [8, 4] and vae.router == "entropy"
+    assert transformer.num_classes == 9
+    assert [transformer.id2label[i] for i in range(9)] == NAMES == [model.config.id2label[i] for i in range(9)]
+
+
+def test_its_samples_are_images_of_every_class(model):
+    generated = model.generate(list(range(9)), generator=torch.Generator().manual_seed(0))
+    assert generated.pixel_values.shape == (9, 3, 64, 64)
+    outside = (generated.pixel_values.abs() - 1).clamp(min=0)
+    assert outside.mean() < 0.02
+    assert generated.pixel_values.flatten(1).std(dim=1).min() > 0.1  # none is plain
+    assert generated.grain_map.float().mean(dim=(1, 2)).min() > 0  # detail somewhere in each
+    assert len({str(codes) for codes in generated.codes.tolist()}) == 9
+
+
+def test_the_task_and_the_pipeline_use_it_by_default():
+    result = pipeline("dq-generation")("food", seed=0)
+    pipe = DQPipeline.from_pretrained(DEFAULT_MODEL)
+    output = pipe(class_labels="food", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(output.codes[0], result["codes"]) and result["label"] == "food"
+    assert np.array_equal(np.asarray(output.images[0]), np.asarray(result["image"]))
+
+
+def test_it_reconstructs_held_out_emoji(figures):
+    psnrs, codes = figures
+    assert psnrs[:64].mean() > MIN_PSNR
+    assert CODES[0] < codes[:64].mean() < CODES[1]
+
+
+def test_its_card_states_what_is_measured_here(figures):
+    card = Path(DEFAULT_MODEL, "README.md").read_text()
+    psnrs, codes = figures
+    num_images = int(re.search(r"(\d+) held-out pictures", card)[1])
+    psnr = float(re.search(r"^\| PSNR of the reconstructions.*\| ([\d.]+) dB \|$", card, re.M)[1])
+    num_codes = float(re.search(r"^\| codes an image.*\| ([\d.]+) \|$", card, re.M)[1])
+    bits = float(re.search(r"^\| code bits an image.*\| ([\d.]+) bits \|$", card, re.M)[1])
+    assert num_images == len(psnrs)
+    assert psnr == pytest.approx(psnrs.mean(), abs=0.05)
+    assert num_codes == pytest.approx(codes.mean(), abs=0.05)
+    assert bits == pytest.approx(codes.mean() * 9, abs=0.5)  # 512 codes
+
+
+def test_its_card_names_data_and_notices():
+    card = Path(DEFAULT_MODEL, "README.md").read_text()
+    for text in ("license: cc-by-4.0", "Noto Emoji", "Apache License 2.0", "Twemoji", "CC-BY 4.0"):
+        assert text in card
+
+
+def test_its_notices_go_along_where_it_is_saved(tmp_path):
+    names = ["README.md", "samples.png", "reconstructions.png"]
+    DQPipeline.from_pretrained(DEFAULT_MODEL).save_pretrained(tmp_path / "whole")
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == Path(DEFAULT_MODEL, name).read_bytes()
+    DQVAEModel.from_pretrained(DEFAULT_MODEL, subfolder="vae").save_pretrained(tmp_path / "part")
+    card = (tmp_path / "part" / "README.md").read_text()
+    for text in ("license: cc-by-4.0", "Noto Emoji", "Apache License 2.0", "Twemoji", "CC-BY 4.0"):
+        assert text in card
+
+
+def test_an_image_of_a_batch_is_the_image_alone_to_the_last_bit():
+    generate = pipeline("dq-generation")
+    together = generate(NAMES[:5], seed=[0, 1, 2, 3, 4], batch_size=5)
+    in_pairs = generate(NAMES[:5], seed=[0, 1, 2, 3, 4], batch_size=2)
+    alone = [generate(name, seed=seed) for seed, name in enumerate(NAMES[:5])]
+    for images in (in_pairs, alone):
+        for one, other in zip(together, images, strict=True):
+            assert torch.equal(one["codes"], other["codes"])
+            assert one["image"].tobytes() == other["image"].tobytes()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with what the wheel of this repository installs."""
+    place = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", place / "src", ignore=unwanted)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = (place / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(place / "site")
+    return place / "site"
+
+
+def test_the_wheel_carries_it_whole(installed):
+    ours, theirs = Path(DEFAULT_MODEL), installed / "dq_hf" / "assets" / "dq-emoji"
+    names = sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file())
+    assert names and sorted(path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file()) == names
+    assert all((theirs / name).read_bytes() == (ours / name).read_bytes() for name in names)
+
+
+def test_the_wheel_works_offline_from_an_empty_folder(installed, tmp_path):
+    code = """
+import dq_hf
+from transformers import pipeline
+pipeline("dq-generation")("food", seed=0)["image"].save("food.png")
+print(dq_hf.__file__)
+"""
+    environment = os.environ | {"PYTHONPATH": str(installed), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == str(installed / "dq_hf" / "__init__.py") != dq_hf.__file__
+    expected = pipeline("dq-generation")("food", seed=0)["image"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "empty" / "food.png")), np.asarray(expected))
+
+
+def test_it_is_not_built_with_a_tokenizer_of_other_codes(tiny_vae, tiny_transformer, tmp_path, monkeypatch):
+    build = runpy.run_path(str(ROOT / "examples" / "build_embedded_model.py"))["main"]
+    DQForImageGeneration.from_models(tiny_vae, tiny_transformer).save_pretrained(tmp_path / "run")
+    other = make_vae()
+    other.quantizer.codebook += 1
+    other.save_pretrained(tmp_path / "vae")
+    options = ["--model", tmp_path / "run", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "built"]
+    monkeypatch.setattr(sys, "argv", ["build", *map(str, options)])
+    with pytest.raises(
+        ValueError, match="vae must give the codes that the generator of .*run learned, got other ones"
+    ):
+        build()
+    assert not (tmp_path / "built").exists()
