@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from dq_hf.modeling.sampling_dq import choose, make_warpers, random_streams
 from report import CLOCKS, describe_device, synchronize, write_section
 from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
-from dq_hf.modeling.sampling_dq import choose, make_warpers, random_streams
 from dq_hf.modeling.sequence_dq import StreamState
 
 

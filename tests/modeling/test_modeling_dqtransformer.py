@@ -223,11 +223,9 @@ def test_given_a_generator_the_global_one_is_left_alone(models):
 def test_images_of_a_batch_are_in_different_parts_at_the_same_step(models):
     model = models["unconditional"]
     seen = []
-    generated = model.generate(
-        num_images=6,
-        generator=seeded(2),
-        on_step_end=lambda step, steps, state: seen.append(state.granularity.tolist()),
-    )
+    for state in model.generate_steps(num_images=6, generator=seeded(2)):
+        seen.append(state.granularity.tolist())
+    generated = model.generation_output(state)
     assert any(0 in granularities and 1 in granularities for granularities in seen)
     assert len(set(generated.lengths.tolist())) > 1
     assert generated.contents.shape[1] == int(generated.lengths.max()) == len(seen) + 1
@@ -245,13 +243,18 @@ def test_generated_streams_unpack_to_the_generated_codes_and_pack_again(models, 
     assert torch.equal(model.pack(codes, grain_map, labels).lengths, generated.lengths)
 
 
-def test_every_step_is_reported_with_the_number_of_steps_at_most(models):
-    steps = []
-    generated = models["one granularity"].generate(
-        generator=seeded(0), on_step_end=lambda step, at_most, state: steps.append((step, at_most))
-    )
-    assert steps == [(step, 13) for step in range(1, 14)]  # 12 codes and the end; the start is given
-    assert generated.lengths.tolist() == [14]
+def test_every_element_is_a_step_and_whoever_watches_may_stop(models):
+    model = models["one granularity"].train()
+    lengths = []
+    for state in model.generate_steps(generator=seeded(0)):
+        lengths.append(state.lengths.item())
+        assert torch.is_grad_enabled()
+    assert lengths == list(range(2, 15))  # 12 codes and the end; the start is given
+    steps = model.generate_steps(generator=seeded(0))
+    next(steps)
+    steps.close()
+    assert model.training and model.content_head.training
+    model.eval()
 
 
 def test_one_label_serves_all_images(models):

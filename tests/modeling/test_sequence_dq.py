@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dq_hf.modeling.sequence_dq import StreamLayout, StreamState
+from dq_hf.modeling.constraints_dq import StreamState
+from dq_hf.modeling.sequence_dq import StreamLayout
 
 NUM_CODES = 5
 PAD, END, START = NUM_CODES, NUM_CODES + 1, NUM_CODES + 2  # as contents; positions likewise behind their grid
@@ -229,9 +230,8 @@ class SlowState:
 
 def walk(grids, order, labels, fixed, pick):
     """Draw streams with `pick(allowed)`; at every step what is allowed is compared with the slow version."""
-    layout = StreamLayout(grids, NUM_CODES, order)
-    position_vocab, content_vocab = layout.num_cells[-1] + 7, NUM_CODES + 7
-    state = StreamState(layout, position_vocab, content_vocab, torch.tensor(labels), fixed)
+    layout = StreamLayout(grids, NUM_CODES, order, num_start_tokens=5)
+    state = StreamState(layout, torch.tensor(labels), fixed)
     slow = [SlowState(grids, order, label, fixed) for label in labels]
     positions, contents, together = [], [], set()
     while not state.finished.all():
@@ -294,7 +294,7 @@ def test_end_is_forced_when_no_cell_is_left_and_finer_parts_are_empty():
 
 def test_end_waits_while_a_region_is_half_covered():
     layout = StreamLayout(make_grids(1, 2, 3), NUM_CODES)
-    state = StreamState(layout, layout.num_cells[-1] + 3, NUM_CODES + 3, torch.zeros(1, dtype=torch.long), True)
+    state = StreamState(layout, torch.zeros(1, dtype=torch.long))
     end_allowed = []
     for position, content in ((4, START), (3, END), (10, START), (0, 1), (5, 1), (4, 1), (1, 1)):
         assert state.allowed_positions()[0, position]
@@ -341,7 +341,7 @@ def test_a_step_works_on_any_device_and_never_waits_for_it():
     layout = StreamLayout(make_grids(2, 2, 3), NUM_CODES, "region-first")
     labels = torch.zeros(3, dtype=torch.long, device="meta")  # without values: whoever asks for one gets an error
     for fixed in (True, False):
-        state = StreamState(layout, layout.num_cells[-1] + 3, NUM_CODES + 3, labels, fixed)
+        state = StreamState(layout, labels, fixed)
         allowed = state.allowed_positions()
         positions = allowed.long().argmax(1)
         contents = state.allowed_contents(positions).long().argmax(1)

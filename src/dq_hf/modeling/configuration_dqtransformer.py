@@ -11,16 +11,7 @@ from .configuration_utils_dq import (
     require_positive,
     require_probability,
 )
-
-SAMPLING_DEFAULTS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "position_temperature",
-    "position_top_k",
-    "position_top_p",
-    "guidance_scale",
-)
+from .sampling_options_dq import DEFAULT_NAMES, SamplingOptions
 
 
 class DQTransformerConfig(DQPreTrainedConfig):
@@ -42,8 +33,8 @@ class DQTransformerConfig(DQPreTrainedConfig):
             region, raster inside).
         embedding_dropout, residual_dropout, attention_dropout: probabilities.
         content_loss_weight, position_loss_weight: of the two terms of the training loss.
-        sampling_defaults: what `generate` takes for arguments that are not given: any of "temperature", "top_k",
-            "top_p", "position_temperature", "position_top_k", "position_top_p", "guidance_scale".
+        sampling_defaults: what `generate` takes for options that are not given: any of `SamplingOptions` but
+            fine_positions.
     """
 
     model_type = "dqtransformer"
@@ -151,11 +142,12 @@ class DQTransformerConfig(DQPreTrainedConfig):
             )
         if names != self.label2id:
             raise ValueError(f"label2id must be the inverse of id2label {self.id2label}, got {self.label2id}")
-        unknown = set(self.sampling_defaults) - set(SAMPLING_DEFAULTS)
+        unknown = set(self.sampling_defaults) - set(DEFAULT_NAMES)
         if unknown:
             raise ValueError(
-                f"sampling_defaults may hold {', '.join(SAMPLING_DEFAULTS)}; got {', '.join(sorted(unknown))}"
+                f"sampling_defaults may hold {', '.join(DEFAULT_NAMES)}; got {', '.join(sorted(unknown))}"
             )
+        SamplingOptions(**self.sampling_defaults)  # or an error
         for name in ("content_loss_weight", "position_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dq import DQConfig
+from .generation_dq import evaluation_mode
 from .hub_dq import HUB_ARGUMENTS, HubMixin, loading_from, pin_revision
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
 from .modeling_utils_dq import StrictLoadingMixin
 from .remote_code_dq import auto_classes
-from .sampling_dq import in_evaluation_mode
 
 
 @dataclass
@@ -78,12 +78,13 @@ class DQForImageGeneration(HubMixin, StrictLoadingMixin, PreTrainedModel):
         return self.transformer(encoded.codes, encoded.grain_map, class_labels)
 
     @torch.no_grad()
-    @in_evaluation_mode
-    def generate(self, class_labels=None, **kwargs) -> DQImageGenerationOutput:
+    def generate(self, class_labels=None, num_images=None, **options) -> DQImageGenerationOutput:
         """Images of class labels; arguments as in `DQTransformerForImageGeneration.generate`."""
-        generated = self.transformer.generate(class_labels, **kwargs)
+        generated = self.transformer.generate(class_labels, num_images, **options)
+        with evaluation_mode(self.vae):
+            pixel_values = self.vae.decode_each(generated.codes).sample
         return DQImageGenerationOutput(
-            pixel_values=self.vae.decode_each(generated.codes).sample,
+            pixel_values=pixel_values,
             codes=generated.codes,
             grain_map=generated.grain_map,
             lengths=generated.lengths,

@@ -275,13 +275,20 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         )
         return self.decode(self.quantizer.lookup(codes))
 
-    def decode_each(self, codes) -> DQVAEDecoderOutput:
+    def decode_each(self, codes, present=None) -> DQVAEDecoderOutput:
         """As `decode_codes`, one image at a time.
 
         Convolutions of another batch size may round differently; a generated image should not depend on its
         neighbours, not even in its last bit. Next to sampling, decoding takes no time.
+
+        Args:
+            present: (B, H, W) bool, False where a code is still to come: its vector is zero. None: all are there.
         """
-        samples = [self.decode_codes(image[None]).sample for image in codes]
+        if present is None:
+            samples = [self.decode_codes(image[None]).sample for image in codes]
+        else:
+            vectors = self.quantizer.lookup(codes) * present[:, None]
+            samples = [self.decode(image[None]).sample for image in vectors]
         return DQVAEDecoderOutput(sample=torch.cat(samples))
 
     def forward(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEOutput:

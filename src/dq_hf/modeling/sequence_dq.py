@@ -1,4 +1,4 @@
-"""Codes and grain map <-> one coarse-to-fine stream, and what may come next in it (paper section 3.2, figure 4).
+"""Codes and grain map <-> one coarse-to-fine stream (paper section 3.2, figure 4).
 
 A stream is, for each granularity, coarsest first: a start token, its codes, an end token. Every element is a pair of
 position (which cell of that granularity's grid) and content (which code). Streams are contiguous for each image and
@@ -39,7 +39,9 @@ class StreamTables:
     parent: torch.Tensor  # (K, F): the granularity's cell that covers a fine cell
     top_left: torch.Tensor  # (K, F): first fine cell of a granularity's cell; 0 behind the last one
     is_cell: torch.Tensor  # (K, F) bool: the granularity has that many cells
-    fine_rank: torch.Tensor  # (F,): place of a fine cell in the training order
+    rank: torch.Tensor  # (K, F): place of a granularity's cell in the training order; F behind the last cell
+    region: torch.Tensor  # (K, F): region of a granularity's cell
+    opens_region: torch.Tensor  # (K, F) bool: the cell is the first of its region in the training order
     slot_granularity: torch.Tensor  # (S,)
     slot_position: torch.Tensor  # (S,)
     slot_cell: torch.Tensor  # (S,): first fine cell; 0 for special tokens
@@ -55,7 +57,7 @@ class StreamLayout:
     granularity g, n_g pad, n_g+1 end, n_g+2+label start. Unconditional streams have label 0.
     """
 
-    def __init__(self, grid_sizes, codebook_size, fine_order="row-first"):
+    def __init__(self, grid_sizes, codebook_size, fine_order="row-first", num_start_tokens=1):
         self.grid_sizes = [tuple(grid) for grid in grid_sizes]
         self.num_granularities = len(self.grid_sizes)
         self.num_cells = [rows * columns for rows, columns in self.grid_sizes]
@@ -63,6 +65,8 @@ class StreamLayout:
         self.content_pad = codebook_size
         self.content_end = codebook_size + 1
         self.content_start = codebook_size + 2
+        self.content_vocab_size = self.content_start + num_start_tokens
+        self.position_vocab_size = self.num_cells[-1] + 2 + num_start_tokens  # of the finest granularity
         self._tables = {}
 
     def tables(self, device):
@@ -75,7 +79,7 @@ class StreamLayout:
         fine_rows, fine_columns = self.grid_sizes[-1]
         fine = torch.arange(fine_rows * fine_columns, device=device)
         row, column = fine // fine_columns, fine % fine_columns
-        parent, top_left, is_cell, slots, fine_rank = [], [], [], [], None
+        parent, top_left, is_cell, ranks, regions, opens_region, slots = ([] for _ in range(7))
         for granularity, (rows, columns) in enumerate(self.grid_sizes):
             cells = rows * columns
             side = fine_rows // rows  # of a cell, in fine cells
@@ -84,12 +88,16 @@ class StreamLayout:
             top_left.append(torch.where(fine < cells, (cell // columns * fine_columns + cell % columns) * side, 0))
             is_cell.append(fine < cells)
 
+            inner = rows // self.grid_sizes[0][0]  # cells on a side of a region
+            region = cell // columns // inner * self.grid_sizes[0][1] + cell % columns // inner
             order = fine[:cells]
             if self.fine_order == "region-first":
-                inner = rows // self.grid_sizes[0][0]  # cells on a side of a region
-                region = order // columns // inner * self.grid_sizes[0][1] + order % columns // inner
-                order = order[region.argsort(stable=True)]
-            fine_rank = torch.empty_like(order).scatter(0, order, fine[:cells])
+                order = region[:cells].argsort(stable=True)
+            rank = torch.full_like(fine, len(fine)).scatter(0, order, fine[:cells])
+            ranks.append(rank)
+            regions.append(region)
+            first = torch.full_like(fine, len(fine)).scatter_reduce(0, region, rank, "amin")
+            opens_region.append((rank == first[region]) & is_cell[-1])
             kind = fine.new_tensor([0])
             zeros = torch.zeros_like(order)
             slots.append(
@@ -108,7 +116,9 @@ class StreamLayout:
             parent=torch.stack(parent),
             top_left=torch.stack(top_left),
             is_cell=torch.stack(is_cell),
-            fine_rank=fine_rank,
+            rank=torch.stack(ranks),
+            region=torch.stack(regions),
+            opens_region=torch.stack(opens_region),
             slot_granularity=granularity,
             slot_position=position,
             slot_cell=cell,
@@ -117,10 +127,14 @@ class StreamLayout:
             slot_is_code=content == 0,
         )
 
-    def pack(self, codes, grain_map, class_labels=None) -> DQStream:
-        """Streams of codes (B, H, W) and grain map (B, h, w), both long and in range; labels (B,) long or None."""
+    def pack(self, codes, grain_map, labels=None) -> DQStream:
+        """Streams of codes (B, H, W) and grain map (B, h, w), both long and in range.
+
+        Args:
+            labels: (B,) long, of the start tokens; None: 0.
+        """
         tables = self.tables(codes.device)
-        labels = torch.zeros_like(codes[:, 0, 0]) if class_labels is None else class_labels
+        labels = torch.zeros_like(codes[:, 0, 0]) if labels is None else labels
         fine_grain_map = self._expand(grain_map).flatten(1)  # (B, F)
         kept = ~tables.slot_is_code | (fine_grain_map[:, tables.slot_cell] == tables.slot_granularity)  # (B, S)
         start_label = labels[:, None] * tables.slot_is_start
@@ -193,86 +207,11 @@ class StreamLayout:
         side = self.grid_sizes[-1][0] // self.grid_sizes[0][0]
         return grain_map.repeat_interleave(side, 1).repeat_interleave(side, 2)
 
-
-class StreamState:
-    """The streams of a batch while they are generated: what may come next, and what came.
-
-    All images advance one element a step, each on its own clock: one may be in its fine part while its neighbour is
-    still coarse. What is not free to choose (start, end when nothing is left, padding behind the end, fixed fine
-    positions) is allowed alone, so that drawing is one operation for all. Nothing here waits for the device.
-
-    Differs: with three or more granularities, a granularity's end is allowed only while no region is half covered;
-    such a region has no place in a grain map, and the tokenizer never makes one.
-    """
-
-    def __init__(self, layout, position_vocab_size, content_vocab_size, labels, fixed_fine_positions):
-        self.layout = layout
-        self.tables = layout.tables(labels.device)
-        self.labels = labels  # (B,) long, 0 if unconditional
-        self.fixed_fine_positions = fixed_fine_positions
-        self.position_ids = torch.arange(position_vocab_size, device=labels.device)
-        self.content_ids = torch.arange(content_vocab_size, device=labels.device)
-        batch, fine_cells = len(labels), layout.num_cells[-1]
-        self.taken = torch.zeros(batch, fine_cells, dtype=torch.bool, device=labels.device)
-        self.codes = torch.zeros(batch, fine_cells, dtype=torch.long, device=labels.device)
-        self.fine_grain_map = torch.zeros_like(self.codes)
-        self.granularity = torch.zeros_like(labels)  # of the next element
-        self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
-        self.finished = torch.zeros_like(self.start_is_next)
-        self.lengths = torch.zeros_like(labels)
-        self.last = None  # contents, positions and granularities (B,) of the last element
-
-    def allowed_positions(self):
-        """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
-        tables, granularity = self.tables, self.granularity
-        finest = granularity == self.layout.num_granularities - 1
-        free = ~self.taken.gather(1, tables.top_left[granularity]) & tables.is_cell[granularity]  # (B, F)
-        if self.fixed_fine_positions:
-            first = torch.where(free, tables.fine_rank, len(tables.fine_rank)).amin(1, keepdim=True)
-            free &= (tables.fine_rank == first) | ~finest[:, None]
-        end_allowed = torch.where(finest, self.taken.all(1), ~self._half_covered())
-
-        num_cells = tables.num_cells[granularity]
-        allowed = torch.nn.functional.pad(free, (0, len(self.position_ids) - free.shape[1]))
-        allowed |= (self.position_ids == (num_cells + 1)[:, None]) & end_allowed[:, None]
-        forced = torch.where(self.finished, num_cells, num_cells + 2 + self.labels)  # pad or start
-        is_forced = self.finished | self.start_is_next
-        return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
-
-    def allowed_contents(self, positions):
-        """Which contents go with the chosen positions (B,), (B, content vocabulary) bool."""
-        special = positions - self.tables.num_cells[self.granularity]  # 0 pad, 1 end, 2 and more: start
-        token = (self.layout.content_pad + special)[:, None]
-        is_code = self.content_ids < self.layout.content_pad
-        return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
-
-    def append(self, positions, contents):
-        """Write the chosen element (B,), (B,) into the grids and move on."""
-        self.last = (contents, positions, self.granularity)
-        covered = self.tables.parent[self.granularity] == positions[:, None]  # (B, F)
-        covered &= (contents < self.layout.content_pad)[:, None]
-        self.codes = torch.where(covered, contents[:, None], self.codes)
-        self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
-        self.taken |= covered
-        self.lengths += ~self.finished
-        is_end = contents == self.layout.content_end
-        is_finest = self.granularity == self.layout.num_granularities - 1
-        self.finished |= is_end & is_finest
-        self.start_is_next = is_end & ~is_finest
-        self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
-
-    def grids(self):
-        """Codes (B, H, W) and grain map (B, h, w) written so far."""
-        batch = len(self.codes)
-        corners = self.tables.top_left[0, : self.layout.num_cells[0]]
-        grain_map = self.fine_grain_map[:, corners].view(batch, *self.layout.grid_sizes[0])
-        return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
-
-    def _half_covered(self):
-        """Whether any region is covered in part, (B,) bool; never in the coarsest granularity."""
-        (rows, columns), side = (
-            self.layout.grid_sizes[0],
-            self.layout.grid_sizes[-1][0] // self.layout.grid_sizes[0][0],
+    def relabel(self, contents, positions, granularities, labels):
+        """Contents and positions (B, L) with the start tokens of other labels (B,)."""
+        is_start = contents >= self.content_start
+        first = self.tables(positions.device).num_cells[granularities] + 2
+        return (
+            torch.where(is_start, self.content_start + labels[:, None], contents),
+            torch.where(is_start, first + labels[:, None], positions),
         )
-        cells = self.taken.view(-1, rows, side, columns, side).transpose(2, 3).flatten(3)  # (B, h, w, side^2)
-        return (cells.any(-1) & ~cells.all(-1)).flatten(1).any(1)

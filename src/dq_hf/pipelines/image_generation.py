@@ -1,21 +1,13 @@
 """Images from class labels, the transformers way: the task "dq-generation"."""
 
-import inspect
-
 import torch
 from transformers import Pipeline
 
 from ..modeling.image_processing_dq import DQImageProcessor
-from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from ..modeling.sampling_options_dq import SamplingOptions
 from .class_labels import as_list, class_ids
 
-SAMPLING_ARGUMENTS = frozenset(inspect.signature(DQTransformerForImageGeneration.generate).parameters) - {
-    "self",
-    "class_labels",
-    "num_images",
-    "generator",
-    "on_step_end",
-}
+GENERATE_ARGUMENTS = ("do_sample", "compile_config")  # besides the sampling options
 MAX_SEED = 2**64 - 1
 
 
@@ -49,7 +41,8 @@ class DQGenerationPipeline(Pipeline):
             seed: one integer: image i takes the i-th draw of `torch.Generator().manual_seed(seed)`; a list: image i
                 takes the first draw of its own. None: torch's global generator.
             batch_size: images in work at a time; changes the speed only. Default: the pipeline's, or 1.
-            sampling: arguments of `DQTransformerForImageGeneration.generate`.
+            sampling: do_sample, compile_config and the options of `SamplingOptions`, as in
+                `DQTransformerForImageGeneration.generate_steps`.
 
         Raises:
             TypeError, ValueError: unknown arguments, names or values out of range.
@@ -73,12 +66,7 @@ class DQGenerationPipeline(Pipeline):
         return results if wants_list else results[0]
 
     def _sanitize_parameters(self, **kwargs):
-        unknown = sorted(set(kwargs) - SAMPLING_ARGUMENTS)
-        if unknown:
-            raise TypeError(
-                f"unknown argument(s) {', '.join(unknown)}; there are {', '.join(sorted(SAMPLING_ARGUMENTS))}, "
-                "and, when images are generated, seed and batch_size"
-            )
+        SamplingOptions.of({name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS})
         return {}, kwargs, {}
 
     def preprocess(self, inputs, seed=None):

@@ -21,7 +21,6 @@ from .class_labels import as_list, class_ids
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 NEEDS_BOTH = "a pipeline needs the tokenizer and the generator, as DQForImageGeneration.save_pretrained writes them"
-CALLBACK_TENSORS = ("codes", "grain_map", "taken", "lengths")
 
 
 @dataclass
@@ -49,6 +48,7 @@ class DQPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["codes", "grain_map", "taken", "lengths"]
 
     def __init__(self, vae: DQVAEModel, transformer: DQTransformerForImageGeneration):
         super().__init__()
@@ -56,63 +56,69 @@ class DQPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, transformer=transformer)
         height, width = vae.config.image_height_width
         self.image_processor = DQImageProcessor(size={"height": height, "width": width})
+        self._guidance_scale, self._interrupt = None, False
+
+    @property
+    def guidance_scale(self):
+        """Of the present or last call; None: the model's own."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self):
+        """Steps of the present or last call, at most: elements of the longest stream behind its start token."""
+        return self.transformer.config.longest_stream - 1
+
+    @property
+    def interrupt(self):
+        """Whether the present call is to stop; a callback sets `pipe._interrupt = True`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels=None,
         num_images_per_label: int = 1,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        position_temperature: float | None = None,
-        position_top_k: int | None = None,
-        position_top_p: float | None = None,
-        guidance_scale: float | None = None,
-        fine_positions: str = "fixed",
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=("codes",),
         compile_config=None,
+        **options,
     ) -> DQPipelineOutput:
         """Sample images.
 
         Args:
             class_labels: a class name or id, or a list; None for an unconditional model.
             num_images_per_label: images of each label, one after the other (unconditional: images in all).
-            temperature, top_k, top_p, position_temperature, position_top_k, position_top_p, guidance_scale,
-                fine_positions, generator: as in `DQTransformerForImageGeneration.generate`.
+            generator, compile_config: as in `DQTransformerForImageGeneration.generate_steps`.
             output_type: "pil", "np", "pt" or "codes" (nothing is decoded).
+            return_dict: False gives a tuple (images, codes, grain_maps) instead of a `DQPipelineOutput`.
             callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every element of the
-                streams; what it returns is not used.
+                streams. It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
+                -1, and grey in the image. Tensors that it returns must be those that it got.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
                 the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,).
-            compile_config: as in `DQTransformerForImageGeneration.generate`.
+            options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
+                position_top_p, guidance_scale, fine_positions.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
-            raise ValueError(f"callback tensors must be among {', '.join(CALLBACK_TENSORS)}; got {sorted(unknown)}")
-        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, int):
-            raise TypeError(f"num_images_per_label must be a whole number, got {num_images_per_label!r}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
-        labels, num_images = None, num_images_per_label
-        if class_labels is not None:
-            labels = class_ids(as_list(class_labels), self.transformer.config)
-            if not labels:
-                raise ValueError("class_labels must hold at least one label, got none")
-            labels = [label for label in labels for _ in range(num_images_per_label)]
-            num_images = len(labels)
-
-        with self.progress_bar(total=self.transformer.config.longest_stream - 1) as progress:
-
-            def on_step_end(step, max_steps, state):
+            names = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback tensors must be among {names}; got {unknown}")
+        labels, num_images = self.repeat_labels(class_labels, num_images_per_label)
+        self._guidance_scale, self._interrupt = options.get("guidance_scale"), False
+        bring_to_device(self.transformer)
+        steps = self.transformer.generate_steps(
+            labels, num_images, generator=generator, compile_config=compile_config, **options
+        )
+        with self.progress_bar(total=self.num_timesteps) as progress:
+            for step, state in enumerate(steps):
                 progress.update()
                 if callback_on_step_end is not None:
                     tensors = {
@@ -121,33 +127,37 @@ class DQPipeline(DiffusionPipeline):
                         "taken": state.taken,
                         "lengths": state.lengths,
                     }
-                    chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_on_step_end(self, step - 1, step - 1, chosen)
-
-            bring_to_device(self.transformer)
-            generated = self.transformer.generate(
-                class_labels=labels,
-                num_images=num_images,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                position_temperature=position_temperature,
-                position_top_k=position_top_k,
-                position_top_p=position_top_p,
-                guidance_scale=guidance_scale,
-                fine_positions=fine_positions,
-                generator=generator,
-                on_step_end=on_step_end,
-                compile_config=compile_config,
-            )
+                    given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    check_returned(callback_on_step_end(self, step, step, dict(given)), given)
+                    if self.interrupt:
+                        break
             progress.total = progress.n  # most streams are shorter than the longest
             progress.refresh()
-        images = generated.codes
+        codes, grain_map = state.grids()
+        images = codes
         if output_type != "codes":
             bring_to_device(self.vae)
-            images = self.image_processor.post_process(self.vae.decode_each(generated.codes).sample, output_type)
+            taken = None if not self.interrupt else state.taken.view_as(codes)
+            images = self.image_processor.post_process(self.vae.decode_each(codes, taken).sample, output_type)
+        if self.interrupt:
+            codes = codes.where(state.taken.view_as(codes), -1)
         self.maybe_free_model_hooks()
-        return DQPipelineOutput(images=images, codes=generated.codes, grain_maps=generated.grain_map)
+        output = DQPipelineOutput(images=images, codes=codes, grain_maps=grain_map)
+        return output if return_dict else (output.images, output.codes, output.grain_maps)
+
+    def repeat_labels(self, class_labels, num_images_per_label):
+        """Class ids, each so often, or None; and the number of images."""
+        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, int):
+            raise TypeError(f"num_images_per_label must be a whole number, got {num_images_per_label!r}")
+        if num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        if class_labels is None:
+            return None, num_images_per_label
+        labels = class_ids(as_list(class_labels), self.transformer.config)
+        if not labels:
+            raise ValueError("class_labels must hold at least one label, got none")
+        labels = [label for label in labels for _ in range(num_images_per_label)]
+        return labels, len(labels)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the folder that `DQForImageGeneration.save_pretrained` saves: one folder serves both libraries."""
@@ -201,6 +211,16 @@ def check_index(file):
             raise ValueError(f"{file}: {key} must be {expected}, got {index.get(key)}; save the model again")
     if unknown := sorted(key for key in set(index) - set(parts) if not key.startswith("_")):
         raise ValueError(f"{file} has unknown entries {', '.join(unknown)}")
+
+
+def check_returned(returned, given):
+    """Raise `ValueError` if a callback gives back other tensors than it got: what is drawn next would not heed them."""
+    changed = [name for name, value in (returned or {}).items() if value is not given.get(name)]
+    if changed:
+        raise ValueError(
+            f"callback_on_step_end must return the tensors that it got, or None; {', '.join(changed)} are others. What "
+            "was drawn cannot be changed on the way"
+        )
 
 
 def bring_to_device(model):

@@ -1,0 +1,118 @@
+"""What may come next in a stream: the rules that sampling and code lengths share (paper section 3.2)."""
+
+import torch
+
+
+class StreamState:
+    """The streams of a batch while they are generated: what may come next, and what came.
+
+    All images advance one element a step, each on its own clock: one may be in its fine part while its neighbour is
+    still coarse. What is not free to choose (start, end when nothing is left, padding behind the end, fixed fine
+    positions) is allowed alone, so that drawing is one operation for all. Nothing here waits for the device.
+
+    With `ascending`, only what training streams have: the cells of a granularity in the training order, so that a cell
+    which is skipped is thereby finer, and none that would leave a region half covered.
+
+    Differs: with three or more granularities, a granularity's end is allowed only while no region is half covered;
+    such a region has no place in a grain map, and the tokenizer never makes one.
+    """
+
+    def __init__(self, layout, labels, fixed_fine_positions=True, ascending=False):
+        """
+        Args:
+            layout: `StreamLayout`.
+            labels: (B,) long, of the start tokens.
+            fixed_fine_positions: the finest codes fill what is left, in the training order; False: they are free.
+            ascending: cells come in the training order in the coarser granularities, too.
+        """
+        self.layout = layout
+        self.tables = layout.tables(labels.device)
+        self.labels = labels
+        self.fixed_fine_positions = fixed_fine_positions
+        self.ascending = ascending
+        self.position_ids = torch.arange(layout.position_vocab_size, device=labels.device)
+        self.content_ids = torch.arange(layout.content_vocab_size, device=labels.device)
+        batch, fine_cells = len(labels), layout.num_cells[-1]
+        self.taken = torch.zeros(batch, fine_cells, dtype=torch.bool, device=labels.device)
+        self.codes = torch.zeros(batch, fine_cells, dtype=torch.long, device=labels.device)
+        self.fine_grain_map = torch.zeros_like(self.codes)
+        self.granularity = torch.zeros_like(labels)  # of the next element
+        self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
+        self.finished = torch.zeros_like(self.start_is_next)
+        self.lengths = torch.zeros_like(labels)
+        # Contents, positions and granularities (B,) of the last element, which is none yet.
+        self.last = (torch.full_like(labels, layout.content_pad), torch.zeros_like(labels), self.granularity)
+        self.elements = []  # every `last` so far, kept by the step loop
+
+    def allowed_positions(self):
+        """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
+        tables, granularity = self.tables, self.granularity
+        finest = granularity == self.layout.num_granularities - 1
+        free = ~self.taken.gather(1, tables.top_left[granularity]) & tables.is_cell[granularity]  # (B, F)
+        if self.fixed_fine_positions:
+            rank = tables.rank[-1]
+            first = torch.where(free, rank, len(rank)).amin(1, keepdim=True)
+            free &= (rank == first) | ~finest[:, None]
+        half_covered = self._half_covered()
+        if self.ascending:
+            free &= self._in_order(free, half_covered) | finest[:, None]
+        end_allowed = torch.where(finest, self.taken.all(1), ~half_covered.any(1))
+
+        num_cells = tables.num_cells[granularity]
+        allowed = torch.nn.functional.pad(free, (0, len(self.position_ids) - free.shape[1]))
+        allowed |= (self.position_ids == (num_cells + 1)[:, None]) & end_allowed[:, None]
+        forced = torch.where(self.finished, num_cells, num_cells + 2 + self.labels)  # pad or start
+        is_forced = self.finished | self.start_is_next
+        return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
+
+    def allowed_contents(self, positions):
+        """Which contents go with the chosen positions (B,), (B, content vocabulary) bool."""
+        special = positions - self.tables.num_cells[self.granularity]  # 0 pad, 1 end, 2 and more: start
+        token = (self.layout.content_pad + special)[:, None]
+        is_code = self.content_ids < self.layout.content_pad
+        return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
+
+    def append(self, positions, contents):
+        """Write the chosen element (B,), (B,) into the grids and move on."""
+        self.last = (contents, positions, self.granularity)
+        covered = self.tables.parent[self.granularity] == positions[:, None]  # (B, F)
+        covered &= (contents < self.layout.content_pad)[:, None]
+        self.codes = torch.where(covered, contents[:, None], self.codes)
+        self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
+        self.taken |= covered
+        self.lengths += ~self.finished
+        is_end = contents == self.layout.content_end
+        is_finest = self.granularity == self.layout.num_granularities - 1
+        self.finished |= is_end & is_finest
+        self.start_is_next = is_end & ~is_finest
+        self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
+
+    def stream(self):
+        """Contents and positions (B, L) long of the elements so far."""
+        contents, positions, _ = zip(*self.elements)
+        return torch.stack(contents, dim=1), torch.stack(positions, dim=1)
+
+    def grids(self):
+        """Codes (B, H, W) and grain map (B, h, w) written so far."""
+        batch = len(self.codes)
+        corners = self.tables.top_left[0, : self.layout.num_cells[0]]
+        grain_map = self.fine_grain_map[:, corners].view(batch, *self.layout.grid_sizes[0])
+        return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
+
+    def _in_order(self, free, half_covered):
+        """The free cells (B, F) that may come in ascending order: behind the last one, and no later than one that must."""
+        rank, region = self.tables.rank[self.granularity], self.tables.region[self.granularity]  # (B, F)
+        contents, positions, _ = self.last
+        place = positions.clamp(max=rank.shape[1] - 1)[:, None]
+        last_rank = torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
+        begun = half_covered.gather(1, region)
+        due = torch.where(free & begun, rank, rank.shape[1]).amin(1, keepdim=True)  # of a region that is half covered
+        may_come = self.tables.opens_region[self.granularity] | begun
+        return may_come & (rank > last_rank[:, None]) & (rank <= due)
+
+    def _half_covered(self):
+        """Which regions are covered in part, (B, regions) bool; none in the coarsest granularity."""
+        (rows, columns), fine_rows = self.layout.grid_sizes[0], self.layout.grid_sizes[-1][0]
+        side = fine_rows // rows
+        cells = self.taken.view(-1, rows, side, columns, side).transpose(2, 3).flatten(3)  # (B, h, w, side^2)
+        return (cells.any(-1) & ~cells.all(-1)).flatten(1)

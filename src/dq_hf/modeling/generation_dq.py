@@ -1,0 +1,330 @@
+"""The one step loop: where the next code goes and which it is, whatever the source of the answers (paper section 3.2).
+
+`generate_steps` is a Python generator that yields after every element. Where its symbols come from is a choice: `Draw`,
+`Greedy` or `Replay`. All else that samples or watches sampling is a caller of it.
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    CompileConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+from .constraints_dq import StreamState
+from .layers_dqtransformer import make_cache
+from .sampling_options_dq import SamplingOptions
+
+POSITION, CONTENT = 0, 1  # the two symbols of an element
+
+
+@dataclass
+class DQGenerationOutput(ModelOutput):
+    """What `DQTransformerForImageGeneration.generate` gives; L is the longest stream's length.
+
+    Args:
+        codes: (B, H, W) long, on the finest grid.
+        grain_map: (B, h, w) long, granularity of each region, 0 = coarsest.
+        positions: (B, L) long, the streams, padded at the end.
+        contents: (B, L) long.
+        lengths: (B,) long, elements without padding.
+    """
+
+    codes: torch.Tensor | None = None
+    grain_map: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    contents: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+class Greedy:
+    """Takes the largest logit of what is allowed."""
+
+    def inputs(self, step):
+        """What `choose` gets besides at a step: nothing."""
+
+    def choose(self, symbol, logits, allowed, inputs):
+        """One index of each row, (B,) long; logits (B, V), allowed (B, V) bool with at least one true in each row."""
+        return logits.float().masked_fill(~allowed, -torch.inf).argmax(1)
+
+
+class Draw:
+    """Draws by inverse distribution function from uniform numbers fixed in advance: a seed is an image.
+
+    Args:
+        uniforms: (steps, 2, B) float64 in [0, 1), of each element's position and content.
+        options: `SamplingOptions`.
+    """
+
+    def __init__(self, uniforms, options):
+        self.uniforms = uniforms
+        self.warpers = [
+            make_warpers(options.position_temperature, options.position_top_k, options.position_top_p),
+            make_warpers(options.temperature, options.top_k, options.top_p),
+        ]
+
+    def inputs(self, step):
+        """The step's uniform numbers, (2, B)."""
+        return self.uniforms[step]
+
+    def choose(self, symbol, logits, allowed, inputs):
+        """As `Greedy.choose`; the warpers are applied to what is allowed."""
+        scores = self.warpers[symbol](None, logits.float().masked_fill(~allowed, -torch.inf))
+        cumulative = scores.double().softmax(1).cumsum(1)
+        threshold = (inputs[symbol] * cumulative[:, -1])[:, None]
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+class Replay:
+    """Gives the elements of streams that are there already, whatever the logits say.
+
+    Args:
+        positions, contents: (B, L) long, whole streams.
+    """
+
+    def __init__(self, positions, contents):
+        self.elements = torch.stack([positions, contents])  # in the order of POSITION and CONTENT
+
+    def inputs(self, step):
+        """The step's position and content, (2, B)."""
+        return self.elements[:, :, step]
+
+    def choose(self, symbol, logits, allowed, inputs):
+        """As `Greedy.choose`."""
+        return inputs[symbol]
+
+
+def generation_steps(model, state, condition, source, guidance_scale=1.0, compile_config=None):
+    """Choose one element of every image after the other; yields the `StreamState` after each.
+
+    Args:
+        model: `DQTransformerForImageGeneration`, in evaluation mode.
+        state: `StreamState` of the condition's labels, at the beginning of its streams.
+        condition: `Condition`.
+        source: where the elements come from: `Draw`, `Greedy` or `Replay`.
+        guidance_scale: as in `SamplingOptions`.
+        compile_config: as in `generate`.
+    """
+    hidden = condition.hidden() if guidance_scale != 1 else None
+    most_elements = model.config.longest_stream
+    places = torch.arange(most_elements, device=condition.labels.device)
+    room = None if compile_config is None else condition.prefix_length + most_elements
+    caches = [
+        make_cache(num_layers, room)
+        for num_layers in (model.config.num_position_layers, model.config.num_content_layers)
+    ]
+    if condition.prefix is not None:
+        prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
+        model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
+    first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
+    state.append(first, state.allowed_contents(first).long().argmax(1))
+    state.elements.append(state.last)
+
+    step = compiled_step = append_next
+    if compile_config is not None:
+        compiled_step = torch.compile(step, **compile_config.to_dict())
+    for i in range(1, most_elements):
+        step(model, state, places[i - 1 : i], source, source.inputs(i), caches, hidden, guidance_scale)
+        step = compiled_step  # the first step is not compiled: it makes the caches' buffers
+        state.elements.append(state.last)
+        yield state
+        if state.finished.all():  # the one place that waits for the device
+            return
+
+
+def append_next(model, state, place, source, inputs, caches, hidden, guidance_scale):
+    """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
+    last = [column[:, None] for column in state.last]
+    state.append(*next_element(model, last, place, state, source, inputs, caches, hidden, guidance_scale))
+
+
+def next_element(model, elements, places, state, source, inputs, caches=(None, None), hidden=None, guidance_scale=1.0):
+    """Position and content (B,) of the element behind these.
+
+    Args:
+        elements: contents, positions and granularities, (B, L) each: those behind what the caches hold, or all.
+        places: (L,) long, of these elements in the streams.
+        state: `StreamState` that says what may come.
+        source, inputs: choose from it, see `Greedy`.
+        caches: of the Position- and the Content-Transformer.
+        hidden: twin of the condition, for a guidance scale other than 1.
+    """
+
+    def with_twin(contents, positions, granularities):
+        """(2B, L): the rows of the condition, and those of its hidden twin."""
+        if hidden is None:
+            return contents, positions, granularities
+        twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
+        return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
+
+    contents, positions, granularities = elements
+    hidden_states = model.position_transformer(model.embed(*with_twin(*elements), places), caches[0])
+    logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
+    next_positions = source.choose(POSITION, logits, state.allowed_positions(), inputs)
+
+    contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
+    positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
+    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
+    hidden_states = hidden_states + model.embed_positions(*with_twin(contents, positions, granularities)[1:])
+    logits = guide(model.content_head(model.content_transformer(hidden_states, caches[1])[:, -1]), guidance_scale)
+    return next_positions, source.choose(CONTENT, logits, state.allowed_contents(next_positions), inputs)
+
+
+class DQSamplingMixin:
+    """Gives `generate` and `generate_steps` to the generator. (Not named GenerationMixin, which transformers looks for.)"""
+
+    def generate(self, class_labels=None, num_images=None, **options) -> DQGenerationOutput:
+        """Sample codes from coarse to fine; arguments and errors as in `generate_steps`."""
+        *_, state = self.generate_steps(class_labels, num_images, **options)  # one object, as far as it has come
+        return self.generation_output(state)
+
+    def generate_steps(
+        self, class_labels=None, num_images=None, do_sample=True, generator=None, compile_config=None, **options
+    ):
+        """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
+
+        A Python generator: it yields the `StreamState` after every step, and whoever watches may stop.
+
+        Args:
+            class_labels: one integer, or one for each image; None for an unconditional model.
+            num_images: images in all. Default: as many as class_labels, or 1.
+            do_sample: False takes the largest logit at every step (greedy); temperatures, top-k and top-p then
+                would change nothing and are refused.
+            generator: one `torch.Generator`, from which image i takes the i-th draw, or a list of one for each image.
+                The draw seeds the image's own random stream, so that its result depends on nothing else. Default:
+                torch's global generator.
+            compile_config: a `transformers.CompileConfig` compiles the step, once for each batch size and setting; the
+                caches then have room for the longest stream from the start. None: nothing is compiled.
+            options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
+                position_top_p, guidance_scale, fine_positions.
+
+        Raises:
+            TypeError, ValueError: arguments of another type or range.
+        """
+        check_num_images(num_images)
+        condition = self.condition(class_labels, num_images)
+        options = SamplingOptions.of(options)
+        if not do_sample:
+            options = options.greedy()
+        options = options.over(
+            {
+                name: value
+                for name, value in self.config.sampling_defaults.items()
+                if do_sample or name == "guidance_scale"
+            }
+        ).over({"guidance_scale": 1.0})
+        if options.guidance_scale != 1:
+            condition.hidden()  # or an error, before the work
+        self.check_compile_config(compile_config)
+        source = Greedy()
+        if do_sample:
+            uniforms = random_streams(generator, len(condition), self.config.longest_stream)
+            source = Draw(uniforms.to(condition.labels.device), options)
+        state = StreamState(self.layout, condition.labels, options.fine_positions == "fixed")
+        return self.run_steps(state, condition, source, options.guidance_scale, compile_config)
+
+    @torch.no_grad()
+    def run_steps(self, *arguments):
+        """`generation_steps`, in evaluation mode and without gradients, neither of which reaches the caller."""
+        with evaluation_mode(self):
+            yield from generation_steps(self, *arguments)
+
+    def generation_output(self, state) -> DQGenerationOutput:
+        """What the streams of a `StreamState` say, as far as they go."""
+        codes, grain_map = state.grids()
+        contents, positions = state.stream()
+        return DQGenerationOutput(
+            codes=codes, grain_map=grain_map, positions=positions, contents=contents, lengths=state.lengths
+        )
+
+    def check_compile_config(self, compile_config):
+        """Refuse another type, and attention that has no mask for a cache with room behind the last element."""
+        if compile_config is None:
+            return
+        if not isinstance(compile_config, CompileConfig):
+            raise TypeError(f"compile_config must be a transformers.CompileConfig, got {compile_config!r}")
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"compile_config does not work with attn_implementation {self.config._attn_implementation!r}; "
+                'load the model with "sdpa"'
+            )
+
+
+def check_num_images(num_images):
+    """Raise TypeError or ValueError unless this is a number of images, or None."""
+    if num_images is not None and (isinstance(num_images, bool) or not isinstance(num_images, int)):
+        raise TypeError(f"num_images must be a whole number, got {num_images!r}")
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+
+
+_MODES = threading.Lock()
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Dropout is off in all modules; once the last that asked for it has ended, each is in its own mode again.
+
+    Threads that sample from one model in training mode do not disturb each other.
+    """
+    with _MODES:
+        holders, training = model.__dict__.get("_evaluation_mode", (0, None))
+        if holders == 0:
+            training = [module for module in model.modules() if module.training]
+            model.eval()
+        model.__dict__["_evaluation_mode"] = (holders + 1, training)
+    try:
+        yield
+    finally:
+        with _MODES:
+            holders, training = model.__dict__["_evaluation_mode"]
+            model.__dict__["_evaluation_mode"] = (holders - 1, training)
+            if holders == 1:
+                for module in training:
+                    module.training = True
+
+
+def make_warpers(temperature, top_k, top_p):
+    """transformers' warpers for one kind of logits; what is None changes nothing."""
+    warpers = LogitsProcessorList()
+    if temperature not in (None, 1):
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p not in (None, 1):
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    return warpers
+
+
+def random_streams(generator, num_images, num_steps):
+    """Uniform numbers in [0, 1), (steps, 2, B) float64: for each image from a generator of its own.
+
+    Image i's generator is seeded by the i-th draw from `generator`, or the first one from `generator[i]`.
+    """
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_images
+    if len(generators) != num_images:
+        raise ValueError(f"generator must be one or a list of {num_images}, one for each image; got {len(generators)}")
+    if any(source is not None and not isinstance(source, torch.Generator) for source in generators):
+        raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
+    columns = []
+    for source in generators:
+        device = "cpu" if source is None else source.device
+        seed = torch.randint(2**63 - 1, (), generator=source, device=device).item()
+        own = torch.Generator().manual_seed(seed)
+        columns.append(torch.rand(num_steps, 2, dtype=torch.float64, generator=own))
+    return torch.stack(columns, dim=2)
+
+
+def guide(logits, scale):
+    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, V) of both conditions to (B, V). Scale 1: as they are."""
+    if scale == 1:
+        return logits
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,155 @@
+"""Blocks of the two causal stacks: attention, MLP, stack, head, and a cache that grows."""
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_dqtransformer import DQTransformerConfig
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; queries, keys and values (B, heads, L, width)."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of transformers' cache whose buffers double when they are full.
+
+    `DynamicLayer` copies all keys and values at every step, which at some hundred elements takes as long as attention.
+    """
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        self.buffers = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """New keys and values (B, heads, L, width) to those of all elements so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first = self.get_seq_length()
+        end = first + key_states.shape[2]
+        if self.buffers is None or end > self.buffers[0].shape[2]:
+            old = (self.keys, self.values)
+            shapes = [(*states.shape[:2], 2 * end, states.shape[3]) for states in (key_states, value_states)]
+            self.buffers = [key_states.new_empty(shape) for shape in shapes]
+            for buffer, states in zip(self.buffers, old):
+                if first > 0:
+                    buffer[:, :, :first] = states
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, first:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+class DQAttention(nn.Module):
+    """Causal multi-head self-attention; q, k, v and output with bias."""
+
+    is_causal = True
+
+    def __init__(self, config: DQTransformerConfig, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, heads, L, head_dim)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return self.o_proj(output.flatten(2))
+
+
+class DQMLP(nn.Module):
+    """Linear to four times the width, GELU (erf), linear back."""
+
+    def __init__(self, config: DQTransformerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.fc2 = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return self.fc2(nn.functional.gelu(self.fc1(hidden_states)))
+
+
+class DQTransformerLayer(GradientCheckpointingLayer):
+    """Pre-LayerNorm attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: DQTransformerConfig, layer_idx):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.attention = DQAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.mlp = DQMLP(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        attended = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class DQStack(nn.Module):
+    """One of the two causal stacks; no final norm."""
+
+    def __init__(self, config: DQTransformerConfig, num_layers):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DQTransformerLayer(config, i) for i in range(num_layers))
+
+    def forward(self, hidden_states, past_key_values=None):
+        """(B, L, width) to (B, L, width); with a cache they are the elements behind those that it holds."""
+        attention_mask = None  # one element attends to all that a growing cache holds
+        # A cache that can be compiled has room behind the last element.
+        if past_key_values is None or past_key_values.is_compileable or hidden_states.shape[1] > 1:
+            attention_mask = create_causal_mask(
+                self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
+            )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, past_key_values)
+        return hidden_states
+
+
+class DQHead(nn.Module):
+    """LayerNorm and a linear layer without bias, to logits."""
+
+    def __init__(self, config: DQTransformerConfig, vocab_size):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.projection = nn.Linear(config.hidden_size, vocab_size, bias=False)
+
+    def forward(self, hidden_states):
+        return self.projection(self.norm(hidden_states))
+
+
+def make_cache(num_layers, max_length=None):
+    """A cache for one stack that grows, or one whose shapes are fixed, as compiling needs, with room for `max_length`."""
+    if max_length is None:
+        return Cache(layer_class_to_replicate=GrowingLayer)
+    return Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(num_layers)])

@@ -1,0 +1,85 @@
+"""How positions and codes are drawn: one dataclass, which every API and command names its options by."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How positions and contents are drawn; None: not given, so that the configuration's `sampling_defaults` decide.
+
+    Where those say nothing either, temperatures, top-p and the guidance scale are 1 and top-k does not restrict.
+
+    Args:
+        temperature: of contents, above 0.
+        top_k: as many contents as this, the likeliest, may be drawn; at least 1. The size of the codebook or more: all.
+        top_p: contents are drawn from the likeliest ones that together have this probability, in (0, 1].
+        position_temperature, position_top_k, position_top_p: the same for positions.
+        guidance_scale: 1: none; above 1: logits are moved away from those of the hidden condition (classifier-free
+            guidance, Ho & Salimans 2022). Needs a model that was trained with a hidden condition.
+        fine_positions: "fixed" (the finest codes fill what is left, in the training order) or "free" (drawn).
+
+    Raises:
+        TypeError, ValueError: options of another type or range.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    position_temperature: float | None = None
+    position_top_k: int | None = None
+    position_top_p: float | None = None
+    guidance_scale: float | None = None
+    fine_positions: str = "fixed"
+
+    def __post_init__(self):
+        for prefix in ("", "position_"):
+            check_number(f"{prefix}temperature", getattr(self, f"{prefix}temperature"))
+            check_number(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), int)
+            check_number(f"{prefix}top_p", getattr(self, f"{prefix}top_p"))
+            temperature, top_k, top_p = (
+                getattr(self, f"{prefix}{name}") for name in ("temperature", "top_k", "top_p")
+            )
+            if temperature is not None and not 0 < temperature < math.inf:
+                raise ValueError(
+                    f"{prefix}temperature must be above 0 and finite, got {temperature}; greedy is do_sample=False"
+                )
+            if top_k is not None and top_k < 1:
+                raise ValueError(f"{prefix}top_k must be at least 1, or None for no restriction; got {top_k}")
+            if top_p is not None and not 0 < top_p <= 1:
+                raise ValueError(f"{prefix}top_p must lie in (0, 1], got {top_p}")
+        check_number("guidance_scale", self.guidance_scale)
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be finite and 0 or more, got {self.guidance_scale}")
+        if self.fine_positions not in ("fixed", "free"):
+            raise ValueError(f'fine_positions must be "fixed" or "free", got {self.fine_positions!r}')
+
+    @classmethod
+    def of(cls, options):
+        """Options from a dictionary; TypeError at a name that is none."""
+        if unknown := sorted(set(options) - set(OPTION_NAMES)):
+            raise TypeError(f"unknown argument(s) {', '.join(unknown)}; sampling has {', '.join(OPTION_NAMES)}")
+        return cls(**options)
+
+    def over(self, defaults):
+        """These options, where they are not given those of a dictionary of defaults."""
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def greedy(self):
+        """What is left of these options where nothing is drawn; ValueError at one that would have no effect."""
+        given = [name for name in WARPED if getattr(self, name) not in (None, NO_EFFECT.get(name))]
+        if given:
+            raise ValueError(f"{', '.join(given)} have no effect with do_sample=False; leave them out")
+        return SamplingOptions(guidance_scale=self.guidance_scale, fine_positions=self.fine_positions)
+
+
+OPTION_NAMES = tuple(field.name for field in fields(SamplingOptions))
+DEFAULT_NAMES = tuple(name for name in OPTION_NAMES if name != "fine_positions")  # that a configuration may decide
+WARPED = tuple(name for name in DEFAULT_NAMES if name != "guidance_scale")
+NO_EFFECT = {"temperature": 1, "top_p": 1, "position_temperature": 1, "position_top_p": 1}
+
+
+def check_number(name, value, kinds=(int, float)):
+    """Raise TypeError unless an option is a number or not given."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
