@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from dq_hf.modeling.sampling_dq import choose, make_warpers, random_streams
+from dq_hf.modeling.sampling_dq import random_streams
 from report import CLOCKS, describe_device, synchronize, write_section
 from transformers import CompileConfig, HfArgumentParser
 
@@ -101,16 +101,13 @@ def time_cached(model, batch_size, args):
     for _ in range(args.repeats + (compile_config is not None)):  # the first one compiles
         clock = []
         start = now()
-        generated = model.generate(
-            num_images=batch_size,
-            generator=torch.Generator().manual_seed(args.seed),
-            on_step_end=lambda step, at_most, state, clock=clock: clock.append(now()),
-            compile_config=compile_config,
-        )
+        generator = torch.Generator().manual_seed(args.seed)
+        for state in model.generate_steps(num_images=batch_size, generator=generator, compile_config=compile_config):
+            clock.append(now())
         seconds = now() - start
         if seconds < best:
             best, steps = seconds, [moment - start for moment in clock]
-    return generated, best, steps
+    return model.generation_output(state), best, steps
 
 
 @torch.no_grad()
@@ -118,48 +115,26 @@ def time_rerun(model, generated, args):
     """Seconds in all, from every n-th element; raises RuntimeError if an element is not what `generated` has."""
     batch_size, length = generated.contents.shape
     uniforms = random_streams(torch.Generator().manual_seed(args.seed), batch_size, model.config.longest_stream)
-    uniforms = uniforms.to(model.device)
-    no_warpers = make_warpers("", 1.0, None, 1.0, {}, do_sample=True)
-    state = StreamState(
-        model.layout,
-        position_vocab_size=model.config.position_vocab_sizes[-1],
-        content_vocab_size=model.config.content_vocab_size,
-        labels=torch.zeros_like(generated.lengths),
-        fixed_fine_positions=True,
-    )
+    source = Draw(uniforms.to(model.device), SamplingOptions())
+    state = StreamState(model.layout, torch.zeros_like(generated.lengths))
+    places = torch.arange(length, device=model.device)
     now, granularities, seconds, timed = CLOCKS[args.clock], [], 0.0, 0
-    for element in range(length):
-        granularities.append(state.granularity)
-        if element > 0 and element % args.every == args.every // 2:  # the middle of those that it stands for
-            prefix = [column[:, :element] for column in (generated.contents, generated.positions)]
-            prefix.append(torch.stack(granularities[:-1], dim=1))
+    for i in range(length):
+        if i > 0 and i % args.every == args.every // 2:  # the middle of those that it stands for
+            prefix = generated.contents[:, :i], generated.positions[:, :i], torch.stack(granularities, dim=1)
             best = math.inf
             for _ in range(args.repeats):
                 synchronize(model.device)
                 start = now()
-                drawn = draw_next(model, prefix, state, uniforms[element], no_warpers)
+                drawn = next_element(model, prefix, places[:i], state, source, source.inputs(i))
                 synchronize(model.device)
                 best = min(best, now() - start)
-            if not all(
-                torch.equal(a, b[:, element]) for a, b in zip(drawn, (generated.positions, generated.contents))
-            ):
-                raise RuntimeError(f"re-running the prefix drew another element {element} than cached sampling")
+            if not all(torch.equal(a, b[:, i]) for a, b in zip(drawn, (generated.positions, generated.contents))):
+                raise RuntimeError(f"re-running the prefix drew another element {i} than cached sampling")
             seconds, timed = seconds + best, timed + 1
-        state.append(generated.positions[:, element], generated.contents[:, element])
+        granularities.append(state.granularity)
+        state.append(generated.positions[:, i], generated.contents[:, i])
     return seconds / timed * (length - 1)
-
-
-def draw_next(model, prefix, state, uniforms, warpers):
-    """Position and content (B,) of the element behind the prefix, from nothing but the prefix."""
-    contents, positions, granularities = prefix
-    hidden_states = model.position_transformer(model.embed(contents, positions, granularities))
-    logits = model.position_head(hidden_states[:, -1])
-    next_position = choose(logits, state.allowed_positions(), warpers, uniforms[0])
-    positions = torch.cat([positions[:, 1:], next_position[:, None]], dim=1)
-    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], dim=1)
-    hidden_states = model.content_transformer(hidden_states + model.embed_positions(positions, granularities))
-    logits = model.content_head(hidden_states[:, -1])
-    return next_position, choose(logits, state.allowed_contents(next_position), warpers, uniforms[1])
 
 
 def make_report(args, rows, steps):

@@ -3,6 +3,7 @@
 It shares nothing with the package but the names of the weights.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -28,8 +29,11 @@ class SlowTransformer:
         self.heads, self.hidden_class = config.num_attention_heads, config.num_classes
         self.num_layers = {"position": config.num_position_layers, "content": config.num_content_layers}
 
-    def logits(self, elements):
-        """Position and content logits of every element but the last; `elements`: (content, position, granularity)."""
+    def logits(self, elements, prefix=None):
+        """Position and content logits of every element but the last; `elements`: (content, position, granularity).
+
+        `prefix` (T, width) is read before the elements.
+        """
         weights = self.weights
         contents = torch.tensor([content for content, _, _ in elements])
         segments = torch.tensor([granularity for _, _, granularity in elements])
@@ -39,9 +43,39 @@ class SlowTransformer:
         hidden = weights["content_embedding.weight"][contents[:-1]] + places[:-1]
         hidden = hidden + weights["stream_embedding.weight"][: len(elements) - 1]
         hidden = hidden + weights["granularity_embedding.weight"][segments[:-1]]
-        hidden = self.stack("position", hidden)
-        position_logits = self.head("position", hidden)
-        return position_logits, self.head("content", self.stack("content", hidden + places[1:]))
+        first = 0 if prefix is None else len(prefix)
+        hidden = self.stack("position", hidden if prefix is None else torch.cat([prefix, hidden]))
+        position_logits = self.head("position", hidden[first:])
+        hidden = torch.cat([hidden[:first], hidden[first:] + places[1:]])
+        return position_logits, self.head("content", self.stack("content", hidden)[first:])
+
+    def log_probs(self, elements):
+        """Of every position and of every content of a whole stream, two lists; what is forced has 0.
+
+        Which positions may come is read off the streams of all grain maps that there are.
+        """
+        streams = all_training_positions(self.grids, self.order)
+        codes = [(position, granularity) for content, position, granularity in elements if content < self.num_codes]
+        every = [[], []]
+        seen = 0  # codes so far
+        for i, (content, position, granularity) in enumerate(elements):
+            num_cells = self.grids[granularity][0] * self.grids[granularity][1]
+            allowed, contents = {position}, {content}  # start, or the end that must come
+            if content < self.num_codes + 2 and granularity < len(self.grids) - 1:
+                same_so_far = [stream for stream in streams if stream[:seen] == codes[:seen]]
+                here = {stream[seen] for stream in same_so_far if len(stream) > seen}
+                allowed = {cell for cell, grain in here if grain == granularity}
+                if any(grain > granularity for _, grain in here) or any(len(stream) == seen for stream in same_so_far):
+                    allowed.add(num_cells + 1)
+            if content < self.num_codes:
+                contents, seen = range(self.num_codes), seen + 1
+            for column, choices, chosen, logits in zip(
+                every, (allowed, contents), (position, content), self.logits(elements[: i + 1]) if i else (None, None)
+            ):
+                forced = logits is None or len(choices) == 1
+                scores = {} if forced else softmax({index: float(logits[-1][index]) for index in choices})
+                column.append(0.0 if forced else math.log(scores[chosen]))
+        return every
 
     def stack(self, name, hidden):
         for layer in range(self.num_layers[name]):
@@ -122,6 +156,22 @@ class SlowTransformer:
             )
         without = [every[-1] for every in self.logits(hidden)]
         return [bare + scale * (given - bare) for given, bare in zip(logits, without)]
+
+
+def all_training_positions(grids, order):
+    """For every grain map the (position, granularity) of all its codes, in the order of training streams."""
+    rows, columns = grids[0]
+    streams = []
+    for grains in itertools.product(range(len(grids)), repeat=rows * columns):
+        stream = []
+        for granularity, (height, width) in enumerate(grids):
+            side = height // rows
+            image = SlowImage(grids, order, True)
+            for cell in sorted(range(height * width), key=lambda cell: image.place(granularity, cell)):
+                if grains[cell // width // side * columns + cell % width // side] == granularity:
+                    stream.append((cell, granularity))
+        streams.append(stream)
+    return streams
 
 
 class SlowImage:

@@ -1,14 +1,19 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import make_transformer
 from safetensors.torch import load_file, save_file
-from slow_sampling import SlowTransformer
+from slow_sampling import SlowImage, SlowTransformer
 from torch.nn import functional
 
+from dq_hf.modeling.conditioning_dq import Condition
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
+from dq_hf.modeling.constraints_dq import StreamState
+from dq_hf.modeling.generation_dq import Draw, Greedy, Replay, next_element, random_streams
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from dq_hf.modeling.sampling_options_dq import SamplingOptions
 
 NUM_CODES = 16
 KINDS = {
@@ -718,3 +723,159 @@ def test_sampling_defaults_stand_for_arguments_that_are_not_given(tiny_transform
     assert not torch.equal(neutral.codes, explicit.codes)
     assert torch.equal(no_restriction.contents, neutral.contents)
     assert torch.equal(greedy.contents, draw(do_sample=False).contents)
+
+
+# Log-probabilities
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_probabilities_are_those_of_the_slow_version_and_of_no_choice_is_0(models, kind):
+    model = models[kind]
+    codes, grain_map, labels = toy_batch(model)
+    with torch.no_grad():
+        output = model.log_prob(codes, grain_map, labels)
+    slow = SlowTransformer(model)
+    for image, length in enumerate(output.stream.lengths.tolist()):
+        positions, contents = slow.log_probs(elements_of(output.stream, image))
+        torch.testing.assert_close(output.position_log_probs[image, :length].tolist(), positions, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(output.content_log_probs[image, :length].tolist(), contents, atol=1e-4, rtol=1e-4)
+        assert not output.position_log_probs[image, length:].any()
+        assert not output.content_log_probs[image, length:].any()
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "three granularities", "three granularities, region-first"])
+def test_the_probabilities_of_all_grain_maps_add_up_to_1(kind):
+    """Every stream in the training order has a probability, and nothing else has any."""
+    kinds = KINDS[kind] | dict(codebook_size=1, num_classes=0)
+    model = make_transformer(**({"grid_sizes": [[2, 2], [4, 4]]} | kinds)).double()
+    rows, columns = model.config.grid_sizes[0]
+    maps = torch.cartesian_prod(*[torch.arange(len(model.config.grid_sizes))] * (rows * columns))
+    codes = torch.zeros(len(maps), *model.config.grid_sizes[-1], dtype=torch.long)
+    with torch.no_grad():
+        output = model.log_prob(codes, maps.view(-1, rows, columns))
+    total = (output.position_log_probs + output.content_log_probs).sum(1).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_log_probabilities_have_gradients_and_do_not_depend_on_the_batch(models):
+    model = models["class"]
+    codes, grain_map, labels = toy_batch(model)
+    output = model.log_prob(codes, grain_map, labels)
+    alone = model.log_prob(codes[2:3], grain_map[2:3], labels[2:3])
+    length = int(alone.stream.lengths)
+    torch.testing.assert_close(output.content_log_probs[2:3, :length], alone.content_log_probs)
+    model.zero_grad()
+    output.content_log_probs.sum().backward()
+    assert model.content_head.projection.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+# Conditions
+
+
+def with_prefix(model, count, seed=0):
+    """A condition with a prefix of five elements, whose twin has another."""
+    width = model.config.hidden_size
+    prefix = torch.randn(count + 1, 5, width, generator=seeded(seed))
+    return Condition(torch.zeros(count, dtype=torch.long), prefix[1:], null_prefix=prefix[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@torch.no_grad()
+def test_a_prefix_is_read_before_the_stream_by_the_cached_steps_as_by_the_slow_version(models, scale):
+    model = models["unconditional"]
+    condition = with_prefix(model, 3)
+    state = StreamState(model.layout, condition.labels)
+    *_, state = model.run_steps(state, condition, Greedy(), scale, None)
+    contents, positions = state.stream()
+    for image, length in enumerate(state.lengths.tolist()):
+        image_state = SlowImage(model.config.grid_sizes, "row-first", True)
+        elements, granularity = [(NUM_CODES + 2, 6 + 2, 0)], 0
+        slow = SlowTransformer(model)
+
+        def logits(element, which, elements=elements, image=image, slow=slow):
+            given = slow.logits([*elements, element], condition.prefix[image])[which][-1]
+            bare = slow.logits([*elements, element], condition.null_prefix)[which][-1]
+            return bare + scale * (given - bare)
+
+        while granularity < 2:
+            cells = 6 * 4**granularity
+            position = best(logits((0, 0, granularity), 0), image_state.allowed(granularity))
+            content = NUM_CODES + 1
+            if position < cells:
+                content = best(logits((0, position, granularity), 1), range(NUM_CODES))
+                image_state.write(granularity, position, content)
+            elements.append((content, position, granularity))
+            if position == cells + 1:
+                granularity += 1
+                if granularity < 2:
+                    elements.append((NUM_CODES + 2, 24 + 2, granularity))
+        assert [element[:2] for element in elements] == list(
+            zip(contents[image, :length].tolist(), positions[image, :length].tolist())
+        )
+
+
+def best(logits, allowed):
+    return max(sorted(allowed), key=lambda index: float(logits[index]))
+
+
+@torch.no_grad()
+def test_logits_behind_a_prefix_are_those_of_the_slow_version(models):
+    model = models["unconditional"]
+    codes, grain_map, _ = toy_batch(model)
+    condition, stream = with_prefix(model, 4), model.pack(codes, grain_map)
+    got = model.logits(stream, condition)
+    for image, length in enumerate(stream.lengths.tolist()):
+        expected = SlowTransformer(model).logits(elements_of(stream, image), condition.prefix[image])
+        for mine, slow in zip(got, expected):
+            torch.testing.assert_close(mine[image, : length - 1], slow, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_replaying_a_stream_gives_it_back_whatever_the_model_would_say(models):
+    model = models["class"]
+    codes, grain_map, labels = toy_batch(model)
+    stream, condition = model.pack(codes, grain_map, labels), model.condition(labels)
+    state = StreamState(model.layout, condition.labels)
+    *_, state = model.run_steps(state, condition, Replay(stream.positions, stream.contents))
+    output = model.generation_output(state)
+    assert torch.equal(output.codes, codes) and torch.equal(output.grain_map, grain_map)
+    assert torch.equal(output.contents, stream.contents) and torch.equal(output.positions, stream.positions)
+
+
+@torch.no_grad()
+def test_an_element_is_the_same_with_the_cache_and_from_the_whole_prefix(models):
+    model = models["guidance"]
+    labels = torch.tensor([0, 2])
+    generated = model.generate(labels, generator=seeded(1), guidance_scale=2.0)
+    condition = model.condition(labels)
+    uniforms = random_streams(seeded(1), 2, model.config.longest_stream)
+    source = Draw(uniforms, SamplingOptions())
+    state = StreamState(model.layout, labels)
+    granularities = []
+    for i in range(generated.contents.shape[1]):
+        if i > 0:
+            prefix = generated.contents[:, :i], generated.positions[:, :i], torch.stack(granularities, dim=1)
+            options = dict(hidden=condition.hidden(), guidance_scale=2.0)
+            drawn = next_element(model, prefix, torch.arange(i), state, source, source.inputs(i), **options)
+            assert torch.equal(torch.stack(drawn), torch.stack([generated.positions[:, i], generated.contents[:, i]]))
+        granularities.append(state.granularity)
+        state.append(generated.positions[:, i], generated.contents[:, i])
+
+
+def test_threads_that_sample_from_a_model_in_training_mode_do_not_disturb_each_other():
+    model = make_transformer(grid_sizes=[[2, 2], [4, 4]], residual_dropout=0.5)
+    expected = model.generate(num_images=2, generator=seeded(0))
+    model.train()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: model.generate(num_images=2, generator=seeded(0)), range(12)))
+    for result in results:
+        assert_same_images(result, expected)
+    assert model.training and all(module.training for module in model.modules())
+
+
+def test_a_model_without_a_hidden_condition_has_no_twin(models):
+    with pytest.raises(ValueError, match="class_dropout"):
+        models["class"].condition([0, 1]).hidden()
+    hidden = models["guidance"].condition([0, 1]).hide(torch.tensor([True, False]))
+    assert hidden.labels.tolist() == [3, 1]

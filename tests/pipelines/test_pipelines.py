@@ -546,3 +546,26 @@ def test_weights_stored_in_half_precision_are_computed_in_float32_by_every_door(
         assert pixels(door(tmp_path, tmp_path)) == expected, door.__name__
     pipe = DQPipeline.from_pretrained(tmp_path)
     assert weight_dtypes(pipe.vae, pipe.transformer) == {torch.float32}
+
+
+def test_the_interfaces_of_a_diffusers_pipeline(pipe):
+    whole = pipe(class_labels=[0], generator=seeded(6), output_type="np")
+    assert pipe(class_labels=[0], generator=seeded(6), output_type="codes", return_dict=False)[1].equal(whole.codes)
+    assert pipe.num_timesteps == pipe.transformer.config.longest_stream - 1 and not pipe.interrupt
+    pipe(class_labels=[0], guidance_scale=2.0, output_type="codes")
+    assert pipe.guidance_scale == 2.0
+
+    def stop_early(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return tensors
+
+    stopped = pipe(class_labels=[0], generator=seeded(6), output_type="np", callback_on_step_end=stop_early)
+    there = stopped.codes >= 0
+    assert 0 < there.sum() < there.numel() and torch.equal(stopped.codes[there], whole.codes[there])
+    assert stopped.images.shape == whole.images.shape
+    assert pipe(class_labels=[0], generator=seeded(6)).codes.equal(whole.codes)  # and the next call is whole again
+
+
+def test_a_callback_cannot_change_what_was_drawn(pipe):
+    with pytest.raises(ValueError, match="must return the tensors that it got, or None; codes are others"):
+        pipe(class_labels=[0], callback_on_step_end=lambda *call: {"codes": call[3]["codes"] + 1})
