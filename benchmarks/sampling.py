@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from dq_hf.modeling.sampling_dq import random_streams
 from report import CLOCKS, describe_device, synchronize, write_section
 from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
+from dq_hf.modeling.constraints_dq import StreamState
+from dq_hf.modeling.generation_dq import Draw, next_element, random_streams
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
+from dq_hf.modeling.sampling_options_dq import SamplingOptions
 from dq_hf.modeling.sequence_dq import StreamState
 
 
@@ -102,7 +104,8 @@ def time_cached(model, batch_size, args):
         clock = []
         start = now()
         generator = torch.Generator().manual_seed(args.seed)
-        for state in model.generate_steps(num_images=batch_size, generator=generator, compile_config=compile_config):
+        generation = model.generate_steps(num_images=batch_size, generator=generator, compile_config=compile_config)
+        for state in generation:  # noqa: B007 - one object, read at the end
             clock.append(now())
         seconds = now() - start
         if seconds < best:
