@@ -22,7 +22,6 @@ from dq_hf.modeling.constraints_dq import StreamState
 from dq_hf.modeling.generation_dq import Draw, next_element, random_streams
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
-from dq_hf.modeling.sequence_dq import StreamState
 
 
 @dataclass
