@@ -104,18 +104,11 @@ def mean_psnr(vae, batches, encoded):
 
 def nats_per_code(transformer, batches, encoded):
     """Nats of contents and positions of whole streams, mean over images, over the mean number of codes."""
-    nats, codes = 0.0, 0
-    for batch, one in zip(batches, encoded):
-        output = transformer(one.codes, one.grain_map, batch["class_labels"])
-        stream = output.stream
-        inside = torch.arange(1, stream.contents.shape[1]) < stream.lengths[:, None]
-        for logits, targets in ((output.content_logits, stream.contents), (output.position_logits, stream.positions)):
-            losses = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), targets[:, 1:], reduction="none"
-            )
-            nats += (losses * inside).double().sum().item()
-        codes += int(one.num_codes.sum())
-    return nats / codes
+    outputs = [
+        transformer.log_prob(one.codes, one.grain_map, batch["class_labels"]) for batch, one in zip(batches, encoded)
+    ]
+    nats = torch.cat([output.nats for output in outputs])
+    return (nats.double().sum() / sum(one.num_codes.sum() for one in encoded)).item()
 
 
 def compare_samples(samples, reference):

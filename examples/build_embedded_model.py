@@ -150,7 +150,7 @@ def measure(model, test_set, folder):
         sums["codes_per_image"] += encoded.num_codes.item()
         sums["content_loss"] += output.content_loss.item()
         sums["position_loss"] += output.position_loss.item()
-        sums["nats"] += stream_nats(output)
+        sums["nats"] += model.transformer.log_prob(encoded.codes, encoded.grain_map, batch["class_labels"]).nats.item()
         pairs = shown["faces" if batch["class_labels"].item() == model.config.label2id["smileys"] else "others"]
         if len(pairs) < COLUMNS:
             overlay = draw_grain_map(processor.post_process(pixel_values)[0], encoded.grain_map[0], scale=2)
@@ -161,14 +161,6 @@ def measure(model, test_set, folder):
     figures["nats_per_code"] = figures.pop("nats") / figures["codes_per_image"]
     figures["code_bits_per_image"] = figures["codes_per_image"] * math.log2(model.vae.config.codebook_size)
     return figures
-
-
-def stream_nats(output):
-    """Nats of one whole stream, contents and positions: how well the generator predicts the image's codes."""
-    stream = output.stream
-    contents = torch.nn.functional.cross_entropy(output.content_logits[0], stream.contents[0, 1:], reduction="sum")
-    positions = torch.nn.functional.cross_entropy(output.position_logits[0], stream.positions[0, 1:], reduction="sum")
-    return (contents + positions).item()
 
 
 def draw_samples(model, picture):

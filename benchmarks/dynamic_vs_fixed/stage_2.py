@@ -66,7 +66,7 @@ def train(codes, grain_maps, codebook_size, seed, seconds):
 def evaluate(model, vae, test_images, num_samples, seed):
     """Nats an image of held-out images, and of samples their Fréchet distance to these and the CPU seconds of each."""
     codes, grain_maps = encode(vae, test_images)
-    nats = torch.cat([nats_per_image(model, *batch) for batch in zip(codes.split(64), grain_maps.split(64))])
+    nats = torch.cat([model.log_prob(*batch).nats for batch in zip(codes.split(64), grain_maps.split(64))])
     frechet = FrechetDistance("efficientnet-lite0")
     for images in test_images.split(64):
         frechet.add_batch(references=images)
@@ -83,24 +83,3 @@ def evaluate(model, vae, test_images, num_samples, seed):
         "elements": model.pack(codes, grain_maps).lengths.float().mean().item(),
         "seconds_per_sample": seconds / num_samples,
     }
-
-
-def nats_per_image(model, codes, grain_maps):
-    """Negative logarithm (n,) of the probability that sampling draws these codes, or a little more.
-
-    What sampling draws: every code, and the positions of all but the finest granularity, ends included. What it never
-    draws, and would have to be masked, is left in the softmax.
-    """
-    output = model(codes, grain_maps)
-    stream = output.stream
-    contents, positions, granularities = (
-        part[:, 1:] for part in (stream.contents, stream.positions, stream.granularities)
-    )
-    content_nats, position_nats = (
-        torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        for logits, targets in ((output.content_logits, contents), (output.position_logits, positions))
-    )
-    layout = model.layout
-    finest = layout.num_granularities - 1
-    drawn = (granularities < finest) & (contents != layout.content_start)
-    return (content_nats * (contents < layout.content_pad) + position_nats * drawn).sum(1)

@@ -24,6 +24,7 @@ from slow_metrics import slow_frechet_distance
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
 from dq_hf.cli import main, make_parser
 from dq_hf.metrics.generation import evaluate_generation, label_cycle
+from dq_hf.metrics.likelihood import evaluate_likelihood
 from dq_hf.metrics.reconstruction import evaluate_reconstruction
 from dq_hf.metrics.references import ReferenceImages, write_report
 from dq_hf.networks.extractors import EfficientNetLite0Extractor
@@ -128,6 +129,35 @@ def test_reconstruction_figures_are_those_of_images_one_by_one(place, vae, netwo
     assert 4 < results["codes"] < 16  # both granularities occur
     assert {"rFD-EffLite0", "PD-EffLite0", "PSNR of mean error", "codebook usage", "perplexity"} < set(results)
     assert not {"FID", "rFID", "LPIPS"} & set(results)
+
+
+# Likelihood
+
+
+def test_likelihood_figures_are_those_of_images_one_by_one(place):
+    model = DQForImageGeneration.from_pretrained(place / "model")
+    processor, values = DQImageProcessor(size={"height": 16, "width": 16}), []
+    for path in sorted((place / "data").rglob("*.png")):
+        original = processor.post_process(processor(Image.open(path))["pixel_values"])[0]
+        encoded = model.vae.encode(processor(original)["pixel_values"])
+        label = torch.tensor([model.config.label2id[path.parent.name]])
+        with torch.no_grad():
+            output = model.transformer.log_prob(encoded.codes, encoded.grain_map, label)
+        contents = [0.0, 0.0]
+        for value, granularity in zip(output.content_log_probs[0].tolist(), output.stream.granularities[0].tolist()):
+            contents[granularity] -= value / math.log(2)
+        values.append((output.nats.item(), *contents, encoded.num_codes.item()))
+    expected = np.mean(values, axis=0)
+    for batch_size in (1, 4):
+        report = evaluate_likelihood(model, "tiny", place / "data", "test", batch_size=batch_size)
+        results = report["results"]
+        found = [results[name] for name in ("nats", "bits of 8x8 contents", "bits of 4x4 contents", "codes")]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        parts = sum(value for name, value in results.items() if name.endswith(("positions", "contents")))
+        assert results["bits"] == pytest.approx(parts) == pytest.approx(results["nats"] / math.log(2))
+        assert results["bits of 4x4 positions"] == 0 and results["bits of 8x8 positions"] > 0
+        assert results["bits of fixed length"] == pytest.approx(4 * expected[3] + 4)
+    assert report["protocol"]["evaluation"] == "likelihood" and report["protocol"]["transformer_fingerprint"]
 
 
 def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae, networks):

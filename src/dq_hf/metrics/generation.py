@@ -6,18 +6,16 @@ import json
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from datasets import ClassLabel
 from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.fingerprint import fingerprint
-from ..data.images import class_names
 from ..files import whole_file
 from ..networks.extractors import make_extractor
 from .frechet_distance import FrechetDistance
 from .inception_score import InceptionScore
 from .precision_recall import PrecisionRecall
-from .references import ReferenceImages, check_number, environment, figures, share_out
+from .references import ReferenceImages, check_number, environment, figures, reference_labels, share_out
 
 PROTOCOL_FILE = "protocol.json"  # in a folder of samples: how they were made
 LABEL_RULES = ("reference", "balanced")
@@ -99,7 +97,7 @@ def evaluate_generation(
         frechet.add_features(predictions=features)
         neighbours.add_features(predictions=features)
         score.add_logits(logits)
-    for images in references.batches(batch_size):
+    for _, images in references.batches(batch_size):
         features = extractor.features(frechet.unit_images(images.to(state.device)))
         frechet.add_features(references=features)
         neighbours.add_features(references=features)
@@ -123,13 +121,7 @@ def label_cycle(config, dataset, rule, label_column, seed):
         return []
     if rule == "balanced":
         return list(range(config.num_classes))
-    remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
-    if not isinstance((dataset.features or {}).get(label_column), ClassLabel):
-        raise ValueError(f"the real images have no class labels in a column {label_column!r}; {remedy}")
-    names = class_names(dataset, label_column)
-    if unknown := [name for name in names if name not in config.label2id]:
-        raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
-    labels = [config.label2id[names[label]] for label in dataset[:][label_column]]
+    labels = reference_labels(config, dataset, label_column)
     return [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
 
 

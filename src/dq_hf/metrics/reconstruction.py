@@ -43,7 +43,7 @@ def evaluate_reconstruction(
     codes = CodeStatistics(vae.config.codebook_size, len(vae.config.granularities))
     pairwise = [PSNR(), SSIM(), perceptual, frechet]
     vae = vae.to(state.device).eval()
-    for originals in references.batches(batch_size):
+    for _, originals in references.batches(batch_size):
         originals = originals.to(state.device)
         encoded = vae.encode(from_bytes(originals), fine_ratio=fine_ratio)
         reconstructions = to_bytes(vae.decode_codes(encoded.codes).sample)

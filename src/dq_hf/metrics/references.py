@@ -11,16 +11,24 @@ from importlib.metadata import version
 
 import torch
 from accelerate import PartialState
+from datasets import ClassLabel
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..data.images import ImageCollator, load_images
+from ..data.images import ImageCollator, class_names, load_images
 from ..files import whole_file
 from ..modeling.image_processing_dq import DQImageProcessor
 from .streaming import gather
 
 PIXELS = "8 bits a colour, as PNG stores them: originals, and what is compared with them"
-UNITS = {"PSNR": "dB", "PSNR of mean error": "dB", "codes": "an image", "bits": "an image, grain map included"}
+UNITS = {
+    "PSNR": "dB",
+    "PSNR of mean error": "dB",
+    "codes": "an image",
+    "bits": "an image, grain map included",
+    "nats": "an image, grain map included",
+    "bits of fixed length": "an image, grain map included",
+}
 
 
 class ReferenceImages:
@@ -63,7 +71,7 @@ class ReferenceImages:
         return len(self.dataset)
 
     def batches(self, batch_size):
-        """This process's images, uint8 (B, 3, H, W).
+        """This process's images, pairs of their rows and uint8 (B, 3, H, W).
 
         Raises:
             ValueError: an image that cannot be read.
@@ -72,12 +80,27 @@ class ReferenceImages:
             images = to_bytes(self.collate([self.dataset[row] for row in rows])["pixel_values"])
             for row, image in zip(rows, images):
                 self.digests[row] = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
-            yield images
+            yield rows, images
 
     def sha256(self):
         """Of the images of all processes that `batches` gave, in their order; 16 hex digits."""
         digests = {row: digest for part in gather(self.digests) for row, digest in part.items()}
         return hashlib.sha256(b"".join(digests[row] for row in sorted(digests))).hexdigest()[:16]
+
+
+def reference_labels(config, dataset, label_column):
+    """The real images' class ids in a model's configuration, a list.
+
+    Raises:
+        ValueError: no labels, or names that the model does not have.
+    """
+    remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
+    if not isinstance((dataset.features or {}).get(label_column), ClassLabel):
+        raise ValueError(f"the real images have no class labels in a column {label_column!r}; {remedy}")
+    names = class_names(dataset, label_column)
+    if unknown := [name for name in names if name not in config.label2id]:
+        raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
+    return [config.label2id[names[label]] for label in dataset[:][label_column]]
 
 
 def share_out(number, batch_size, text):

@@ -51,8 +51,6 @@ class DQTransformerOutput(ModelOutput):
 class DQLogProbOutput(ModelOutput):
     """What `DQTransformerForImageGeneration.log_prob` gives; L is the longest stream's length.
 
-    The code length of an image in bits is minus the sum of its row in both, divided by ln 2.
-
     Args:
         position_log_probs: (B, L) float, nats, at most 0: of each element's position given all elements before it.
         content_log_probs: (B, L) float, of its content given its position, too. What is forced has 0 in both, and
@@ -63,6 +61,11 @@ class DQLogProbOutput(ModelOutput):
     position_log_probs: torch.Tensor | None = None
     content_log_probs: torch.Tensor | None = None
     stream: DQStream | None = None
+
+    @property
+    def nats(self):
+        """Code length (B,) of each image; divided by ln 2, in bits."""
+        return -(self.position_log_probs + self.content_log_probs).sum(1)
 
 
 class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMixin, PreTrainedModel):

@@ -1,0 +1,72 @@
+"""What the generator makes of real images: nats and bits of their codes, by a protocol that anyone can repeat."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from ..data.fingerprint import fingerprint
+from .code_statistics import count_bits
+from .references import ReferenceImages, check_number, environment, from_bytes, reference_labels
+from .streaming import gather
+
+
+@torch.no_grad()
+def evaluate_likelihood(
+    model, name, data, split, *, num_images=None, seed=0, batch_size=32, label_column="label", **columns
+):
+    """Encode real images and measure the code length of their streams under the generator.
+
+    Code lengths are those of `DQTransformerForImageGeneration.log_prob`: the training order decides what may come, and
+    what is forced costs nothing.
+
+    Args:
+        model: a `DQForImageGeneration`.
+        name: of the model, for the protocol.
+        data, split, num_images, seed, columns: as for `ReferenceImages`.
+        batch_size: images at a time.
+        label_column: of a model with classes; its names must be the model's.
+
+    Returns:
+        {"protocol": ..., "results": {figure: value}}, means over images, the same on all processes.
+
+    Raises:
+        ValueError: no image, an image that cannot be read, or labels that do not fit.
+    """
+    state = Accelerator().state
+    references = ReferenceImages(model.vae, data, split, num_images=num_images, seed=seed, **columns)
+    check_number(len(references), 1, "images")
+    model = model.to(state.device).eval()
+    config, vae_config = model.transformer.config, model.vae.config
+    labels = reference_labels(config, references.dataset, label_column) if config.num_classes else None
+    num_granularities = len(vae_config.granularities)
+    sums = torch.zeros(2, num_granularities, dtype=torch.float64)  # nats of positions and of contents
+    codes = regions = 0
+    for rows, images in references.batches(batch_size):
+        encoded = model.vae.encode(from_bytes(images.to(state.device)))
+        chosen = None if labels is None else torch.tensor([labels[row] for row in rows])
+        output = model.transformer.log_prob(encoded.codes, encoded.grain_map, chosen)
+        granularities = output.stream.granularities.flatten().cpu()
+        for row, log_probs in zip(sums, (output.position_log_probs, output.content_log_probs)):
+            row.index_add_(0, granularities, -log_probs.flatten().cpu().double())
+        codes += int(encoded.num_codes.sum())
+        regions += encoded.grain_map.numel()
+    parts = gather((sums, codes, regions))
+    positions, contents = sum(part[0] for part in parts) / len(references)
+    codes, regions = (sum(part[i] for part in parts) / len(references) for i in (1, 2))
+    nats = float(positions.sum() + contents.sum())
+    results = {"nats": nats, "bits": nats / math.log(2), "codes": codes, "nats a code": nats / codes}
+    for side, position, content in zip(vae_config.granularities, positions.tolist(), contents.tolist()):
+        results[f"bits of {side}x{side} positions"] = position / math.log(2)
+        results[f"bits of {side}x{side} contents"] = content / math.log(2)
+    results["bits of fixed length"] = count_bits(codes, regions, vae_config.codebook_size, num_granularities)
+    protocol = {
+        "evaluation": "likelihood",
+        "model": str(name),
+        "vae_fingerprint": fingerprint(model.vae),
+        "transformer_fingerprint": fingerprint(model.transformer),
+        **references.protocol,
+        "references_sha256": references.sha256(),
+        **environment(model.vae),
+    }
+    return {"protocol": protocol, "results": results}
