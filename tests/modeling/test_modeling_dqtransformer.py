@@ -127,6 +127,33 @@ def test_guided_sampling_equals_the_slow_version(models, scale):
     assert_same_as_slow(models["guidance"], generated, own_seeds(4, 3), True, guidance_scale=scale)
 
 
+class Watched(Replay):
+    """Remembers the logits that it is asked about."""
+
+    def __init__(self, *stream):
+        super().__init__(*stream)
+        self.logits = []
+
+    def choose(self, symbol, logits, allowed, inputs):
+        self.logits.append(logits)
+        return super().choose(symbol, logits, allowed, inputs)
+
+
+def test_guided_logits_are_those_of_the_slow_version_at_every_element(models):
+    """Draws alone would hardly tell: an element attends little to the start tokens, in which the twin differs."""
+    model = models["guidance"]
+    codes, grain_map, labels = toy_batch(model)
+    stream, condition = model.pack(codes[2:3], grain_map[2:3], labels[2:3]), model.condition(labels[2:3])
+    source = Watched(stream.positions, stream.contents)
+    for _ in model.run_steps(StreamState(model.layout, condition.labels), condition, source, 2.5, None):
+        pass
+    elements, slow = elements_of(stream, 0), SlowTransformer(model)
+    assert len(source.logits) == 2 * (len(elements) - 1)
+    for i in range(1, len(elements)):
+        for got, expected in zip(source.logits[2 * i - 2 :], slow.guided_logits(elements[: i + 1], 2.5)):
+            torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_guided_greedy_equals_the_slow_version(models):
     generated = models["guidance"].generate([0, 1, 2], guidance_scale=2, do_sample=False, fine_positions="free")
     assert_same_as_slow(models["guidance"], generated, [None] * 3, False, guidance_scale=2)

@@ -209,9 +209,8 @@ class StreamLayout:
 
     def relabel(self, contents, positions, granularities, labels):
         """Contents and positions (B, L) with the start tokens of other labels (B,)."""
-        is_start = contents >= self.content_start
         first = self.tables(positions.device).num_cells[granularities] + 2
         return (
-            torch.where(is_start, self.content_start + labels[:, None], contents),
-            torch.where(is_start, first + labels[:, None], positions),
+            torch.where(contents >= self.content_start, self.content_start + labels[:, None], contents),
+            torch.where(positions >= first, first + labels[:, None], positions),
         )
