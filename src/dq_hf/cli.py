@@ -16,7 +16,6 @@ from transformers import AutoConfig
 
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
 from .codec.cost import reconstruct
-from .convert import convert_checkpoint
 from .files import whole_file
 from .modeling.configuration_utils_dq import read_json_object
 from .modeling.grain_map_dq import count_codes
@@ -25,6 +24,7 @@ from .modeling.routing_dq import image_entropy
 from .pictures import draw_code_usage, draw_entropy, draw_generation, draw_grain_map, image_grid, import_figure
 from .pipelines.class_labels import class_ids
 from .pipelines.image_generation import check_seed
+from .release import convert_checkpoint
 
 SAMPLING_OPTIONS = (
     "temperature",

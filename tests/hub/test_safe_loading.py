@@ -31,7 +31,7 @@ from dq_hf import (
     DQVAEModel,
 )
 from dq_hf.cli import main
-from dq_hf.convert import convert_checkpoint
+from dq_hf.release import convert_checkpoint
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 GIBIBYTE = 2**30

@@ -16,12 +16,13 @@ from conftest import full_disk
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from dq_hf.convert import convert_checkpoint, transformer_state_dict, vae_state_dict
 from dq_hf.modeling.grain_map_dq import expand_grain_map
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
 from dq_hf.modeling.modeling_dq import DQForImageGeneration
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
 from dq_hf.modeling.routing_dq import budget_loss
+from dq_hf.release import convert_checkpoint
+from dq_hf.release.weights import transformer_state_dict, vae_state_dict
 
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 VAES = ["dual_entropy", "dual_feature", "triple_feature"]

@@ -1,0 +1,72 @@
+"""A checkpoint of the paper's release as our folder: any DQ-VAE variant, or a DQ-Transformer with its first stage.
+
+Everything that the release's configuration states twice, or that ours derives, is checked; a parameter that is neither
+read nor known to have no effect on the model is an error.
+"""
+
+from pathlib import Path
+
+from ..modeling.configuration_dqvae import DQVAEConfig
+from ..modeling.hub_dq import weights_of
+from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.modeling_dq import DQForImageGeneration
+from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.modeling_utils_dq import shorten
+from .config import read_config
+from .weights import read_checkpoint, transformer_state_dict, vae_state_dict
+
+
+def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
+    """Write a released checkpoint as a folder that `from_pretrained` reads, and give its model.
+
+    Args:
+        config_path: the release's `config.yml`; paths inside it are relative to its folder.
+        checkpoint_path: the release's `model.ckpt`. Only tensors and plain values are read, no code.
+        output_dir: new or empty folder.
+        force: write into a folder that is not empty.
+
+    Returns:
+        A `DQVAEModel`, or, for a DQ-Transformer, a `DQForImageGeneration`; in evaluation mode.
+
+    Raises:
+        FileExistsError: `output_dir` is a file, or not empty.
+        OSError: a file is missing, damaged, or holds more than tensors and plain values.
+        ValueError: a configuration that is incomplete, contradicts itself or asks for what we do not have, or a
+            checkpoint that does not fit it; the message names the parameter or the keys.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise FileExistsError(f"the output must be a folder, got the file {output_dir}; choose another name")
+    if output_dir.exists() and any(output_dir.iterdir()) and not force:
+        raise FileExistsError(f"the output folder {output_dir} is not empty; choose another or overwrite with force")
+
+    config = read_config(config_path)
+    state_dict = read_checkpoint(checkpoint_path)
+    try:
+        if isinstance(config, DQVAEConfig):
+            ours = vae_state_dict(state_dict, config)
+            model = DQVAEModel(config)
+            model.load_state_dict(ours)
+        else:
+            others = [key for key in state_dict if not key.startswith(("first_stage_model.", "transformer."))]
+            if others:
+                raise ValueError(f"unknown keys {shorten(sorted(others))}")
+            vae = vae_state_dict(state_dict, config.vae_config, "first_stage_model.")
+            transformer = transformer_state_dict(state_dict, config.transformer_config, "transformer.")
+            model = DQForImageGeneration(config)
+            model.vae.load_state_dict(vae)
+            model.transformer.load_state_dict(transformer)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
+
+    model.eval()
+    model.save_pretrained(output_dir)
+    if isinstance(model, DQVAEModel):
+        height, width = config.image_height_width
+        DQImageProcessor(size={"height": height, "width": width}).save_pretrained(output_dir)
+    # What a model of the other kind left there would be taken for a part of this one, which is whole only now.
+    for path in list(output_dir.iterdir()):
+        is_stale = path.name == "model_index.json" if isinstance(model, DQVAEModel) else weights_of(path.name)
+        if is_stale:
+            path.unlink()
+    return model
