@@ -72,9 +72,17 @@ def make_parser():
     reconstruct.add_argument("--force", action="store_true", help="overwrite")
 
     convert = add_command(commands, "convert", run_convert, "convert a checkpoint of the paper's release")
-    convert.add_argument("--config", type=Path, required=True, metavar="CONFIG.yml")
-    convert.add_argument("--checkpoint", type=Path, required=True, metavar="MODEL.ckpt")
-    convert.add_argument("--output", type=Path, required=True, metavar="DIR")
+    convert.add_argument(
+        "--config", type=Path, required=True, metavar="CONFIG.yml", help="the release's configuration"
+    )
+    convert.add_argument("--checkpoint", type=Path, required=True, metavar="MODEL.ckpt", help="the release's weights")
+    convert.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    convert.add_argument(
+        "--thresholds",
+        type=Path,
+        metavar="FILE.json",
+        help="table of entropy thresholds; default: the one that the configuration names, beside it or in a folder above",
+    )
     convert.add_argument("--force", action="store_true", help="write into a folder that has files")
 
     calibrate = add_command(commands, "calibrate", run_calibrate, "fit entropy thresholds to images")
@@ -332,7 +340,7 @@ def holds_both(model):
 
 def run_convert(args):
     """`dq-hf convert`."""
-    model = convert_checkpoint(args.config, args.checkpoint, args.output, force=args.force)
+    model = convert_checkpoint(args.config, args.checkpoint, args.output, args.force, args.thresholds, report=print)
     print(f"{args.output}: {type(model).__name__}, {model.num_parameters():,} parameters")
 
 

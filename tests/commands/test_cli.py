@@ -379,10 +379,16 @@ def test_no_generator_is_fetched_where_a_tokenizer_is_enough(hub_client):
 
 
 def test_convert_writes_a_folder_that_loads(run, place):
+    Path("table.json").write_text('{"50": 1.118127}')
     arguments = ["--config", REFERENCE / "config.yml", "--checkpoint", REFERENCE / "model.ckpt"]
-    printed = run("convert", *arguments, "--output", "converted")
+    printed = run("convert", *arguments, "--output", "converted", "--thresholds", "table.json")
     model = DQVAEModel.from_pretrained("converted")
-    assert printed.out == f"converted: DQVAEModel, {sum(p.numel() for p in model.parameters()):,} parameters\n"
+    *defaults, last = printed.out.splitlines()
+    assert last == f"converted: DQVAEModel, {sum(p.numel() for p in model.parameters()):,} parameters"
+    assert (
+        "model.params.decoderconfig.params.dropout is not in the configuration: 0.0, the release's default" in defaults
+    )
+    assert model.config.entropy_thresholds == [1.118127]
     expected = load_file(REFERENCE / "expected.safetensors")
     with torch.no_grad():
         encoded = model.encode(expected["image"])

@@ -1,36 +1,45 @@
 """A checkpoint of the paper's release as our folder: any DQ-VAE variant, or a DQ-Transformer with its first stage.
 
 Everything that the release's configuration states twice, or that ours derives, is checked; a parameter that is neither
-read nor known to have no effect on the model is an error.
+read nor known to have no effect on the model is an error. Nothing of the files is run, imported or read beyond need.
 """
 
 from pathlib import Path
+
+from transformers.utils import logging
 
 from ..modeling.configuration_dqvae import DQVAEConfig
 from ..modeling.hub_dq import weights_of
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from ..modeling.modeling_utils_dq import shorten
+from .checkpoint import open_checkpoint
 from .config import read_config
-from .weights import read_checkpoint, transformer_state_dict, vae_state_dict
+from .text import listed
+from .weights import transformer_state_dict, vae_state_dict
+
+logger = logging.get_logger(__name__)
 
 
-def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
+def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, thresholds_path=None, report=None):
     """Write a released checkpoint as a folder that `from_pretrained` reads, and give its model.
 
     Args:
-        config_path: the release's `config.yml`; paths inside it are relative to its folder.
-        checkpoint_path: the release's `model.ckpt`. Only tensors and plain values are read, no code.
+        config_path: the release's `config.yml`. The table of entropy thresholds that it names (`json_path`) is looked
+            for beside it and in the folders above it; where there is none, a published threshold is taken.
+        checkpoint_path: the release's `model.ckpt`. Only the tensors in its `state_dict` are used, and no code of it.
         output_dir: new or empty folder.
         force: write into a folder that is not empty.
+        thresholds_path: JSON table {percentile: entropy in nats} to take instead of `json_path`.
+        report: called with a sentence for each value that is not in the files, a default or a published threshold;
+            None: they are logged as warnings.
 
     Returns:
         A `DQVAEModel`, or, for a DQ-Transformer, a `DQForImageGeneration`; in evaluation mode.
 
     Raises:
         FileExistsError: `output_dir` is a file, or not empty.
-        OSError: a file is missing, damaged, or holds more than tensors and plain values.
+        OSError: a file is missing, damaged or compressed.
         ValueError: a configuration that is incomplete, contradicts itself or asks for what we do not have, or a
             checkpoint that does not fit it; the message names the parameter or the keys.
     """
@@ -40,24 +49,12 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
     if output_dir.exists() and any(output_dir.iterdir()) and not force:
         raise FileExistsError(f"the output folder {output_dir} is not empty; choose another or overwrite with force")
 
-    config = read_config(config_path)
-    state_dict = read_checkpoint(checkpoint_path)
-    try:
-        if isinstance(config, DQVAEConfig):
-            ours = vae_state_dict(state_dict, config)
-            model = DQVAEModel(config)
-            model.load_state_dict(ours)
-        else:
-            others = [key for key in state_dict if not key.startswith(("first_stage_model.", "transformer."))]
-            if others:
-                raise ValueError(f"unknown keys {shorten(sorted(others))}")
-            vae = vae_state_dict(state_dict, config.vae_config, "first_stage_model.")
-            transformer = transformer_state_dict(state_dict, config.transformer_config, "transformer.")
-            model = DQForImageGeneration(config)
-            model.vae.load_state_dict(vae)
-            model.transformer.load_state_dict(transformer)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
+    config, defaults = read_config(config_path, thresholds_path)
+    with open_checkpoint(checkpoint_path) as state_dict:
+        try:
+            model = make_model(config, state_dict)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
 
     model.eval()
     model.save_pretrained(output_dir)
@@ -69,4 +66,24 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False):
         is_stale = path.name == "model_index.json" if isinstance(model, DQVAEModel) else weights_of(path.name)
         if is_stale:
             path.unlink()
+    for default in defaults:
+        (report or logger.warning)(default)
+    return model
+
+
+def make_model(config, state_dict):
+    """The model of a configuration with the release's weights, {key: `StoredTensor`}."""
+    if isinstance(config, DQVAEConfig):
+        ours = vae_state_dict(state_dict, config)
+        model = DQVAEModel(config)
+        model.load_state_dict(ours)
+        return model
+    others = [key for key in state_dict if not key.startswith(("first_stage_model.", "transformer."))]
+    if others:
+        raise ValueError(f"unknown keys {listed(sorted(others))}")
+    vae = vae_state_dict(state_dict, config.vae_config, "first_stage_model.")
+    transformer = transformer_state_dict(state_dict, config.transformer_config, "transformer.")
+    model = DQForImageGeneration(config)
+    model.vae.load_state_dict(vae)
+    model.transformer.load_state_dict(transformer)
     return model

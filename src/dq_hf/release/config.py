@@ -1,16 +1,14 @@
 """A configuration of the release as ours."""
 
-import json
 import math
 import re
 from pathlib import Path
 
-import yaml
-
 from ..modeling.configuration_dq import DQConfig
 from ..modeling.configuration_dqtransformer import DQTransformerConfig
 from ..modeling.configuration_dqvae import DQVAEConfig
-from ..modeling.modeling_utils_dq import shorten
+from .text import cut, listed, read_yaml, shown
+from .thresholds import entropy_threshold
 
 GRAINS = {"Dual": ("coarse", "fine"), "Triple": ("coarse", "median", "fine")}  # the release's words, coarsest first
 
@@ -18,25 +16,30 @@ GRAINS = {"Dual": ("coarse", "fine"), "Triple": ("coarse", "median", "fine")}  #
 SCHEDULE = ("monitor", "warmup_epochs", "scheduler_type", "weight_decay", "ckpt_path", "ignore_keys")
 LOSS = ("perceptual_weight", "pixelloss_weight", "use_actnorm")  # and all that begin with disc_
 
+MOST_LEVELS = 20  # of resolution; the release has 6 at most
 
-def read_config(path):
-    """`DQVAEConfig` or `DQConfig` of the release's `config.yml`."""
+
+def read_config(path, thresholds_path=None):
+    """`DQVAEConfig` or `DQConfig` of the release's `config.yml`, and a line for each default that was taken.
+
+    Args:
+        path: the configuration. Its `json_path` is looked for beside it, then in the folders above it.
+        thresholds_path: the table of entropy thresholds, instead of `json_path`.
+
+    Raises:
+        FileNotFoundError: no such file, or no table of entropy thresholds.
+        ValueError: it is no YAML file of plain values, incomplete, contradicts itself or asks for what we do not have.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a YAML file: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{path} must have a section `model`, as the release's configurations do")
     try:
         model = Section(content["model"], "model", [*(f"{word}GrainVQModel" for word in GRAINS), "Dualformer"])
-        if model.target == "Dualformer":
-            return generation_config(model, path.parent)
-        return vae_config(model, path.parent)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        convert = generation_config if model.target == "Dualformer" else vae_config
+        return convert(model, path, thresholds_path), model.defaults
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {cut(error, 1000)}") from None
 
 
 class Section:
@@ -46,28 +49,32 @@ class Section:
         entry: its value in the YAML file.
         path: where it is, for messages.
         targets: class names that it may have; what stands before the last dot of `target` is free.
+        defaults: list to which a line is added for each default that is taken; sub-sections share it.
     """
 
-    def __init__(self, entry, path, targets):
+    def __init__(self, entry, path, targets, defaults=None):
         if not isinstance(entry, dict) or not isinstance(entry.get("target"), str):
-            raise ValueError(f"{path} must have a target and params, got {entry!r}")
+            raise ValueError(f"{path} must have a target and params, got {shown(entry)}")
         unknown = set(entry) - {"target", "params", "base_learning_rate", "learning_rate", "min_learning_rate"}
         if unknown:
-            raise ValueError(f"{path} has unknown entries: {shorten(sorted(map(str, unknown)))}")
+            raise ValueError(f"{path} has unknown entries: {listed(sorted(map(cut, unknown)))}")
         self.target = entry["target"].rpartition(".")[2]
         if self.target not in targets:
-            raise ValueError(f"{path}.target must be one of the classes {', '.join(targets)}; got {entry['target']!r}")
+            raise ValueError(
+                f"{path}.target must be one of the classes {', '.join(targets)}; got {shown(entry['target'])}"
+            )
         self.params = {} if entry.get("params") is None else entry["params"]
         if not isinstance(self.params, dict):
-            raise ValueError(f"{path}.params must be a mapping, got {self.params!r}")
+            raise ValueError(f"{path}.params must be a mapping, got {shown(self.params)}")
         self.path = path
         self.read = set()
+        self.defaults = [] if defaults is None else defaults
 
     def get(self, key, kind, default=None):
         """A parameter of type `kind`; one without default is required."""
         self.read.add(key)
         if key not in self.params and default is not None:
-            return default
+            return self.default(key, default)
         if key not in self.params:
             raise ValueError(f"{self.path}.params.{key} is missing")
         value = self.params[key]
@@ -80,31 +87,36 @@ class Section:
             good = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
         if not good:
             wanted = {list: "a list of integers", float: "a finite number", int: "an integer", bool: "true or false"}
-            raise ValueError(f"{self.path}.params.{key} must be {wanted.get(kind, 'a string')}, got {value!r}")
+            raise ValueError(f"{self.path}.params.{key} must be {wanted.get(kind, 'a string')}, got {shown(value)}")
         return value
 
-    def require(self, key, expected, why, optional=False):
-        """Check a parameter whose value follows from others."""
+    def require(self, key, expected, why, default=None):
+        """Check a parameter whose value follows from others; one without default is required."""
         self.read.add(key)
-        if key in self.params:
-            value = self.params[key]
-            if value != expected or isinstance(value, bool) != isinstance(expected, bool):
-                raise ValueError(f"{self.path}.params.{key} must be {expected!r}, {why}; got {value!r}")
-        elif not optional:
+        if key not in self.params and default is None:
             raise ValueError(f"{self.path}.params.{key} is missing")
+        value = self.params[key] if key in self.params else self.default(key, default)
+        if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+            absent = "" if key in self.params else ", the release's default; write it into the file"
+            raise ValueError(f"{self.path}.params.{key} must be {expected!r}, {why}; got {shown(value)}{absent}")
+
+    def default(self, key, value):
+        """The release's default of a parameter that is not there."""
+        self.defaults.append(f"{self.path}.params.{key} is not in the configuration: {value}, the release's default")
+        return value
 
     def section(self, key, targets):
         """A required sub-section."""
         self.read.add(key)
         if key not in self.params:
             raise ValueError(f"{self.path}.params.{key} is missing")
-        return Section(self.params[key], f"{self.path}.params.{key}", targets)
+        return Section(self.params[key], f"{self.path}.params.{key}", targets, self.defaults)
 
     def finish(self, *without_effect):
         """Refuse parameters that nobody read, but for the named ones."""
-        unknown = sorted(str(key) for key in set(self.params) - self.read - set(without_effect))
+        unknown = sorted(cut(key) for key in set(self.params) - self.read - set(without_effect))
         if unknown:
-            raise ValueError(f"{self.path}.params has parameters that the converter does not know: {shorten(unknown)}")
+            raise ValueError(f"{self.path}.params has parameters that the converter does not know: {listed(unknown)}")
 
 
 def yaml_float(text):
@@ -115,7 +127,7 @@ def yaml_float(text):
         return text
 
 
-def vae_config(model, folder):
+def vae_config(model, path, thresholds_path):
     """`DQVAEConfig` of a section of the class DualGrainVQModel or TripleGrainVQModel."""
     word = model.target.removesuffix("GrainVQModel")
     encoder = model.section("encoderconfig", [f"{word}GrainEncoder"])
@@ -124,16 +136,16 @@ def vae_config(model, folder):
     resolution, z_channels = encoder.get("resolution", int), encoder.get("z_channels", int)
     multipliers, decoder_multipliers = encoder.get("ch_mult", list), decoder.get("ch_mult", list)
     num_granularities = len(GRAINS[word])
-    if len(multipliers) < num_granularities:
+    if not num_granularities <= len(multipliers) <= MOST_LEVELS:
         raise ValueError(
-            f"{encoder.path}.params.ch_mult must have a level for each of {num_granularities} granularities, "
-            f"got {multipliers}"
+            f"{encoder.path}.params.ch_mult must have a level for each of {num_granularities} granularities, and at "
+            f"most {MOST_LEVELS}; got {shown(multipliers)}"
         )
     num_decoder_levels = len(multipliers) + 1 - num_granularities  # down to the finest granularity
     if len(decoder_multipliers) != num_decoder_levels:
         raise ValueError(
             f"{decoder.path}.params.ch_mult must have {num_decoder_levels} levels, the encoder's down to the finest "
-            f"granularity; got {decoder_multipliers}"
+            f"granularity; got {shown(decoder_multipliers)}"
         )
     width, decoder_width = encoder.get("ch", int), decoder.get("ch", int)
     granularities = [2 ** (len(multipliers) - 1 - granularity) for granularity in range(num_granularities)]
@@ -154,23 +166,23 @@ def vae_config(model, folder):
         restart_dead_codes=codebook.get("restart_unused_codes", bool, True),
         commitment_beta=codebook.get("commitment_beta", float, 0.25),
         position_type=decoder.get("position_type", str),
-        **router_fields(model, encoder, granularities[0], folder),
+        **router_fields(model, encoder, granularities[0], path, thresholds_path),
         **loss_fields(model, word, [resolution // factor for factor in granularities]),
     )
 
     encoder.require("in_channels", 3, "RGB")
-    encoder.require("resamp_with_conv", True, "the only way of downsampling", optional=True)
+    encoder.require("resamp_with_conv", True, "the only way of downsampling", default=True)
     encoder.finish("update_router")
     decoder.require("in_ch", z_channels, "the encoder's z_channels")
     decoder.require("out_ch", 3, "RGB")
     decoder.require("resolution", resolution, "the encoder's resolution")
     decoder.require("latent_size", resolution // granularities[-1], f"resolution / {granularities[-1]}")
-    decoder.require("dropout", fields["dropout"], "the encoder's dropout", optional=True)
-    decoder.require("resamp_with_conv", True, "the only way of upsampling", optional=True)
-    decoder.require("give_pre_end", False, "or there is no image", optional=True)
+    decoder.require("dropout", fields["dropout"], "the encoder's dropout", default=fields["dropout"])
+    decoder.require("resamp_with_conv", True, "the only way of upsampling", default=True)
+    decoder.require("give_pre_end", False, "or there is no image", default=False)
     decoder.finish("window_size")
-    codebook.require("channel_last", False, "the layout of the features", optional=True)
-    codebook.require("accept_image_fmap", True, "the layout of the features", optional=True)
+    codebook.require("channel_last", False, "the layout of the features", default=False)
+    codebook.require("accept_image_fmap", True, "the layout of the features", default=True)
     codebook.finish()
     model.require("quant_before_dim", z_channels, "the encoder's z_channels")
     model.require("quant_after_dim", fields["codebook_dim"], "the quantiser's codebook_dim")
@@ -184,29 +196,31 @@ def attention_factors(section, resolution, num_levels):
     return [2**level for level in range(num_levels) if resolution // 2**level in with_attention]
 
 
-def router_fields(model, encoder, coarsest_factor, folder):
+def router_fields(model, encoder, coarsest_factor, path, thresholds_path):
     """Fields of `DQVAEConfig` that describe the router."""
     word = model.target.removesuffix("GrainVQModel")
     targets = [f"{word}GrainFeatureRouter"] + ["DualGrainFixedEntropyRouter"] * (word == "Dual")
     router = encoder.section("router_config", targets)
     if router.target == "DualGrainFixedEntropyRouter":
-        model.require("entropy_patch_size", coarsest_factor, "the coarsest downsampling factor")
-        model.require("image_size", encoder.get("resolution", int), "the encoder's resolution")
-        threshold = read_threshold(folder / router.get("json_path", str), router.get("fine_grain_ratito", float))
+        model.require("entropy_patch_size", coarsest_factor, "the coarsest downsampling factor", default=16)
+        model.require("image_size", encoder.get("resolution", int), "the encoder's resolution", default=256)
+        threshold = entropy_threshold(router, coarsest_factor, path, thresholds_path)
         router.finish()
         return {"router": "entropy", "entropy_thresholds": [threshold]}
+    if thresholds_path is not None:
+        raise ValueError(f"entropy thresholds were given for {router.path}, a {router.target}; leave them out")
 
     router.require("num_channels", encoder.get("z_channels", int), "the encoder's z_channels")
     gate, normalization = router.get("gate_type", str), router.get("normalization_type", str)
     gates = {"1layer-fc": None, "2layer-fc-SiLu": "silu", "2layer-fc-ReLu": "relu"}
     activations = {name.lower(): activation for name, activation in gates.items()}
     if gate.lower() not in activations:
-        raise ValueError(f"{router.path}.params.gate_type must be one of {', '.join(gates)}; got {gate!r}")
+        raise ValueError(f"{router.path}.params.gate_type must be one of {', '.join(gates)}; got {shown(gate)}")
     groups = re.fullmatch(r"none|group-(\d+)", normalization)
     if not groups:
         raise ValueError(
             f'{router.path}.params.normalization_type must be "none" or "group-" with a number of groups, '
-            f"got {normalization!r}"
+            f"got {shown(normalization)}"
         )
     router.finish()
     return {
@@ -214,27 +228,6 @@ def router_fields(model, encoder, coarsest_factor, folder):
         "router_activation": activations[gate.lower()],
         "router_norm_num_groups": groups[1] and int(groups[1]),
     }
-
-
-def read_threshold(path, fine_ratio):
-    """Entropy threshold in nats of a fine ratio, from a table {percentile: threshold}."""
-    percentile = 100 - 100 * fine_ratio
-    if not 0 <= fine_ratio <= 1 or abs(percentile - round(percentile)) > 1e-6:
-        raise ValueError(f"fine_grain_ratito must be a whole percentage between 0 and 1, got {fine_ratio}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileNotFoundError(f"json_path: cannot read the entropy thresholds {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"json_path: {path} is not a JSON file: {error}") from None
-    key = str(round(percentile))
-    threshold = table.get(key) if isinstance(table, dict) else None
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
-        raise ValueError(
-            f"json_path: {path} must give a number for percentile {key} (fine_grain_ratito {fine_ratio}), "
-            f"got {threshold!r}; choose a ratio that the table has"
-        )
-    return threshold
 
 
 def loss_fields(model, word, sides):
@@ -260,10 +253,10 @@ def loss_fields(model, word, sides):
     return fields
 
 
-def generation_config(model, folder):
+def generation_config(model, path, thresholds_path):
     """`DQConfig` of a section of the class Dualformer."""
     first_stage = model.section("first_stage_config", ["DualGrainVQModel"])
-    vae = vae_config(first_stage, folder)
+    vae = vae_config(first_stage, path, thresholds_path)
     stack = model.section("transformer_config", ["StackGPT"])
     permuter = model.section("permuter_config", ["DualGrainSeperatePermuter"])
     by_class = "class_cond_stage_config" in model.params
@@ -276,7 +269,7 @@ def generation_config(model, folder):
     order = permuter.get("fine_position_order", str)
     if order not in ("row-first", "region-first"):
         raise ValueError(
-            f'{permuter.path}.params.fine_position_order must be "row-first" or "region-first", got {order!r}'
+            f'{permuter.path}.params.fine_position_order must be "row-first" or "region-first", got {shown(order)}'
         )
     transformer = DQTransformerConfig(
         grid_sizes=vae.grid_sizes,
@@ -301,7 +294,7 @@ def generation_config(model, folder):
     stack.require("vocab_size", transformer.content_vocab_size, "the codes and their special tokens")
     stack.require("content_pad_code", num_codes, "the number of codes")
     stack.require("segment_size", 2, "the number of granularities")
-    stack.require("activate_pad_ignore", True, "padding never counts in the loss", optional=True)
+    stack.require("activate_pad_ignore", True, "padding never counts in the loss", default=True)
     permuter.require("content_pad_code", num_codes, "the number of codes")
     permuter.require("content_eos_code", num_codes + 1, "the number of codes + 1")
     for granularity, (grain, cell) in enumerate(cells.items()):
@@ -320,7 +313,7 @@ def generation_config(model, folder):
             start.require(f"{grain}_pos_sos", cell + 2, f"{why} + 2")
     if by_class:
         start.require("threshold_content", num_codes + 2, "the number of codes + 2")
-    model.require("activate_sos_for_fine_sequence", True, "a start token opens every granularity", optional=True)
+    model.require("activate_sos_for_fine_sequence", True, "a start token opens every granularity", default=True)
     for section in (stack, permuter, start):
         section.finish()
     model.finish("first_stage_key", "cond_stage_key", *SCHEDULE)

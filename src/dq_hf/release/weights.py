@@ -1,16 +1,14 @@
-"""A checkpoint of the release as our tensors."""
+"""The tensors of a release's checkpoint under our names."""
 
-import pickle
 import re
-import zipfile
-from pathlib import Path
 
 import torch
 
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from ..modeling.modeling_utils_dq import shorten
+from .checkpoint import StoredTensor, describe
 from .config import GRAINS
+from .text import cut, listed
 
 # Our name -> the release's, applied in this order; `vae_names` adds those that depend on sizes.
 BLOCK_NAMES = (
@@ -62,8 +60,12 @@ TRANSFORMER_IGNORED = r"(position|content)_transformer\.\d+\.attn\.mask$"
 def vae_state_dict(state_dict, config, prefix=""):
     """State dict of a `DQVAEModel` from the release's keys that begin with `prefix`.
 
+    Args:
+        state_dict: {key: `StoredTensor`}, of which only what the model needs is read.
+
     Raises:
-        ValueError: keys missing, unknown, of another shape or with values that are not finite; all are named.
+        OSError: damaged tensors.
+        ValueError: keys missing, unknown, of another shape or with values that are not finite.
     """
     return rename(state_dict, DQVAEModel, config, vae_names(config), VAE_IGNORED, prefix)
 
@@ -97,7 +99,7 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
     """The release's tensors under our names and in our shapes; what does not fit is named in one `ValueError`."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
-    converted, used, problems = {}, set(), []
+    keys, problems = {}, []
     for name, shape in expected.items():
         key = name
         for pattern, replacement in names:
@@ -109,20 +111,28 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
         if key not in state_dict:
             problems.append(f"{key} is missing (our {name})")
             continue
-        used.add(key)
+        keys[name] = key
         value, release_shape = state_dict[key], shape_in_release(name, shape)
-        if value.shape != release_shape:
-            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(release_shape)}")
-        elif not value.is_floating_point() or not torch.isfinite(value).all():
-            problems.append(f"{key} must hold finite floating-point numbers")
-        else:
-            rows = slice(-1) if name == "quantizer.codebook" else slice(None)
-            converted[name] = value[rows].reshape(shape).float()
+        if not isinstance(value, StoredTensor) or not value.fits():
+            problems.append(f"{key} must be a tensor whose elements are all in the file, got {describe(value)}")
+        elif value.shape != release_shape:
+            problems.append(f"{key} has shape {value.shape}, expected {tuple(release_shape)}")
+        elif not value.dtype.is_floating_point:
+            problems.append(f"{key} must hold floating-point numbers, got {value.dtype}")
+    used = set(keys.values())
     for key in state_dict:
         if key.startswith(prefix) and key not in used and not re.match(ignored, key[len(prefix) :]):
-            problems.append(f"{key} is unknown")
+            problems.append(f"{cut(key, 100)} is unknown")
     if problems:
-        raise ValueError(shorten(problems))
+        raise ValueError(listed(problems))
+
+    converted = {}
+    for name, key in keys.items():  # whatever is read from here on has the size that the model has
+        value = state_dict[key].read()
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key} must hold finite numbers")
+        rows = slice(-1) if name == "quantizer.codebook" else slice(None)
+        converted[name] = value[rows].reshape(expected[name]).float()
     return converted
 
 
@@ -135,44 +145,3 @@ def shape_in_release(name, shape):
     if name == "stream_embedding.weight":
         return torch.Size((1, *shape))
     return shape
-
-
-def read_checkpoint(path):
-    """The release's state dict, a dict of tensors."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    damaged = f"the checkpoint {path} is damaged or not a PyTorch file ({{}}); download it again"
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not compare checksums
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise OSError(damaged.format(f"wrong checksum in {broken}"))
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = next((line for line in lines if re.search(r"Unsupported|GLOBAL|invalid", line)), lines[0])
-        reason = reason.removeprefix("WeightsUnpickler error: ").partition(" Please use")[0]
-        raise OSError(
-            f"the checkpoint {path} is damaged or holds more than tensors and plain values, which could run code, and "
-            f"is not read ({reason}); if you trust it, save it again as a dict with only its state_dict"
-        ) from None
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch.load has no error of its own for damaged files
-        raise OSError(damaged.format(f"{type(error).__name__}: {error}")) from error
-    state_dict = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state_dict, dict) or not state_dict:
-        got = (
-            f"a dict with {shorten([str(key) for key in content])}"
-            if isinstance(content, dict)
-            else type(content).__name__
-        )
-        raise ValueError(f"the checkpoint {path} must be a dict with the tensors in 'state_dict', got {got}")
-    for key, value in state_dict.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f"the checkpoint {path} must hold tensors only, got {type(value).__name__} for key {key!r}"
-            )
-    return state_dict
