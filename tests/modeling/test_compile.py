@@ -87,6 +87,15 @@ def test_all_steps_of_all_calls_share_one_graph_and_give_the_same_codes(options)
     assert len(backend.graphs) == 1
 
 
+def test_a_prefix_is_read_before_the_compiled_steps():
+    sizes = dict(num_position_layers=1, num_content_layers=1, text_hidden_size=6, text_length=3)
+    model = make_transformer(grid_sizes=[[2, 2], [4, 4]], **sizes)
+    options = dict(encoder_hidden_states=torch.randn(2, 3, 6, generator=seeded()), guidance_scale=2.0)
+    expected = model.generate(generator=seeded(), **options)
+    got = model.generate(generator=seeded(), compile_config=config(Backend()), **options)
+    assert torch.equal(got.contents, expected.contents) and torch.equal(got.positions, expected.positions)
+
+
 def test_the_step_gives_the_same_codes_in_functional_form():
     model = make_transformer(grid_sizes=[[2, 2], [4, 4]], num_position_layers=1, num_content_layers=1)
     model.set_attn_implementation("eager")

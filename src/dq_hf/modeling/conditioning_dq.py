@@ -1,8 +1,12 @@
-"""What an image is generated for, as a value: which start token opens its stream, and what both stacks read before it."""
+"""What an image is generated for, as a value: which start token opens its stream, and what both stacks read before it.
+
+A class is a start token; a text is a prefix.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from .modeling_utils_dq import check_indices
 
@@ -15,7 +19,7 @@ class Condition:
         labels: (B,) long, which of the start tokens opens every granularity; 0 without classes.
         prefix: (B, T, width) float, what both stacks read before the stream, or None.
         null_label: start-token label that says nothing of the class; None: the model was trained without one.
-        null_prefix: (T, width) float, the prefix that says nothing, or None.
+        null_prefix: (T, width), or (B, T, width), float: the prefix of the twin, or None.
     """
 
     labels: torch.Tensor
@@ -39,18 +43,21 @@ class Condition:
         """
         if self.null_label is None and self.null_prefix is None:
             raise ValueError(
-                "guidance_scale other than 1 needs a model trained with class_dropout; this one has class_dropout 0"
+                "guidance_scale other than 1 needs a model trained with class_dropout, or with text; this one has "
+                "class_dropout 0 and no text"
             )
         labels = self.labels if self.null_label is None else torch.full_like(self.labels, self.null_label)
         prefix = self.prefix if self.null_prefix is None else self.null_prefix.expand_as(self.prefix)
         return replace(self, labels=labels, prefix=prefix)
 
-    def hide(self, rows):
-        """This condition, but the twin's where `rows` (B,) bool is true."""
-        hidden, prefix = self.hidden(), self.prefix
-        if prefix is not None:
-            prefix = torch.where(rows[:, None, None], hidden.prefix, prefix)
-        return replace(self, labels=torch.where(rows, hidden.labels, self.labels), prefix=prefix)
+    def hide(self, labels=None, prefixes=None):
+        """This condition, but with the twin's label or prefix where (B,) bool is true; None: nowhere."""
+        hidden, changed = self.hidden(), {}
+        if labels is not None:
+            changed["labels"] = torch.where(labels, hidden.labels, self.labels)
+        if prefixes is not None:
+            changed["prefix"] = torch.where(prefixes[:, None, None], hidden.prefix, self.prefix)
+        return replace(self, **changed)
 
 
 def class_condition(class_labels, batch, config, device) -> Condition:
@@ -89,3 +96,50 @@ def class_condition(class_labels, batch, config, device) -> Condition:
     if batch is not None and len(labels) != batch:
         raise ValueError(f"class_labels must hold one label or one for each of {batch} images, got {len(labels)}")
     return Condition(labels, null_label=null_label)
+
+
+class TextPrefix(nn.Module):
+    """The states of any text encoder as a prefix of fixed length: LayerNorm, then one linear layer.
+
+    A slot without a token gets a learned vector of its own. No text, the empty prompt, the hidden half of guidance and
+    what dropout leaves of a caption are all the same: no slot has a token.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.length, self.text_hidden_size = config.text_length, config.text_hidden_size
+        self.norm = nn.LayerNorm(config.text_hidden_size, eps=1e-5)
+        self.projection = nn.Linear(config.text_hidden_size, config.hidden_size)
+        self.padding = nn.Embedding(config.text_length, config.hidden_size)
+
+    def forward(self, hidden_states, attention_mask=None):
+        """(B, length, width) of states (B, T, d), T at most the length, and their mask (B, T): 0 where there is no token."""
+        hidden_states, attention_mask = check_text(hidden_states, attention_mask, self.length, self.text_hidden_size)
+        hidden_states = hidden_states.to(self.projection.weight.device, self.projection.weight.dtype)
+        missing = self.length - hidden_states.shape[1]
+        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing))
+        mask = nn.functional.pad(attention_mask.to(hidden_states.device), (0, missing))[..., None] > 0
+        return torch.where(mask, self.projection(self.norm(hidden_states)), self.empty())
+
+    def empty(self):
+        """The prefix of no text, (length, width)."""
+        return self.padding(torch.arange(self.length, device=self.padding.weight.device))
+
+
+def check_text(hidden_states, attention_mask, length, size):
+    """States and mask of a text encoder, or TypeError or ValueError."""
+    if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+        got = getattr(hidden_states, "dtype", type(hidden_states).__name__)
+        raise TypeError(f"encoder_hidden_states must be a float tensor (B, T, {size}), got {got}")
+    shape = tuple(hidden_states.shape)
+    if len(shape) != 3 or shape[2] != size or not 1 <= shape[1] <= length or shape[0] == 0:
+        raise ValueError(
+            f"encoder_hidden_states must have shape (B, T, {size}) with T at most text_length {length}, got {shape}; "
+            "cut longer texts when they are tokenised"
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones(shape[:2], dtype=torch.long, device=hidden_states.device)
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != shape[:2]:
+        got = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        raise ValueError(f"encoder_attention_mask must have shape {shape[:2]}, that of the states; got {got}")
+    return hidden_states, attention_mask

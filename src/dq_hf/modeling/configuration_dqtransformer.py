@@ -23,6 +23,9 @@ class DQTransformerConfig(DQPreTrainedConfig):
         num_classes: classes of a class-conditional model; 0: unconditional. Their names are `id2label`.
         class_dropout: probability that training hides an image's class, for classifier-free guidance. Above 0 the
             vocabularies get one more start token, that of the hidden class.
+        text_hidden_size: width of the states of the text encoder, for a model with text; None: without.
+        text_length: slots for tokens that both stacks read before the stream; None: without text.
+        text_dropout: probability that training hides an image's text, for classifier-free guidance.
         hidden_size: width of both stacks.
         num_attention_heads: heads of every layer.
         num_position_layers: layers of the Position-Transformer.
@@ -43,6 +46,9 @@ class DQTransformerConfig(DQPreTrainedConfig):
     codebook_size: int = 1024
     num_classes: int = 0
     class_dropout: int | float = 0.0
+    text_hidden_size: int | None = None
+    text_length: int | None = None
+    text_dropout: int | float = 0.1
     hidden_size: int = 1024
     num_attention_heads: int = 8
     num_position_layers: int = 6
@@ -108,7 +114,9 @@ class DQTransformerConfig(DQPreTrainedConfig):
         require_at_most(self, MOST_LAYERS, "num_position_layers", "num_content_layers")
         require_at_most(self, MOST_WIDTH, "hidden_size", "num_classes")
         require_at_most(self, MOST_COUNT, "codebook_size")
-        require_probability(self, "class_dropout", "embedding_dropout", "residual_dropout", "attention_dropout")
+        require_probability(
+            self, "class_dropout", "text_dropout", "embedding_dropout", "residual_dropout", "attention_dropout"
+        )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
@@ -133,6 +141,14 @@ class DQTransformerConfig(DQPreTrainedConfig):
                 "num_classes must be 0 (unconditional) or positive, and positive where class_dropout is; "
                 f"got num_classes {self.num_classes}, class_dropout {self.class_dropout}"
             )
+        if (self.text_hidden_size is None) != (self.text_length is None):
+            raise ValueError(
+                "text_hidden_size and text_length must be given together, or neither; "
+                f"got {self.text_hidden_size} and {self.text_length}"
+            )
+        if self.text_length is not None:
+            require_positive(self, "text_hidden_size", "text_length")
+            require_at_most(self, MOST_WIDTH, "text_hidden_size", "text_length")
         names = {name: i for i, name in self.id2label.items()}
         if set(self.id2label) != set(range(self.num_classes)) or len(names) != self.num_classes:
             raise ValueError(

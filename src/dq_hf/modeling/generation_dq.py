@@ -186,7 +186,17 @@ class DQSamplingMixin:
         return self.generation_output(state)
 
     def generate_steps(
-        self, class_labels=None, num_images=None, do_sample=True, generator=None, compile_config=None, **options
+        self,
+        class_labels=None,
+        num_images=None,
+        do_sample=True,
+        generator=None,
+        compile_config=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        negative_encoder_hidden_states=None,
+        negative_encoder_attention_mask=None,
+        **options,
     ):
         """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
 
@@ -194,7 +204,7 @@ class DQSamplingMixin:
 
         Args:
             class_labels: one integer, or one for each image; None for an unconditional model.
-            num_images: images in all. Default: as many as class_labels, or 1.
+            num_images: images in all. Default: as many as class_labels or texts, or 1.
             do_sample: False takes the largest logit at every step (greedy); temperatures, top-k and top-p then
                 would change nothing and are refused.
             generator: one `torch.Generator`, from which image i takes the i-th draw, or a list of one for each image.
@@ -202,6 +212,8 @@ class DQSamplingMixin:
                 torch's global generator.
             compile_config: a `transformers.CompileConfig` compiles the step, once for each batch size and setting; the
                 caches then have room for the longest stream from the start. None: nothing is compiled.
+            encoder_hidden_states, encoder_attention_mask, negative_encoder_hidden_states,
+                negative_encoder_attention_mask: for a model with text, as in `condition`.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
                 position_top_p, guidance_scale, fine_positions.
 
@@ -209,7 +221,15 @@ class DQSamplingMixin:
             TypeError, ValueError: arguments of another type or range.
         """
         check_num_images(num_images)
-        condition = self.condition(class_labels, num_images)
+        with torch.no_grad():
+            condition = self.condition(
+                class_labels,
+                num_images,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                negative_encoder_hidden_states,
+                negative_encoder_attention_mask,
+            )
         options = SamplingOptions.of(options)
         if not do_sample:
             options = options.greedy()

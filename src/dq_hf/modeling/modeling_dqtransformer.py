@@ -3,14 +3,14 @@
 The Position-Transformer says where the next code goes, the Content-Transformer which code it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .conditioning_dq import Condition, class_condition
+from .conditioning_dq import Condition, TextPrefix, class_condition
 from .configuration_dqtransformer import DQTransformerConfig
 from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
@@ -89,6 +89,7 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
         super().__init__(config)
         self.layout = StreamLayout(config.grid_sizes, config.codebook_size, config.fine_order, config.num_start_tokens)
         width = config.hidden_size
+        self.text_prefix = TextPrefix(config) if config.text_length is not None else None
         self.content_embedding = nn.Embedding(config.content_vocab_size, width)
         self.position_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in config.position_vocab_sizes)
         self.stream_embedding = nn.Embedding(config.max_stream_length, width)
@@ -120,7 +121,9 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
         execution_device = getattr(hook, "execution_device", None)
         return self.content_embedding.weight.device if execution_device is None else execution_device
 
-    def forward(self, codes, grain_map, class_labels=None) -> DQTransformerOutput:
+    def forward(
+        self, codes, grain_map, class_labels=None, encoder_hidden_states=None, encoder_attention_mask=None
+    ) -> DQTransformerOutput:
         """Training losses, and the logits that they are made of.
 
         Args:
@@ -128,16 +131,17 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
             grain_map: (B, h, w) integers, granularity of each region.
             class_labels: (B,) integers, or one for all, for a class-conditional model. In training mode each image's
                 is hidden with probability `class_dropout`.
+            encoder_hidden_states: (B, T, text_hidden_size) float, of a text encoder, for a model with text; None: no
+                text. In training mode each image's is hidden with probability `text_dropout`.
+            encoder_attention_mask: (B, T), 0 where there is no token; None: all are there.
 
         Raises:
             TypeError, ValueError: tensors of another type, shape or range; labels missing or not wanted.
         """
         codes, grain_map = self.check_codes(codes, grain_map)
-        condition = self.condition(class_labels, len(codes))
-        if self.training and self.config.class_dropout > 0:
-            condition = condition.hide(
-                torch.rand(len(codes), 1, device=codes.device)[:, 0] < self.config.class_dropout
-            )
+        condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
+        if self.training:
+            condition = self.drop_out(condition)
         stream = self.layout.pack(codes, grain_map, condition.labels)
         position_logits, content_logits = self.logits(stream, condition)
 
@@ -176,7 +180,9 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
         hidden_states = self.content_transformer(hidden_states + following)
         return position_logits, self.content_head(hidden_states[:, first:])
 
-    def log_prob(self, codes, grain_map, class_labels=None) -> DQLogProbOutput:
+    def log_prob(
+        self, codes, grain_map, class_labels=None, encoder_hidden_states=None, encoder_attention_mask=None
+    ) -> DQLogProbOutput:
         """Log-probability of every element of images' streams, in the training order.
 
         It is that of sampling among what may come, where each granularity's cells come in the training order and the
@@ -184,13 +190,13 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
         Nothing is hidden, and nothing guided; dropout is on in training mode.
 
         Args:
-            codes, grain_map, class_labels: as in `forward`.
+            codes, grain_map, class_labels, encoder_hidden_states, encoder_attention_mask: as in `forward`.
 
         Raises:
             TypeError, ValueError: as in `forward`.
         """
         codes, grain_map = self.check_codes(codes, grain_map)
-        condition = self.condition(class_labels, len(codes))
+        condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
         stream = self.layout.pack(codes, grain_map, condition.labels)
         state = StreamState(self.layout, condition.labels, ascending=True)
         logits = self.logits(stream, condition)
@@ -211,7 +217,8 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
     def pack(self, codes, grain_map, class_labels=None) -> DQStream:
         """Streams of codes and grain map; arguments and errors as in `forward`."""
         codes, grain_map = self.check_codes(codes, grain_map)
-        return self.layout.pack(codes, grain_map, self.condition(class_labels, len(codes)).labels)
+        condition = class_condition(class_labels, len(codes), self.config, codes.device)
+        return self.layout.pack(codes, grain_map, condition.labels)
 
     def check_codes(self, codes, grain_map):
         """Both as long tensors on the model's device; errors as in `forward`."""
@@ -238,9 +245,59 @@ class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMi
         lengths = check_indices("lengths", lengths, shape[:1], contents.shape[1] + 1, device)
         return self.layout.unpack(contents, positions, lengths)
 
-    def condition(self, class_labels=None, batch=None) -> Condition:
-        """What images are generated for; arguments and errors as in `class_condition`."""
-        return class_condition(class_labels, batch, self.config, self.input_device)
+    def condition(
+        self,
+        class_labels=None,
+        batch=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        negative_encoder_hidden_states=None,
+        negative_encoder_attention_mask=None,
+    ) -> Condition:
+        """What images are generated for: class labels as in `class_condition`, and text.
+
+        Args:
+            encoder_hidden_states, encoder_attention_mask: as in `forward`, of one text or of one for each image.
+            negative_encoder_hidden_states, negative_encoder_attention_mask: of the twin's text; None: no text.
+
+        Raises:
+            TypeError, ValueError: as in `class_condition`; text given to a model without it, or of another shape.
+        """
+        texts = [
+            (encoder_hidden_states, encoder_attention_mask),
+            (negative_encoder_hidden_states, negative_encoder_attention_mask),
+        ]
+        given = [states for states, _ in texts if states is not None]
+        if self.text_prefix is None:
+            if given or any(mask is not None for _, mask in texts):
+                raise ValueError(
+                    "this model was trained without text (text_length None): leave out encoder_hidden_states"
+                )
+            return class_condition(class_labels, batch, self.config, self.input_device)
+        prefixes = [
+            self.text_prefix.empty()[None] if states is None else self.text_prefix(states, mask)
+            for states, mask in texts
+        ]
+        if class_labels is None and batch is None:
+            batch = max(map(len, prefixes))
+        condition = class_condition(class_labels, batch, self.config, self.input_device)
+        if any(len(prefix) not in (1, len(condition)) for prefix in prefixes):
+            raise ValueError(
+                f"encoder_hidden_states must be of one text or of one for each of {len(condition)} images, got {len(prefixes[0])}"
+            )
+        prefix, null_prefix = (prefix.expand(len(condition), -1, -1) for prefix in prefixes)
+        return replace(condition, prefix=prefix, null_prefix=null_prefix)
+
+    def drop_out(self, condition):
+        """The condition with some images' class and text hidden, for training; one draw an image decides on both."""
+        config, has_text = self.config, condition.prefix is not None
+        if config.class_dropout == 0 and not (has_text and config.text_dropout > 0):
+            return condition
+        draw = torch.rand(len(condition), 1, device=condition.labels.device)[:, 0]
+        return condition.hide(
+            draw < config.class_dropout if config.class_dropout > 0 else None,
+            draw < config.text_dropout if has_text else None,
+        )
 
     def embed(self, contents, positions, granularities, places=None):
         """Input of the Position-Transformer, (B, L, width), for elements at `places` (L,) of the stream, else its first."""
