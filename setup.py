@@ -50,6 +50,7 @@ setup(
             "playwright",
             "markdown-it-py>=3",
             "psutil",
+            "resvg-py",
             "ruff",
             "scikit-image",
             "scipy",
