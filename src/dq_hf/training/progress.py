@@ -133,6 +133,10 @@ def set_learning_rate(scheduler, learning_rate):
         group["lr"] = learning_rate * factor(scheduler.last_epoch)
 
 
+class NotFiniteError(RuntimeError):
+    """A loss that is infinite or NaN; says how to go on."""
+
+
 class FiniteCheck:
     """Remembers on the device, without waiting for it, which terms were ever infinite or NaN since `step`."""
 
@@ -153,11 +157,11 @@ class FiniteCheck:
         """Wait for the device; for steps at which all processes log or save.
 
         Raises:
-            RuntimeError: on every process, if a term of any was not finite.
+            NotFiniteError: on every process, if a term of any was not finite.
         """
         names = sorted(set(gather_object([name for name, bad in self.bad.items() if bad])))
         if names:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"not finite between steps {self.step + 1} and {step}: {', '.join(names)}. {last_good(run_dir)} "
                 f"To go on from there: {remedy}"
             )

@@ -1,0 +1,400 @@
+"""Train DQ-VAE, the tokenizer with variable-length codes (stage 1), on any images.
+
+CPU smoke run, a minute:
+
+    accelerate launch --cpu examples/train_dqvae.py --output_dir runs/smoke --max_steps 20 --batch_size 8 --save_every 10
+
+One GPU, one's own folder of images at 256 pixels, the paper's sizes and its whole objective:
+
+    accelerate launch --config_file examples/configs/one_gpu.yaml examples/train_dqvae.py --data path/to/images \
+        --output_dir runs/vae --image_size 256 --granularities 16 8 --block_out_channels 128 128 256 256 512 \
+        --layers_per_block 2 --norm_num_groups 32 --z_channels 256 --codebook_dim 256 --codebook_size 1024 \
+        --perceptual lpips --perceptual_weight 1 --disc_start 20000 --max_steps 500000 --learning_rate 1e-4
+
+All GPUs of one machine: `--config_file examples/configs/one_node.yaml`; of several: `several_nodes.yaml`. Where only the
+package is installed, `-m dq_hf.scripts.train_dqvae` stands for `examples/train_dqvae.py`. A run that was stopped or killed
+goes on where its last checkpoint was when the same command is given again. At the end `<output_dir>/model` is a folder
+with a model card that `DQVAEModel.from_pretrained` loads. `docs/training.md` says what the logged curves look like when
+all is well.
+"""
+
+import itertools
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch._functorch.config
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+
+from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
+from dq_hf.data.images import ImageCollator
+from dq_hf.data.streams import prepare_loader
+from dq_hf.networks.perceptual import make_perceptual_loss
+from dq_hf.pictures import draw_grain_map, image_grid
+from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
+from dq_hf.training.calibration import calibrate_thresholds
+from dq_hf.training.checkpoints import writing
+from dq_hf.training.options import (
+    RunOptions,
+    option,
+    require,
+    require_one_of,
+    require_share,
+    run_script,
+    settle_sizes,
+    size_option,
+)
+from dq_hf.training.progress import set_learning_rate
+from dq_hf.training.run import Run
+
+SIZES = {  # of a new model
+    "image_size": 64,
+    "granularities": [8, 4],
+    "router": "entropy",
+    "fine_ratios": [0.5],
+    "block_out_channels": [32, 48, 96, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "z_channels": 96,
+    "codebook_size": 512,
+    "codebook_dim": 32,
+}
+PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss")
+
+
+@dataclass(kw_only=True)
+class Arguments(RunOptions):
+    """Options of `RunOptions`, and those of the tokenizer and its objective."""
+
+    start_from: str | None = option(
+        None, "Folder or Hub id of a DQVAEModel to go on from; its sizes and thresholds stay."
+    )
+    decoder_only: bool = option(
+        False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
+    )
+    image_size: int | None = size_option(SIZES["image_size"], "Height and width of the images in pixels.")
+    granularities: list[int] | None = size_option(
+        SIZES["granularities"],
+        "Sides in pixels of what a code stands for, coarsest first, each half of the one before.",
+    )
+    router: str | None = size_option(
+        SIZES["router"], "What chooses the granularity of a region: its entropy, or a network that sees its features."
+    )
+    fine_ratios: list[float] | None = size_option(
+        SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
+    )
+    calibration_images: int = option(4096, "Training images on which the entropy router is set to its budget.")
+    block_out_channels: list[int] | None = size_option(
+        SIZES["block_out_channels"], "Widths of the encoder, one for each halving down to the coarsest granularity."
+    )
+    layers_per_block: int | None = size_option(SIZES["layers_per_block"], "Residual blocks of each width.")
+    norm_num_groups: int | None = size_option(SIZES["norm_num_groups"], "Groups of the group norms.")
+    z_channels: int | None = size_option(SIZES["z_channels"], "Width of the features that are quantised.")
+    codebook_size: int | None = size_option(SIZES["codebook_size"], "Number of codes.")
+    codebook_dim: int | None = size_option(SIZES["codebook_dim"], "Width of a code's vector.")
+
+    perceptual: str = option(
+        "efficientnet-lite0", "Perceptual loss: lpips (the paper's), or efficientnet-lite0 (offline and fast)."
+    )
+    perceptual_weight: float = option(0.2, "Weight of the perceptual loss; 0 needs no feature network.")
+    disc_weight: float = option(0.75, "Weight of the adversarial loss; 0 means no discriminator.")
+    disc_start: int = option(2000, "Step at which the discriminator begins.")
+    disc_ramp: int = option(0, "Steps in which the adversarial loss comes to its full weight; 0 means at once.")
+    disc_channels: int = option(64, "Width of the discriminator's first layer.")
+    disc_layers: int = option(3, "Layers of the discriminator that halve the image.")
+
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes of a step; the codebook still moves at every one of them."
+    )
+    learning_rate: float = option(
+        6e-4, "Highest learning rate, far above the paper's 4.5e-6 times the batch size: for short runs."
+    )
+    ema_decay: float = option(0.999, "Decay of the moving average of the weights, which is kept; 0 means none.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, 1, "image_size", "granularities", "block_out_channels", "layers_per_block", "norm_num_groups")
+        require(self, 1, "z_channels", "codebook_size", "codebook_dim", "calibration_images")
+        require(self, 1, "disc_channels", "disc_layers")
+        require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
+        require_share(self, "fine_ratios", "ema_decay")
+        require_one_of(self, "router", ("entropy", "feature"))
+        if self.decoder_only and self.start_from is None:
+            raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
+
+
+def main(arguments=None):
+    run_script(train, Arguments, __doc__, arguments)
+
+
+def train(args):
+    start = None
+    if args.start_from is not None:  # trained in float32, whatever it was saved in
+        start = DQVAEModel.from_pretrained(args.start_from, dtype=torch.float32)
+    settle_sizes(args, SIZES, None if start is None else sizes_of(start.config))
+    # The codebooks of all processes agree by themselves.
+    run = Run(args, "dqvae", handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    accelerator = run.accelerator
+    if accelerator.mixed_precision == "fp16" and args.gradient_accumulation_steps > 1 and args.disc_weight > 0:
+        raise ValueError(
+            "fp16 cannot accumulate the gradients of two optimisers; use bf16, --gradient_accumulation_steps 1, or "
+            "--disc_weight 0"
+        )
+    torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a compiled graph twice more
+
+    # Data.
+    processor = DQImageProcessor(size={"height": args.image_size, "width": args.image_size})
+    train_set, test_set = run.load_images()
+    collate = ImageCollator(processor, args.image_column)
+    train_collate = ImageCollator(processor, args.image_column, flip_seed=args.seed if args.horizontal_flips else None)
+    train_loader = run.train_loader(train_set, train_collate)
+    test_loader = DataLoader(test_set, args.batch_size, collate_fn=collate)
+
+    # Models, and one optimiser for each (method section 5).
+    config = start.config if start is not None else make_config(args)
+    calibration = Calibration(args, config)
+    if run.begins and start is None:
+        calibration.run(train_set, collate)
+    vae = start if start is not None else DQVAEModel(config)
+    if args.decoder_only:
+        vae.requires_grad_(False)
+        for part in (vae.post_quant_conv, vae.decoder):
+            part.requires_grad_(True)
+    if args.gradient_checkpointing:
+        vae.gradient_checkpointing_enable()
+    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
+    discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers)
+    if args.disc_weight > 0 and args.disc_start < args.max_steps:
+        discriminator.check_size(args.image_size, args.image_size)
+    perceptual = None
+    if args.perceptual_weight > 0:
+        perceptual = make_perceptual_loss(args.perceptual).to(accelerator.device)
+    optimizers = [
+        torch.optim.Adam(filter(is_trained, model.parameters()), lr=args.learning_rate, betas=(0.5, 0.9))
+        for model in (vae, discriminator)
+    ]
+    scheduler = get_scheduler(
+        "cosine", optimizers[0], num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+    )
+    train_loader = prepare_loader(accelerator, train_loader)
+    plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
+    vae, discriminator, *optimizers, test_loader = accelerator.prepare(vae, discriminator, *optimizers, test_loader)
+    run.resume(ema, scheduler, calibration)
+    ema.to(accelerator.device)  # checkpoints are read to the CPU
+    set_learning_rate(scheduler, args.learning_rate)
+    accelerator.print(f"shares of regions: {calibration.shares}")
+
+    # Training.
+    for batch in run.batches(train_loader, train_collate.set_epoch):
+        vae.train(not args.decoder_only)
+        plain_vae.decoder.train()
+        pixel_values = batch["pixel_values"]
+        factor = disc_factor(run.step, args.disc_start, args.disc_ramp) if args.disc_weight > 0 else 0.0
+        with accelerator.accumulate(vae, discriminator):
+            # The tokenizer's step: L1 + perceptual + VQ (+ budget) + adversarial loss.
+            output = vae(pixel_values)
+            reconstruction, loss = output.reconstruction_loss, output.loss
+            terms = {"l1": output.reconstruction_loss, "vq": output.vq_loss}
+            if output.budget_loss is not None:
+                terms["budget"] = output.budget_loss
+            if perceptual is not None:
+                terms["perceptual"] = perceptual(output.sample, pixel_values)
+                reconstruction = reconstruction + args.perceptual_weight * terms["perceptual"]
+                loss = loss + args.perceptual_weight * terms["perceptual"]
+            if factor > 0:
+                judge.requires_grad_(False)
+                terms["g_loss"] = generator_loss(judge(output.sample))
+                judge.requires_grad_(True)
+                last_weight = plain_vae.decoder.output.conv.weight
+                scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+                terms["lambda"] = adaptive_weight(
+                    reconstruction, terms["g_loss"], last_weight, args.disc_weight, scale=scale
+                )
+                loss = loss + factor * terms["lambda"] * terms["g_loss"]
+            terms |= shares_of(output.grain_map, args.granularities)
+            terms |= {"loss": loss, "codes": output.num_codes.float().mean()}
+            terms |= update(accelerator, vae, optimizers[0], loss, args.max_grad_norm)
+
+            # The discriminator's step.
+            if factor > 0:
+                optimizers[1].param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+                d_loss = hinge_loss(discriminator(pixel_values), discriminator(output.sample.detach()))
+                norm = update(accelerator, discriminator, optimizers[1], factor * d_loss, args.max_grad_norm)
+                terms |= {"d_loss": d_loss} | {f"d_{name}": value for name, value in norm.items()}
+        terms = {name: value.detach() for name, value in terms.items()}
+        run.watch(terms, without_scaling=terms.keys() - PLAIN_LOSSES)
+        if not accelerator.sync_gradients:
+            continue
+
+        scheduler.step()
+        if args.ema_decay > 0:
+            ema.step(vae.parameters())
+        run.count_step()
+        if run.due(args.log_every):
+            rows = run.averaged(terms) | codebook_use(plain_vae.quantizer) | {"lr": scheduler.get_last_lr()[0]}
+            if run.step <= args.log_every:  # the first row
+                rows |= {f"calibrated_share_{side}": share for side, share in calibration.shares.items()}
+            run.record(rows, show=("loss", "l1", "codes"))
+        if run.due(args.sample_every):
+            with averaged_weights(vae, ema, args):
+                run.report(evaluate(accelerator, plain_vae, test_loader, processor, run.picture()))
+        run.save_when_due()
+
+    if accelerator.is_main_process and not run.stopped:
+        with averaged_weights(vae, ema, args):
+            run.save_model(plain_vae, processor)
+        publish(run, None if args.streaming else len(train_set), calibration.shares)
+    run.end()
+
+
+def sizes_of(config):
+    """The sizes of a model as options.
+
+    Raises:
+        ValueError: a model of images that are not square.
+    """
+    height, width = config.image_height_width
+    if height != width:
+        raise ValueError(f"--start_from must be a model of square images, got {height}x{width}")
+    sizes = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
+    return sizes | {"image_size": height, "fine_ratios": config.budget_targets or []}
+
+
+def is_trained(parameter):
+    """Whether this parameter is to change."""
+    return parameter.requires_grad
+
+
+def make_config(args):
+    """The model's configuration; its entropy thresholds are not those of these images yet."""
+    finer = len(args.granularities) - 1  # with one granularity there is nothing to choose
+    if finer and len(args.fine_ratios) != finer:
+        raise ValueError(
+            f"--fine_ratios must have {finer} share(s), one for each of --granularities {args.granularities} but the "
+            f"coarsest; got {args.fine_ratios}"
+        )
+    sizes = {name: getattr(args, name) for name in SIZES if name != "fine_ratios"}
+    return DQVAEConfig(
+        **sizes,
+        budget_targets=args.fine_ratios[:finer],
+        router_norm_num_groups=args.norm_num_groups,
+        encoder_attention_factors=args.granularities[:1],
+    )
+
+
+class Calibration:
+    """Entropy thresholds, in the model's configuration, and the shares of regions that they give.
+
+    Both are kept in the checkpoints: a run that goes on codes as it began, whatever it would find now.
+    """
+
+    def __init__(self, args, config):
+        self.args = args
+        self.config = config
+        self.shares = {}
+
+    def run(self, train_set, collate):
+        """Find the thresholds for training images, if the router needs any."""
+        args, granularities, budget = self.args, self.config.granularities, self.config.budget_targets
+        if self.config.router != "entropy" or not budget:
+            return
+        # The same on all processes.
+        subset = train_set.part(0, 1) if args.streaming else train_set.shuffle(seed=args.seed)
+        loader = DataLoader(subset, args.batch_size, collate_fn=collate)
+        num_batches = math.ceil(args.calibration_images / args.batch_size)
+        images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        self.config.entropy_thresholds, shares = calibrate_thresholds(images, granularities[0], budget)
+        self.shares = dict(zip(granularities[1:], shares))
+
+    def state_dict(self):
+        sizes = {name: getattr(self.args, name) for name in SIZES}
+        return {"sizes": sizes, "thresholds": self.config.entropy_thresholds, "shares": self.shares}
+
+    def load_state_dict(self, state):
+        for name, value in state["sizes"].items():
+            if getattr(self.args, name) != value:
+                raise ValueError(f"--{name} was {value}, got {getattr(self.args, name)}")
+        self.config.entropy_thresholds, self.shares = state["thresholds"], state["shares"]
+
+
+@contextmanager
+def averaged_weights(vae, ema, args):
+    """The moving average of the weights, if there is one, in place of the present ones."""
+    if args.ema_decay > 0:
+        ema.store(vae.parameters())
+        ema.copy_to(vae.parameters())
+    yield
+    if args.ema_decay > 0:
+        ema.restore(vae.parameters())
+
+
+def update(accelerator, model, optimizer, loss, max_grad_norm):
+    """A backward pass and, where gradients are complete, a step; the gradient's norm by name, if there was one."""
+    accelerator.backward(loss)
+    norm = {}
+    if accelerator.sync_gradients:
+        norm["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def shares_of(grain_map, granularities):
+    """Share of the regions at each granularity but the coarsest, by the name that the log gives it."""
+    return {f"share_{side}": (grain_map == i).float().mean() for i, side in enumerate(granularities) if i > 0}
+
+
+def codebook_use(quantizer):
+    """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together)."""
+    share = quantizer.cluster_size / quantizer.cluster_size.sum()
+    perplexity = torch.exp(-(share * share.clamp(min=1e-10).log()).sum())
+    return {"codebook_usage": (quantizer.cluster_size > 1).float().mean().item(), "perplexity": perplexity.item()}
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, loader, processor, picture):
+    """Held-out mean PSNR in dB and codes an image; writes inputs, grain maps and reconstructions to `picture`."""
+    model.eval()
+    psnrs, codes = [], []
+    for i, batch in enumerate(loader):
+        output = model(batch["pixel_values"])
+        error = (output.sample.float().clamp(-1, 1) - batch["pixel_values"]).square().mean(dim=(1, 2, 3))
+        psnr, num_codes = accelerator.gather_for_metrics((10 * torch.log10(4 / error), output.num_codes.float()))
+        psnrs.append(psnr)
+        codes.append(num_codes)
+        if i == 0 and accelerator.is_main_process:
+            inputs = processor.post_process(batch["pixel_values"][:16])
+            scale = math.ceil(8 / model.config.granularities[-1])  # frames of 8 pixels
+            maps = [draw_grain_map(image, grain_map, scale) for image, grain_map in zip(inputs, output.grain_map)]
+            outputs = processor.post_process(output.sample[:16])
+            rows = [image.resize(maps[0].size) for image in inputs], maps, [im.resize(maps[0].size) for im in outputs]
+            with writing(picture, picture.parent):
+                image_grid([image for row in rows for image in row], columns=len(inputs)).save(picture)
+    return {"psnr": torch.cat(psnrs).mean().item(), "codes_per_image": torch.cat(codes).mean().item()}
+
+
+def publish(run, num_images, shares):
+    """Put the card of what was measured into the model's folder, and push it if asked to."""
+    args = run.options
+    run.publish(
+        DQVAEConfig.from_pretrained(run.dir / "model"),
+        measured=next(row for row in reversed(run.log.read()) if "psnr" in row),
+        metrics=("psnr", "codes_per_image"),
+        losses=(*PLAIN_LOSSES, "codebook_usage", "perplexity"),
+        picture="reconstructions.png",
+        dataset=args.data,
+        data={"training images": num_images, "horizontal flips": args.horizontal_flips}
+        | {f"share of regions with codes of {side} x {side} pixels": share for side, share in shares.items()},
+        training={
+            "perceptual loss": args.perceptual if args.perceptual_weight > 0 else None,
+            "only the decoder was trained": args.decoder_only or None,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Options of the training scripts: those that both stages have, their ranges, and what a resumed run makes of a change."""
+
+import math
+import sys
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from .checkpoints import CheckpointError
+from .progress import NotFiniteError
+
+EMOJI = "examples/data/emoji"  # in a checkout of the repository
+
+# When a run is resumed, each option of the scripts is one of these:
+TAKEN = (  # the new value counts from there
+    *("data", "train_split", "test_split", "image_column", "max_test_images", "max_broken_share", "codes"),
+    *("horizontal_flips", "batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "warmup_steps", "max_grad_norm", "max_steps"),
+    *("perceptual", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "dropout", "attention_dropout"),
+)
+REFUSED = (  # another value than the checkpoint's is an error
+    *("streaming", "label_column", "length_buckets", "seed", "start_from", "decoder_only", "compile"),
+    *("image_size", "granularities", "router", "fine_ratios", "calibration_images", "block_out_channels"),
+    *("layers_per_block", "norm_num_groups", "z_channels", "codebook_size", "codebook_dim"),
+    *("disc_channels", "disc_layers", "ema_decay", "vae", "weight_decay", "class_dropout"),
+    *("hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers", "fine_order"),
+)
+FREE = (  # changes nothing that is learned
+    *("output_dir", "num_workers", "gradient_checkpointing", "attn_implementation"),
+    *("log_every", "save_every", "keep_checkpoints", "sample_every", "resume", "report_to", "push_to_hub"),
+)
+
+
+def option(default, text):
+    """A dataclass field with its help, which ends with the default, unless that is None or `MISSING`."""
+    text = text if default in (None, MISSING) else f"{text} Default: {default}."
+    return field(default=default, metadata={"help": text.replace("%", "%%")})
+
+
+def size_option(default, text):
+    """A field that is None where it is not given: a new model then has the default, and another one its own size."""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return option(None, f"{text} Default: {shown}, or what the model of --start_from has.")
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Options that both stages have."""
+
+    output_dir: str = option(
+        MISSING, "Folder of the run: checkpoints, log, pictures, and the finished model in model/."
+    )
+    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: str = option("test", "Held-out split to measure on.")
+    image_column: str = option("image", "Column with the images.")
+    streaming: bool = option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
+    max_test_images: int = option(1000, "Measure on at most this many held-out images.")
+    max_broken_share: float = option(
+        0.01, "Images that cannot be read are left out; the run stops if their share is larger than this."
+    )
+    num_workers: int = option(0, "Processes that read images, for each process that trains.")
+    horizontal_flips: bool = option(True, "Mirror half of the training images.")
+
+    batch_size: int = option(32, "Images of a forward pass, in each process.")
+    gradient_accumulation_steps: int = option(1, "Forward passes of a step.")
+    learning_rate: float = option(5e-4, "Highest learning rate, after the warm-up; it falls to 0 along a cosine.")
+    warmup_steps: int = option(100, "Steps in which the learning rate rises to its highest.")
+    max_grad_norm: float = option(1.0, "Longer gradients are scaled down to this norm.")
+    max_steps: int = option(4000, "Steps of the whole run.")
+    gradient_checkpointing: bool = option(False, "Use less memory and more time.")
+    compile: bool = option(False, "Compile the models with torch.compile.")
+    seed: int = option(0, "Seed of all that is random.")
+
+    log_every: int = option(20, "Steps between two rows of log.jsonl.")
+    save_every: int = option(500, "Steps between two checkpoints.")
+    keep_checkpoints: int = option(2, "Newest checkpoints that are kept.")
+    sample_every: int = option(500, "Steps between two measurements on held-out images, each with a picture.")
+    resume: str = option(
+        "auto",
+        "auto goes on from the newest checkpoint of --output_dir, never wants a folder without checkpoints, and the "
+        "folder of a checkpoint goes on from that one.",
+    )
+    report_to: str | None = option(
+        None, "Tracker of accelerate that gets the rows of the log, too, such as tensorboard or trackio."
+    )
+    push_to_hub: str | None = option(None, "Repository of the Hub for the finished model, such as user/name.")
+
+    def __post_init__(self):
+        require(self, 1, "max_test_images", "batch_size", "gradient_accumulation_steps", "max_steps")
+        require(self, 1, "log_every", "save_every", "keep_checkpoints", "sample_every")
+        require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed")
+        require_above_0(self, "max_grad_norm")
+        require_share(self, "max_broken_share")
+
+
+def require(args, least, *names):
+    """Raise `ValueError` unless these options are None or finite, and at least so much; a list in each of its values."""
+    for name in names:
+        if not all(least <= value < math.inf for value in values_of(args, name)):
+            raise ValueError(f"--{name} must be {least} or more, got {shown(args, name)}")
+
+
+def require_above_0(args, *names):
+    """Raise `ValueError` unless these options are finite and above 0."""
+    for name in names:
+        if not all(0 < value < math.inf for value in values_of(args, name)):
+            raise ValueError(f"--{name} must be more than 0, got {shown(args, name)}")
+
+
+def require_share(args, *names):
+    """Raise `ValueError` unless these options are None or in [0, 1]."""
+    for name in names:
+        if not all(0 <= value <= 1 for value in values_of(args, name)):
+            raise ValueError(f"--{name} must lie in [0, 1], got {shown(args, name)}")
+
+
+def require_one_of(args, name, choices):
+    """Raise `ValueError` unless the option is None or one of the choices."""
+    if getattr(args, name) not in (None, *choices):
+        raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {shown(args, name)}")
+
+
+def values_of(args, name):
+    """An option's values: none, one, or several."""
+    value = getattr(args, name)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def shown(args, name):
+    """An option's value as it is typed."""
+    return " ".join(map(str, values_of(args, name)))
+
+
+def check_data(data):
+    """Raise `ValueError` where the images of the repository are meant and are not there."""
+    if data == EMOJI and not Path(data).exists():
+        raise ValueError(
+            f"--data {EMOJI} is a folder of the repository, which is not in {Path.cwd()}; start the script from the "
+            "repository's folder, or give --data, a folder of images or a data set of the Hub"
+        )
+
+
+def settle_sizes(args, defaults, model=None):
+    """Give the sizes that the user left out their values.
+
+    Args:
+        defaults: {option: value} of a new model.
+        model: {option: value} of the model to go on from, if there is one.
+
+    Raises:
+        ValueError: a size that was given and that the model to go on from does not have.
+    """
+    for name, value in (defaults if model is None else model).items():
+        if model is not None and getattr(args, name) not in (None, value):
+            raise ValueError(
+                f"--{name} is {value} in the model of --start_from, got {getattr(args, name)}; leave it out"
+            )
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def run_script(script, options, description, arguments=None):
+    """Parse the options of a script and run it; an expected failure ends with exit status 1 and one line on stderr.
+
+    Args:
+        script: called with the options.
+        options: dataclass of them.
+        description: of the script, for its help.
+        arguments: words of the command line. Default: this process's.
+    """
+    parser = HfArgumentParser(options, description=description, formatter_class=RawDescriptionHelpFormatter)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(arguments)
+        script(args)
+    except (OSError, ValueError, TypeError, ImportError, CheckpointError, NotFiniteError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,326 @@
+"""A training run around its step: processes, folder, checkpoints, log, progress, stop and end."""
+
+import errno
+import fcntl
+import json
+import logging
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+from torch.utils.data import DataLoader
+
+from ..data.streams import load_train_and_test
+from ..modeling.hub_dq import check_push
+from ..modeling.model_card_dq import write_model_card
+from .checkpoints import (
+    CheckpointError,
+    check_writable,
+    find_checkpoint,
+    put_in_place,
+    resume,
+    save_checkpoint,
+    together,
+    writing,
+)
+from .options import REFUSED, check_data
+from .progress import (
+    FiniteCheck,
+    Progress,
+    RunLog,
+    StopSignal,
+    batches,
+    check_max_steps,
+    ignore_sigterm,
+    progress_bar,
+)
+from .publish import command_line, machine_facts, push_folder
+
+logger = logging.getLogger(__name__)
+OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change
+LOCK_FILE = ".lock"
+
+
+class Run:
+    """What a training script needs around its step; all processes make one and call its methods.
+
+    In the order of their use: `load_images`, `train_loader`, `begins`, `resume`, then in the loop over `batches` first
+    `watch`, and after a step `count_step`, `due`, `record`, `report`, `save_when_due`; last `end`.
+
+    Args:
+        options: `RunOptions`.
+        name: of the run in trackers.
+        handlers: of the `Accelerator`, keyword arguments for its parts.
+
+    Attributes:
+        accelerator, progress, options: as given and made.
+        dir: the run's folder.
+        stopped: whether the loop has ended because the run was asked to stop.
+
+    Raises:
+        CheckpointError: the folder cannot be written, another run uses it, or there is nothing to resume as asked.
+    """
+
+    def __init__(self, options, name, handlers=()):
+        self.options = options
+        self.name = name
+        self.dir = Path(options.output_dir)
+        self.accelerator = Accelerator(
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=options.gradient_accumulation_steps,
+                sync_with_dataloader=False,  # steps of one size, also at the end of an epoch
+            ),
+            dynamo_backend="inductor" if options.compile else None,
+            log_with=options.report_to,
+            project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=options.output_dir),
+            step_scheduler_with_optimizer=False,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=options.seed),
+            # One process checks the images, the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
+        )
+        check_writable(self.dir)
+        self.lock = together(
+            lambda: lock(self.dir / LOCK_FILE, self.dir) if self.accelerator.is_main_process else None
+        )
+        self.begins = find_checkpoint(self.accelerator, self.dir, options.resume) is None
+        if options.push_to_hub and self.accelerator.is_main_process:
+            options.push_to_hub = check_push(options.push_to_hub)  # with the user's name
+        set_seed(options.seed)
+        self.progress = Progress()
+        self.stopped = False
+
+    @property
+    def step(self):
+        """Optimizer steps done."""
+        return self.progress.step
+
+    @property
+    def images_per_step(self):
+        """Images of a step, of all processes."""
+        options = self.options
+        return options.batch_size * options.gradient_accumulation_steps * self.accelerator.num_processes
+
+    # Before the loop
+
+    def load_images(self):
+        """Images to train on and to measure on; see `load_train_and_test`."""
+        options = self.options
+        check_data(options.data)
+        return load_train_and_test(
+            self.accelerator,
+            options.data,
+            (options.train_split, options.test_split),
+            options.image_column,
+            options.streaming,
+            options.max_broken_share,
+            options.max_test_images,
+            options.seed,
+        )
+
+    def train_loader(self, dataset, collate, sampler=None):
+        """Batches to train on, mixed unless a sampler or a stream does that."""
+        return DataLoader(
+            dataset,
+            self.options.batch_size,
+            shuffle=None if sampler is not None or self.options.streaming else True,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=collate,
+            num_workers=self.options.num_workers,
+            worker_init_fn=ignore_sigterm,
+        )
+
+    def resume(self, *parts, **facts):
+        """Load the checkpoint to go on from, if there is one, into all that was prepared; then start log and trackers.
+
+        Args:
+            parts: what else is in a checkpoint, in their order.
+            facts: what else must be as it was, besides the options `REFUSED`, or in place of one.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, or is damaged.
+            ValueError: no step is left.
+        """
+        accelerator, options = self.accelerator, self.options
+        self.fixed = {name: value for name, value in vars(options).items() if name in REFUSED} | facts
+        accelerator.register_for_checkpointing(self.progress, *parts)
+        accelerator.register_save_state_pre_hook(self._save_fixed_options)
+        accelerator.register_load_state_pre_hook(self._check_fixed_options)
+        set_seed(options.seed, device_specific=True)
+        resume(accelerator, self.dir, options.resume)
+        check_max_steps(options.max_steps, self.step, self.dir)
+        accelerator.init_trackers(self.name, config={name: str(value) for name, value in vars(options).items()})
+        self.log = RunLog(self.dir / "log.jsonl", self.step) if accelerator.is_main_process else None
+        self.finite = FiniteCheck(self.step)
+        processes = f"{accelerator.num_processes} process" + "es" * (accelerator.num_processes > 1)
+        accelerator.print(f"{options.max_steps} steps by {processes}, starting at step {self.step}")
+
+    def _save_fixed_options(self, models, weights, folder):
+        if self.accelerator.is_main_process:
+            (Path(folder) / OPTIONS_FILE).write_text(json.dumps(self.fixed, indent=1))
+
+    def _check_fixed_options(self, models, folder):
+        file = Path(folder) / OPTIONS_FILE
+        saved = json.loads(file.read_text()) if file.exists() else {}  # checkpoints of before have none
+        for name in saved.keys() & self.fixed.keys():
+            if saved[name] != self.fixed[name]:
+                raise ValueError(f"--{name} was {saved[name]}, got {self.fixed[name]}")
+
+    # In the loop
+
+    def batches(self, loader, on_epoch=None):
+        """Batches, with a progress bar, to the last step or until SIGTERM asks to stop; see `progress.batches`."""
+        accelerator, total = self.accelerator, self.options.max_steps
+        self.bar = progress_bar(total, self.images_per_step, self.step, disable=not accelerator.is_main_process)
+        with StopSignal() as self.stop:
+            for batch in batches(loader, self.progress, accelerator, on_epoch, total):
+                yield batch
+                if self.stopped:
+                    return
+
+    def watch(self, terms, without_scaling=()):
+        """Look at a pass's losses and norms by name, of which none may become infinite or NaN.
+
+        Under fp16 a gradient may overflow, and its step is left out: norms, and what else is in `without_scaling`, are
+        not looked at then.
+        """
+        scaled = self.accelerator.scaler is not None
+        self.finite.add(**{name: terms[name] for name in terms if not (scaled and name in without_scaling)})
+
+    def count_step(self):
+        """An optimizer step was made."""
+        self.progress.step += 1
+        self.bar.update(self.images_per_step)
+
+    def due(self, every):
+        """Whether this step is the n-th again, or the last.
+
+        Raises:
+            NotFiniteError: on every process, when something is due and a loss was not finite.
+        """
+        due = self.step % every == 0 or self.step == self.options.max_steps
+        if due:
+            self.finite.raise_if_bad(self.step, self.dir)
+        return due
+
+    def averaged(self, terms):
+        """Terms as numbers by name, means over the processes."""
+        values = self.accelerator.reduce(torch.stack([value.float() for value in terms.values()]), "mean")
+        return dict(zip(terms, values.tolist()))
+
+    def record(self, values, show=()):
+        """Put numbers by name into log and tracker, and some beside the progress bar."""
+        self.accelerator.log(values, self.step)
+        if self.log is not None:
+            self.log.write(self.step, values)
+        if show:
+            self.bar.set_postfix({"step": self.step} | {name: f"{values[name]:.4g}" for name in show})
+
+    def report(self, values):
+        """Put held-out figures by name into log and tracker, and print them."""
+        self.record(values)
+        self.accelerator.print(f"step {self.step}: {json.dumps(values)}")
+
+    def picture(self, step=None):
+        """Path of a step's picture, of this one or another."""
+        return self.dir / f"samples-{self.step if step is None else step:06d}.png"
+
+    def save_when_due(self):
+        """Save a checkpoint if one is due, or if the run was asked to stop, which then ends `batches`."""
+        self.stopped = self.stop.requested(self.accelerator)
+        if self.due(self.options.save_every) or self.stopped:
+            self.finite.raise_if_bad(self.step, self.dir)
+            save_checkpoint(self.accelerator, self.dir, self.step, self.options.keep_checkpoints)
+        if self.stopped:
+            self.accelerator.print(f"stopped at step {self.step}; the same command goes on from there")
+
+    # After it
+
+    def save_model(self, *parts):
+        """Save models or processors as `model/`, from one process; what was there is lost only once that is done."""
+        folder, partial = self.dir / "model", self.dir / "partial-model"
+        with writing(folder, self.dir):
+            shutil.rmtree(partial, ignore_errors=True)
+            for part in parts:
+                part.save_pretrained(partial)
+            put_in_place(partial, folder)
+
+    def publish(self, config, measured, metrics, losses, picture, dataset, data, training, sources=None):
+        """From one process: put the card into `model/`, and push it if asked to.
+
+        Args:
+            config: of the model.
+            measured: row of the log with the model's held-out figures.
+            metrics: names of those in the card.
+            losses: names in the last row of training that go into the card.
+            picture: name in `model/` for the picture of that step.
+            dataset: name of the images.
+            data, training: more facts for the card's tables.
+            sources: {name: model} that this one was made of.
+        """
+        options, folder = self.options, self.dir / "model"
+        shutil.copy(self.picture(measured["step"]), folder / picture)
+        trained = next(row for row in reversed(self.log.read()) if "loss" in row)
+        write_model_card(
+            folder,
+            config,
+            sources,
+            title=options.push_to_hub or self.dir.name,
+            repository=options.push_to_hub,
+            dataset=dataset,
+            test_split=options.test_split,
+            metrics={name: measured[name] for name in metrics},
+            losses={name: trained[name] for name in losses if name in trained},
+            data=data,
+            training={
+                "steps": self.step,
+                "images seen": self.progress.images,
+                "batch, all processes": self.images_per_step,
+                "learning rate, highest": options.learning_rate,
+                "started from": options.start_from,
+            }
+            | training
+            | machine_facts(self.accelerator),
+            command=command_line(),
+        )
+        if options.push_to_hub:
+            print(push_folder(folder, options.push_to_hub, commit_message=f"Train for {self.step} steps"))
+
+    def end(self):
+        """Wait for all processes, and end trackers and the hold on the folder."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.close()
+
+
+def lock(path, folder):
+    """An open file that only one process at a time can have; the system frees it when that process ends, however.
+
+    Args:
+        path: of the file.
+        folder: that is to be used by one run at a time, for the message.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by processes that read images
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(
+                f"another run uses {folder}; wait for its end, or give another --output_dir"
+            ) from error
+        logger.warning("%s cannot be locked (%s): start no other run in this folder", folder, error)
+    return file
