@@ -6,7 +6,7 @@
         --stage_1 "--image_size 256 --granularities 16 8 --block_out_channels 128 128 256 256 512" \
         --stage_2 "--hidden_size 1024 --num_attention_heads 8 --num_position_layers 6 --num_content_layers 18"
 
-Every row is a run of the example script itself in a process of its own, which ends once enough steps are timed: a step
+Every row is a run of the training script itself in a process of its own, which ends once enough steps are timed: a step
 is all that happens between two updates of the script's progress bar, so the reading of images, the optimizers and the
 moving average of the weights count too. The table has the medians of the steps after the warm-up.
 """
@@ -31,9 +31,10 @@ from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
 from dq_hf.data.images import load_images
+from dq_hf.training import run as training_run
+from dq_hf.training.options import settle_sizes
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
 
 
 class Row(NamedTuple):
@@ -70,9 +71,7 @@ class Arguments:
         default="--num_attention_heads 4 --attention_dropout 0 --attn_implementation eager",
         metadata={"help": "more options of train_dqtransformer.py"},
     )
-    data: str = field(
-        default=str(EXAMPLES / "data" / "emoji"), metadata={"help": "as for the scripts; split train, column image"}
-    )
+    data: str = field(default=str(EMOJI), metadata={"help": "as for the scripts; split train, column image"})
     label_column: str = field(default="label", metadata={"help": "none: unconditional"})
     num_images: int = field(default=200, metadata={"help": "drawn at random from the data, for all rows"})
     vae: str = field(default=f"{DEFAULT_MODEL}/vae", metadata={"help": "tokenizer of stage 2"})
@@ -137,12 +136,13 @@ def check(args):
 
 def describe_sizes(args):
     """The sizes of models and batches, by the scripts' own defaults where no option changes them."""
-    stage_1, stage_2 = (
-        HfArgumentParser(importlib.import_module(script).Arguments).parse_args_into_dataclasses(
-            ["--output_dir", "", *shlex.split(options)]
-        )[0]
-        for script, options in (("train_dqvae", args.stage_1), ("train_dqtransformer", args.stage_2))
-    )
+    stages = []
+    for script, options in (("train_dqvae", args.stage_1), ("train_dqtransformer", args.stage_2)):
+        module = load_script(script)
+        words = ["--output_dir", "", *shlex.split(options)]
+        stages += HfArgumentParser(module.Arguments).parse_args_into_dataclasses(words)
+        settle_sizes(stages[-1], module.SIZES)
+    stage_1, stage_2 = stages
     return (
         f"{stage_1.image_size} pixels, widths {' '.join(map(str, stage_1.block_out_channels))}; transformer width "
         f"{stage_2.hidden_size}, {stage_2.num_position_layers} + {stage_2.num_content_layers} layers; "
@@ -186,7 +186,7 @@ def train(args, row, options, precision):
     torch.set_num_threads(args.threads)
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     clock = StepClock(args, row.times_steps * args.steps)
-    importlib.import_module(row.script).progress_bar = clock.start
+    training_run.progress_bar = clock.start
     try:
         run_script(row.script, options)
         raise ValueError(f"{row.script}.py ended before enough steps were timed; give it more --max_steps")
@@ -200,11 +200,16 @@ def train(args, row, options, precision):
     return Run(warmup[-1] - warmup[0], [end - begin for begin, end in zip(steps, steps[1:])], peak_memory)
 
 
+def load_script(script):
+    """The module of a training script."""
+    return importlib.import_module(f"dq_hf.scripts.{script}")
+
+
 def run_script(script, options):
-    """Run an example as the command line would, in this process."""
+    """Run a script as the command line would, in this process."""
     sys.argv = [script, *shlex.split(options)]
     with redirect_stdout(sys.stderr):
-        importlib.import_module(script).main()
+        load_script(script).main()
 
 
 class EnoughSteps(Exception):
@@ -234,6 +239,12 @@ class StepClock:
 
     def set_postfix(self, values):
         """Shows nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
 
 def make_report(args, sizes, runs):

@@ -91,7 +91,7 @@ def shown_commands():
     for page in MARKDOWN:
         spans = [" ".join(token.content.split()) for token in tokens_of(page) if token.type == "code_inline"]
         commands |= {span: page for span in spans if re.match(r"(dq-hf|python|accelerate launch) ", span)}
-    for path in paths_of("benchmarks/*.py", "docs/*.py", "examples/*.py"):
+    for path in paths_of("benchmarks/*.py", "docs/*.py", "examples/*.py", "src/dq_hf/scripts/*.py"):
         help_text = (ast.get_docstring(ast.parse(read(path))) or "").replace("\\\n", " ")
         lines = re.findall(r"^    ((?:python|accelerate launch) .*)$", help_text, re.MULTILINE)
         commands |= {shlex.join(shlex.split(line, comments=True)): path for line in lines}
@@ -106,11 +106,11 @@ COMMANDS = shown_commands()
 
 @functools.cache
 def script_parser(script):
-    """The parser of a script of ours."""
+    """The parser of a script of ours, also of one that starts a program of the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / script).parent))
-        names = runpy.run_path(str(ROOT / script), run_name="shown")
-    (kind,) = [value for name, value in names.items() if name.endswith("Arguments") and value.__module__ == "shown"]
+        names = runpy.run_path(str(ROOT / script), run_name="shown")["main"].__globals__
+    (kind,) = [names[name] for name in ("Arguments", "BuildArguments") if name in names]
     return HfArgumentParser(kind)
 
 
@@ -144,7 +144,7 @@ def test_options_and_files_of_a_command_exist(command):
         check_options(words, launch_command_parser(), *map(script_parser, scripts))
     elif scripts:
         path, arguments = script_and_arguments(words)
-        if "HfArgumentParser" in read(path):
+        if "HfArgumentParser" in read(path) or "dq_hf.scripts" in read(path):
             script_parser(path).parse_args_into_dataclasses(arguments)
         else:
             options = [word for word in arguments if word.startswith("--")]

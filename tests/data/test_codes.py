@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, load_codes
 from dq_hf.data.fingerprint import codes_fingerprint, fingerprint
+from dq_hf.scripts.encode_dataset import check_output_dir
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "encode_dataset.py"
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -143,17 +143,16 @@ def test_a_cache_says_where_it_comes_from(cache, vae):
 
 
 def test_only_a_code_cache_is_overwritten(cache, tmp_path):
-    check = runpy.run_path(str(SCRIPT))["check_output_dir"]
-    check(tmp_path / "new", overwrite=False)
-    check(tmp_path, overwrite=False)  # empty
-    check(cache, overwrite=True)
+    check_output_dir(tmp_path / "new", overwrite=False)
+    check_output_dir(tmp_path, overwrite=False)  # empty
+    check_output_dir(cache, overwrite=True)
     with pytest.raises(ValueError, match="holds a code cache; choose another folder, or replace it by --overwrite"):
-        check(cache, overwrite=False)
+        check_output_dir(cache, overwrite=False)
     (tmp_path / "holiday.png").touch()
     with pytest.raises(ValueError, match="holds files that are no code cache; choose another folder"):
-        check(tmp_path, overwrite=True)
+        check_output_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="must be a folder, got the file"):
-        check(tmp_path / "holiday.png", overwrite=True)
+        check_output_dir(tmp_path / "holiday.png", overwrite=True)
 
 
 # Refusals

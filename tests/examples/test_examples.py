@@ -1,6 +1,7 @@
 """The training scripts as a user runs them: what they log, save, show and publish, and what they refuse."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -22,9 +23,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import pipeline
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
+from dq_hf import (
+    DQForImageGeneration,
+    DQImageProcessor,
+    DQPipeline,
+    DQTransformerForImageGeneration,
+    DQVAEModel,
+)
 from dq_hf.modeling.quantization_dq import DQQuantizer
-from dq_hf.training.checkpoints import CheckpointError
+from dq_hf.scripts import encode_dataset, train_dqtransformer, train_dqvae
+from dq_hf.training.options import FREE, REFUSED, TAKEN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGE_1 = "train_dqvae.py --image_size 16 --granularities 4 2 --block_out_channels 8 8 16 --norm_num_groups 4"
@@ -100,6 +108,13 @@ def run_here(place, command, **environment):
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
     return printed.getvalue()
+
+
+def refusal(place, command):
+    """The one line with which an example ends that refuses to run."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit, match="^1$"):
+        run_here(place, command)
+    return re.search(f"{command.split()[0]}: error: (.*)$", errors.getvalue())[1]
 
 
 def rows_of(run):
@@ -228,7 +243,7 @@ def test_held_out_figures_are_those_of_the_model(full, place):
 
 
 def test_stage_1_leaves_a_tokenizer_with_a_card_of_its_figures(full):
-    names = {"dqvae", "log.jsonl", "model", "samples-000004.png", "samples-000008.png"}
+    names = {".lock", "dqvae", "log.jsonl", "model", "samples-000004.png", "samples-000008.png"}
     assert {path.name for path in full.iterdir()} == names | {f"checkpoint-{step}" for step in range(1, 9)}
     assert Image.open(full / "samples-000008.png").size == (5 * 64, 3 * 64)  # inputs, codings, reconstructions
     model = full / "model"
@@ -291,14 +306,13 @@ def test_the_entropy_router_is_calibrated_to_the_share_asked_for(plain, place):
 def test_a_run_that_goes_on_keeps_the_thresholds_that_it_began_with(plain, place, capsys):
     run, printed = plain
     shutil.copytree(run, place / "kept")
-    command = f"{PLAIN} --output_dir kept --max_steps 4 --sample_every 4 --calibration_images 1"
+    command = f"{PLAIN} --output_dir kept --max_steps 4 --sample_every 4"
     told = [re.search("shares of regions: .*", text)[0] for text in (run_here(place, command), printed)]
     assert told[0] == told[1] and "calibrate" not in capsys.readouterr().err
     before, after = (DQVAEModel.from_pretrained(place / name / "model").config for name in (run.name, "kept"))
     assert after.entropy_thresholds == before.entropy_thresholds
     message = r"kept/checkpoint-4 cannot be loaded: .*--fine_ratios was \[0.3\], got \[0.4\]. If settings changed"
-    with pytest.raises(CheckpointError, match=message):
-        run_here(place, f"{command} --fine_ratios 0.4")
+    assert re.match(message, refusal(place, f"{command} --fine_ratios 0.4"))
 
 
 def test_the_plainest_objective_needs_no_other_network(plain):
@@ -355,8 +369,8 @@ def test_a_broken_image_is_named_and_left_out(place, caplog):
     run_here(place, f"{command} --output_dir without --max_broken_share 0.1")
     assert "1 of 23 images cannot be read" in caplog.text and "moon/broken.png" in caplog.text
     assert card_figures(place / "without" / "model")["training images"] == "22"
-    with pytest.raises(ValueError, match="at most 0.00% of the images may be broken, got 1 of 23.*moon/broken.png"):
-        run_here(place, f"{command} --output_dir refused --max_broken_share 0")
+    refused = refusal(place, f"{command} --output_dir refused --max_broken_share 0")
+    assert re.match("at most 0.00% of the images may be broken, got 1 of 23.*moon/broken.png", refused)
 
 
 # Stage 2
@@ -393,7 +407,7 @@ def test_stage_2_leaves_a_folder_for_every_door(generator):
     pipe = DQPipeline.from_pretrained(generator / "model")
     output = pipe(class_labels="sun", generator=torch.Generator().manual_seed(1))
     assert torch.equal(output.codes[0], result["codes"])
-    names = {"checkpoint-3", "checkpoint-6", "log.jsonl", "model", "samples-000003.png", "samples-000006.png"}
+    names = {".lock", "checkpoint-3", "checkpoint-6", "log.jsonl", "model", "samples-000003.png", "samples-000006.png"}
     assert {path.name for path in generator.iterdir()} == names
     assert Image.open(generator / "samples-000006.png").size == (8 * 16, 2 * 16)  # eight of each class
 
@@ -485,8 +499,7 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
         ("--streaming reads images as they come, but --codes has their codes", "--codes codes --streaming"),
         ("label column 'label' must hold .*, or train without labels .--label_column none", "--codes unlabelled"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_here(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}")
+        assert re.search(message, refusal(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}"))
 
 
 # Both stages
@@ -517,8 +530,7 @@ def test_the_checkpoint_of_another_run_needs_steps_to_go_on_with(place, plain, g
     command += f" --output_dir from-{run.name} --resume {run.name}/checkpoint-{steps}"
     for too_few in (steps - 1, steps):
         message = f"--max_steps must be at least {steps + 1} for from-{run.name}, .* after step {steps}, got {too_few}"
-        with pytest.raises(ValueError, match=message):
-            run_here(place, f"{command} --max_steps {too_few}")
+        assert re.search(message, refusal(place, f"{command} --max_steps {too_few}"))
     run_here(place, f"{command} --max_steps {steps + 1}")
     assert [row["step"] for row in training_rows(place / f"from-{run.name}")] == [steps + 1]
 
@@ -597,11 +609,12 @@ def test_stage_1_goes_on_from_a_finished_model(place, plain):
     assert "started from" in card_figures(place / "further" / "model")
     moved = [name for name, value in further.state_dict().items() if not torch.equal(value, start.state_dict()[name])]
     assert {"encoder.conv_in.weight", "quantizer.codebook", "decoder.conv_in.weight"} <= set(moved)
-    with pytest.raises(ValueError, match="--codebook_size is 16 in the model of --start_from, got 32; leave it out"):
-        run_here(
+    for size in (32, 512):  # 512: what a new model has
+        refused = refusal(
             place,
-            f"train_dqvae.py --data tables --start_from plain/model --output_dir no --codebook_size 32 {STARTED}",
+            f"train_dqvae.py --data tables --start_from plain/model --output_dir no --codebook_size {size} {STARTED}",
         )
+        assert f"--codebook_size is 16 in the model of --start_from, got {size}; leave it out" in refused
 
 
 def test_training_the_decoder_only_changes_no_code(place, full):
@@ -614,8 +627,8 @@ def test_training_the_decoder_only_changes_no_code(place, full):
     pixel_values, _ = test_images(place)
     before, after = start.encode(pixel_values), further.encode(pixel_values)
     assert torch.equal(before.codes, after.codes) and torch.equal(before.grain_map, after.grain_map)
-    with pytest.raises(ValueError, match="--decoder_only trains the decoder of a finished model"):
-        run_here(place, f"{PLAIN} --output_dir no --decoder_only")
+    refused = refusal(place, f"{PLAIN} --output_dir no --decoder_only")
+    assert "--decoder_only trains the decoder of a finished model" in refused
 
 
 def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
@@ -626,31 +639,76 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
     start = generator / "model" / "transformer" / "model.safetensors"
     assert_same_weights(place / "same" / "model" / "transformer" / "model.safetensors", start)
     for message, arguments in (
-        ("--hidden_size is 16 in the model of --start_from, got 32; leave it out", "--hidden_size 32"),
+        ("--hidden_size is 16 in the model of --start_from, got 256; leave it out", "--hidden_size 256"),
         ("--start_from must have num_classes 0.*got 2; train a new generator", "--label_column none"),
     ):
-        with pytest.raises(ValueError, match=message):
-            run_here(place, f"{command} --output_dir no {arguments}")
+        assert re.search(message, refusal(place, f"{command} --output_dir no {arguments}"))
 
 
-def test_what_cannot_work_is_refused_at_once(place, plain):
-    (place / "file").write_text("")
-    for error, message, arguments in (
-        (ValueError, "an epoch has no batch: expected at least one; lower the batch size", "--batch_size 23"),
-        (ValueError, "must be one of lpips, efficientnet-lite0, got 'vgg'", "--perceptual vgg --perceptual_weight 1"),
-        (ValueError, "needs images of at least 24 x 24", "--disc_layers 3 --disc_weight 1 --disc_start 1"),
-        (CheckpointError, "file could not be written: .*Make sure that file is a folder", "--output_dir file"),
-        (CheckpointError, "expected no checkpoint in plain, got checkpoint-3", "--output_dir plain --resume never"),
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("an epoch has no batch: expected at least one; lower the batch size", "--batch_size 23"),
+        ("must be one of lpips, efficientnet-lite0, got 'vgg'", "--perceptual vgg --perceptual_weight 1"),
+        ("needs images of at least 24 x 24", "--disc_layers 3 --disc_weight 1 --disc_start 1"),
+        ("file could not be written: .*Make sure that file is a folder", "--output_dir file"),
+        ("expected no checkpoint in plain, got checkpoint-3", "--output_dir plain --resume never"),
         (
-            CheckpointError,
-            "plain/checkpoint-3 cannot be loaded: .*codebook.*If settings changed, give those that it was saved with",
+            "plain/checkpoint-3 cannot be loaded: .*--codebook_size was 16, got 32. If settings changed, give those",
             "--output_dir plain --codebook_size 32",
         ),
-    ):
-        with pytest.raises(error, match=message):
-            run_here(place, f"{PLAIN} --output_dir never-begun {THREE_STEPS} {arguments}")
-    assert not list((place / "never-begun").iterdir())
+        ("checkpoint-3 cannot be loaded: .*--ema_decay was 0.999, got 0.5", "--output_dir plain --ema_decay 0.5"),
+        (r"--fine_ratios must have 1 share\(s\), one for each of --granularities", "--fine_ratios 0.1 0.2"),
+        ("--data examples/data/emoji is a folder of the repository", "--data examples/data/emoji"),
+        ("--log_every must be 1 or more, got 0", "--log_every 0"),
+        ("--keep_checkpoints must be 1 or more, got 0", "--keep_checkpoints 0"),
+        ("--learning_rate must be 0 or more, got nan", "--learning_rate nan"),
+        (r"--fine_ratios must lie in \[0, 1\], got 0.5 1.5", "--fine_ratios 0.5 1.5"),
+        ("--router must be one of entropy, feature, got best", "--router best"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
+    (place / "file").write_text("")
+    refused = refusal(place, f"{PLAIN} --output_dir never-begun {THREE_STEPS} {arguments}")
+    assert re.search(message, refused), refused
+    assert not list((place / "never-begun").glob("[!.]*"))
     assert len(training_rows(plain[0])) == 3
+
+
+def test_every_option_is_taken_refused_or_free_when_a_run_is_resumed():
+    stages = [train_dqvae.Arguments, train_dqtransformer.Arguments]
+    names = {field.name for stage in stages for field in dataclasses.fields(stage)}
+    assert sorted([*TAKEN, *REFUSED, *FREE]) == sorted(names)
+
+
+@pytest.mark.parametrize("script", [train_dqvae, train_dqtransformer, encode_dataset])
+def test_every_option_has_a_sentence_of_help(script):
+    for field in dataclasses.fields(script.Arguments):
+        assert re.fullmatch("[A-Za-z-].*[.]", field.metadata["help"])
+        given = field.default not in (None, dataclasses.MISSING)
+        assert not given or f"Default: {field.default}." in field.metadata["help"].replace("%%", "%")
+
+
+def test_a_half_precision_model_is_trained_in_float32(place, plain, generator, codes):
+    DQVAEModel.from_pretrained(plain[0] / "model", dtype=torch.bfloat16).save_pretrained(place / "half" / "vae")
+    half = DQTransformerForImageGeneration.from_pretrained(generator / "model" / "transformer", dtype=torch.bfloat16)
+    half.save_pretrained(place / "half" / "transformer")
+    run_here(place, f"train_dqvae.py --data tables --start_from half/vae --output_dir whole-vae {STARTED}")
+    command = "train_dqtransformer.py --vae plain/model --codes codes --batch_size 10 --warmup_steps 0"
+    command += " --start_from half/transformer --max_steps 1 --output_dir whole-transformer"
+    run_here(place, command)
+    for path in ("whole-vae/model", "whole-transformer/model/transformer"):
+        weights = load_file(place / path / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        changed = [not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values()]
+        assert sum(changed) > 0.8 * len(changed)
+
+
+def test_the_tokenizer_may_be_that_of_a_joint_model(place, generator):
+    command = f"{STAGE_2} --data folders --vae generator/model --max_steps 1 --output_dir of-joint"
+    run_here(place, command)
+    joint = [load_file(place / run / "model/vae/model.safetensors") for run in ("generator", "of-joint")]
+    assert all(torch.equal(joint[0][name], joint[1][name]) for name in joint[0])
 
 
 @pytest.mark.slow

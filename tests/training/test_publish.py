@@ -51,6 +51,8 @@ def test_the_command_line_can_be_pasted_and_keeps_secrets(monkeypatch):
     expected += ["--steps", "3", "--tokenizer", "vae", "--note", "HIDDEN", "--url", "https://HIDDEN@host/x"]
     assert shlex.split(command_line()) == ["python", *expected, "--token", "--push"]
     assert "'my pictures/*'" in command_line()
+    monkeypatch.setattr(sys, "argv", ["dq-hf train-tokenizer", "--output_dir", "run"])
+    assert command_line() == "dq-hf train-tokenizer --output_dir run"
 
 
 def test_machine_facts_tell_processes_and_precision():

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from .fingerprint import codes_fingerprint
 
 INDEX_FILE = "codes.json"
-AGAIN = "encode the images again with examples/encode_dataset.py"
+AGAIN = "encode the images again with encode_dataset.py"
 ROWS_PER_GROUP = 8192  # of a Parquet file: some MB
 
 

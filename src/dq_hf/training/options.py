@@ -6,6 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from .checkpoints import CheckpointError
@@ -176,5 +177,5 @@ def run_script(script, options, description, arguments=None):
         (args,) = parser.parse_args_into_dataclasses(arguments)
         script(args)
     except (OSError, ValueError, TypeError, ImportError, CheckpointError, NotFiniteError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)  # below progress bars
         sys.exit(1)

@@ -51,8 +51,10 @@ def command_line():
     `accelerate launch` starts the script with `python` and keeps its own options to itself; `machine_facts` says what
     they did. Hidden are values of options like --hub_token and --api-key, tokens of the Hub, passwords in addresses.
     """
-    words, hide = ["python"], False
-    for word in sys.argv:
+    program, *arguments = sys.argv
+    words = program.split() if program.startswith("dq-hf ") else ["python", program]
+    hide = False
+    for word in arguments:
         option, equals, value = word.partition("=")
         secret = option.startswith("-") and SECRETS & set(re.split("[-_]", option.lower()))
         if hide and not word.startswith("--"):

@@ -180,8 +180,8 @@ class Run:
     def batches(self, loader, on_epoch=None):
         """Batches, with a progress bar, to the last step or until SIGTERM asks to stop; see `progress.batches`."""
         accelerator, total = self.accelerator, self.options.max_steps
-        self.bar = progress_bar(total, self.images_per_step, self.step, disable=not accelerator.is_main_process)
-        with StopSignal() as self.stop:
+        bar = progress_bar(total, self.images_per_step, self.step, disable=not accelerator.is_main_process)
+        with bar as self.bar, StopSignal() as self.stop:
             for batch in batches(loader, self.progress, accelerator, on_epoch, total):
                 yield batch
                 if self.stopped:
