@@ -1,4 +1,4 @@
-"""Train DQ-Transformer, the generator, on a trained tokenizer's codes (stage 2).
+r"""Train DQ-Transformer, the generator, on a trained tokenizer's codes (stage 2).
 
     accelerate launch --cpu examples/train_dqtransformer.py --output_dir runs/smoke2 --max_steps 20 --batch_size 8 \
         --hidden_size 64 --num_position_layers 1 --num_content_layers 1 --max_test_images 50

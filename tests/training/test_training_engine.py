@@ -316,11 +316,11 @@ def test_a_code_cache_that_is_replaced_is_lost_at_no_moment(place):
 
 
 def test_a_second_run_in_the_folder_of_another_is_refused_at_once(place):
-    folder = place / "shared"
+    folder, second = place / "shared", place / "shared-second"
     [first] = start(folder, f"{WHOLE[2]} --max_steps 1000")
     wait_for_step(folder, 1)
-    assert run(folder / "second", f"{WHOLE[2]} --output_dir ../run") == [1]
-    assert "error: another run uses ../run; wait for its end" in (folder / "second" / "err-0.txt").read_text()
+    assert run(second, f"{WHOLE[2]} --output_dir ../shared/run") == [1]
+    assert "error: another run uses ../shared/run; wait for its end" in (second / "err-0.txt").read_text()
     first.kill()
     first.join()
     run_well(folder, f"{WHOLE[2]} --max_steps 1000", partial(at, "open", "run/log.jsonl", terminate, number=2))

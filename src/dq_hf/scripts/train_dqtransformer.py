@@ -1,4 +1,4 @@
-"""Train DQ-Transformer, which generates variable-length codes from coarse to fine (stage 2), on a trained DQ-VAE's codes.
+r"""Train DQ-Transformer, which generates variable-length codes from coarse to fine (stage 2), on a trained DQ-VAE's codes.
 
 CPU smoke run on the embedded tokenizer, a minute:
 

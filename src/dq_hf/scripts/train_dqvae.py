@@ -1,4 +1,4 @@
-"""Train DQ-VAE, the tokenizer with variable-length codes (stage 1), on any images.
+r"""Train DQ-VAE, the tokenizer with variable-length codes (stage 1), on any images.
 
 CPU smoke run, a minute:
 
