@@ -19,7 +19,7 @@ import dq_hf
 from dq_hf.cli import make_parser
 
 FOLDER = Path(__file__).parent / "reference"
-NOT_API = ("__main__", "assets", "cli")  # the command line has a page of its own
+NOT_API = ("__main__", "assets", "cli", "scripts")  # the command line has a page of its own; scripts have --help
 
 
 def main():
