@@ -3,6 +3,7 @@
 import argparse
 import ast
 import functools
+import inspect
 import json
 import re
 import runpy
@@ -109,7 +110,8 @@ def script_parser(script):
     """The parser of a script of ours, also of one that starts a program of the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / script).parent))
-        names = runpy.run_path(str(ROOT / script), run_name="shown")["main"].__globals__
+        main = runpy.run_path(str(ROOT / script), run_name="shown")["main"]
+    names = inspect.unwrap(main).__globals__
     (kind,) = [names[name] for name in ("Arguments", "BuildArguments") if name in names]
     return HfArgumentParser(kind)
 
