@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import resource
@@ -67,6 +68,11 @@ def make_transformer(**overrides):
         for parameter in model.parameters():
             parameter.normal_(std=0.6, generator=generator)
     return model
+
+
+def edit_config(path, **changes):
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @contextmanager

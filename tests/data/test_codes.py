@@ -17,9 +17,10 @@ from conftest import make_transformer, make_vae
 from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, load_codes
 from dq_hf.data.fingerprint import codes_fingerprint, fingerprint
+from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.scripts.encode_dataset import check_output_dir
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "encode_dataset.py"
@@ -245,9 +246,20 @@ def test_another_decoder_reads_the_same_cache(cache, vae):
     assert len(load_codes(cache, "train", vae)) == 28
 
 
-def test_entropy_thresholds_count_in_both_fingerprints():
-    for which in (fingerprint, codes_fingerprint):
-        assert which(make_vae(entropy_thresholds=[1.0])) != which(make_vae(entropy_thresholds=[2.0]))
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("which", [fingerprint, codes_fingerprint])
+def test_thresholds_count_in_both_fingerprints_however_they_came(which, router):
+    begun, calibrated = make_vae(router="entropy", entropy_thresholds=[1.0]), make_vae(router=router)
+    before = which(calibrated)
+    calibrated.router.set_thresholds([1.0])
+    assert which(calibrated) != before
+    assert (which(calibrated) == which(begun)) == (router == "entropy")
+
+
+def test_the_embedded_model_has_the_fingerprint_that_caches_of_before_have(tmp_path):
+    vae = DQVAEModel.from_pretrained(DEFAULT_MODEL, subfolder="vae")
+    vae.save_pretrained(tmp_path)
+    assert codes_fingerprint(vae) == codes_fingerprint(DQVAEModel.from_pretrained(tmp_path)) == "0f5b94cf51cb97db"
 
 
 # Batches

@@ -1,6 +1,5 @@
-"""What training reads: data sets, stored or streamed, and the entropy thresholds that it sets from them."""
+"""What training reads: data sets, stored or streamed."""
 
-import gc
 import io
 import itertools
 import json
@@ -24,10 +23,7 @@ from torch.utils.data import DataLoader
 
 from dq_hf.data.images import ImageCollator, class_names, decode_image, drop_broken_images, load_images
 from dq_hf.data.streams import EndlessLoader, StreamedImages, load_train_and_test, prepare_loader
-from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
-from dq_hf.modeling.routing_dq import EntropyRouter, image_entropy
-from dq_hf.training.calibration import RESOLUTION, calibrate_thresholds
 
 # Data
 
@@ -563,106 +559,3 @@ def test_two_processes_share_the_images_and_neither_runs_dry(tmp_path):
         assert result["processes"] == 2
         assert result["resumed"] == result["uninterrupted"] and len(result["resumed"]) == 7
         assert result["skipped"] == result["stored"][2:] and len(result["stored"]) == 3
-
-
-# Calibration
-
-
-def random_images(count, seed=0):
-    """Noise whose strength differs between images and places."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(count, 3, 32, 32, generator=generator) * 2 - 1
-    return noise * torch.rand(count, 1, 1, 1, generator=generator) * torch.linspace(0.2, 1, 32)
-
-
-def achieved_shares(thresholds, images, patch_size):
-    """Share of regions that a router with these thresholds puts at each granularity but the coarsest."""
-    factors = [patch_size // 2**g for g in range(len(thresholds) + 1)]
-    widths = [32] * patch_size.bit_length()
-    config = DQVAEConfig(
-        image_size=32, granularities=factors, block_out_channels=widths, entropy_thresholds=thresholds
-    )
-    grain_map = EntropyRouter(config)(images)[1]
-    return [(grain_map == g).float().mean().item() for g in range(1, len(factors))]
-
-
-@pytest.mark.parametrize("shares", [[0.5], [0.1], [0.9], [0.0], [1.0], [0.3, 0.2], [0.5, 0.5], [0.25, 0.0]])
-def test_calibrated_thresholds_give_the_wanted_shares(shares):
-    images = random_images(40)
-    thresholds, achieved = calibrate_thresholds(images.split(16), 4, shares)
-    assert thresholds == sorted(thresholds) and len(thresholds) == len(shares)
-    assert achieved == pytest.approx(shares, abs=0.01)
-    assert achieved_shares(thresholds, images, 4) == pytest.approx(achieved, abs=1e-6)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.77])
-def test_a_threshold_is_the_quantile_of_the_entropies(share):
-    images = random_images(50)
-    entropies = np.sort(image_entropy(images, 4).numpy(), axis=None)  # 3,200 regions
-    count = round(share * len(entropies))  # that are to be fine
-    (threshold,), (achieved,) = calibrate_thresholds(images.split(7), 4, [share])
-    assert entropies[-count - 1] - RESOLUTION <= threshold <= entropies[-count] + RESOLUTION
-    assert achieved == np.mean(entropies > np.float32(threshold)) == pytest.approx(share, abs=0.001)
-
-
-def test_a_threshold_lies_between_entropies_that_are_close():
-    images = random_images(1)
-    close = images.clone()
-    close[:, :, 0, 0] += 1e-4
-    both = torch.cat([images] * 50 + [close] * 50)
-    low, high = sorted(image_entropy(images, 4)[:, 0, 0].tolist() + image_entropy(close, 4)[:, 0, 0].tolist())
-    assert 2 * RESOLUTION < high - low < 0.01
-    others = image_entropy(images, 4).flatten()
-    finer = ((others > high).sum().item() + 0.5) / 64  # half of the images' first regions
-    (threshold,), (achieved,) = calibrate_thresholds([both], 4, [finer])
-    assert low < threshold < high and achieved == pytest.approx(finer, abs=1e-9)
-
-
-def test_calibration_reads_once_and_keeps_nothing():
-    sizes = []
-
-    def batches():
-        for seed in range(3):
-            yield random_images(20, seed)
-            gc.collect()
-            sizes.append(sum(thing.nbytes for thing in gc.get_objects() if type(thing) is torch.Tensor))
-
-    thresholds, achieved = calibrate_thresholds(batches(), 4, [0.5])
-    assert sizes[1] == sizes[2]
-    images = torch.cat([random_images(20, seed) for seed in range(3)])
-    assert (thresholds, achieved) == calibrate_thresholds([images], 4, [0.5])
-
-
-def test_calibration_holds_for_other_images_of_the_same_kind():
-    thresholds, _ = calibrate_thresholds([random_images(100)], 4, [0.4])
-    assert achieved_shares(thresholds, random_images(100, seed=1), 4) == pytest.approx([0.4], abs=0.1)
-
-
-def test_plain_regions_stay_coarse_together():
-    images = random_images(10)
-    images[:, :, :16] = 0.5  # half of all regions, of one entropy
-    for wanted, possible in ((0.3, 0.3), (0.5, 0.5), (0.8, 0.5), (1.0, 1.0)):
-        thresholds, achieved = calibrate_thresholds([images], 4, [wanted])
-        assert achieved == pytest.approx([possible], abs=0.01)
-        assert achieved_shares(thresholds, images, 4) == pytest.approx(achieved, abs=1e-6)
-
-
-def test_thresholds_leave_room_for_rounding():
-    images = random_images(10)
-    images[:, :, :16] = 0.5
-    thresholds, achieved = calibrate_thresholds([images], 4, [0.5])
-    assert achieved_shares([thresholds[0] - 1e-4], images, 4) == achieved_shares([thresholds[0] + 1e-4], images, 4)
-
-
-@pytest.mark.parametrize(
-    ("batches", "shares", "message"),
-    [
-        ([], [0.5], "at least one image, got none"),
-        ([torch.zeros(1, 3, 30, 32)], [0.5], r"multiples of 4, got \(30, 32\); resize"),
-        ([torch.zeros(1, 3, 32, 32)], [1.5], r"shares must lie in \[0, 1\]"),
-        ([torch.zeros(1, 3, 32, 32)], [0.6, 0.6], "a sum of at most 1"),
-    ],
-)
-def test_calibration_refuses(batches, shares, message):
-    with pytest.raises(ValueError, match=message):
-        calibrate_thresholds(batches, 4, shares)

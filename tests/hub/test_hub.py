@@ -453,7 +453,7 @@ def test_offline_mode_is_named_where_something_is_missing(offline):
 )
 def test_a_save_that_stops_anywhere_leaves_one_model_or_none(tmp_path, monkeypatch, old, new):
     """After every step of the replacing; the new model has other weights and another configuration."""
-    before, after = make_vae(), make_vae(entropy_thresholds=[0.9])
+    before, after = make_vae(), make_vae(codebook_decay=0.9)
     with torch.no_grad():
         for parameter in after.parameters():
             parameter += 1
@@ -496,7 +496,7 @@ def outcome(folder, before, after):
         return "none"
     for name, model in (("old", before), ("new", after)):
         same = all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-        if same and loaded.config.entropy_thresholds == model.config.entropy_thresholds:
+        if same and loaded.config.codebook_decay == model.config.codebook_decay:
             return name
     return "a mixture"
 

@@ -193,7 +193,7 @@ def test_figures_of_other_weights_are_told_as_those_of_the_origin(place, tmp_pat
         (
             lambda model: model.transformer.content_embedding.weight.data.add_(1e-3),
             lambda model: model.vae.quantizer.codebook.data[3].add_(0.1),
-            lambda model: setattr(model.vae.config, "entropy_thresholds", [0.1]),
+            lambda model: model.vae.router.set_thresholds([0.1]),
         )
     ):
         model = DQForImageGeneration.from_pretrained(place / "joint")

@@ -38,14 +38,14 @@ def test_paper_sizes_are_the_default():
     assert config.codebook_size == 1024 and config.codebook_dim == 256
     assert config.decoder_block_out_channels == [128, 128, 256, 256]
     assert config.encoder_attention_factors == [16, 8] and config.decoder_attention_factors == [8]
-    assert config.entropy_thresholds == [math.log(32) / 2] and config.budget_targets == [0.5]
+    assert config.initial_thresholds == [math.log(32) / 2] and config.budget_targets == [0.5]
 
 
 def test_defaults_follow_from_three_granularities():
     config = DQVAEConfig(granularities=[32, 16, 8], block_out_channels=[128, 128, 256, 256, 512, 512])
     assert config.grid_sizes == [[8, 8], [16, 16], [32, 32]]
     assert config.decoder_block_out_channels == [128, 128, 256, 256]
-    assert config.entropy_thresholds == pytest.approx([math.log(32) / 3, 2 * math.log(32) / 3])
+    assert config.initial_thresholds == pytest.approx([math.log(32) / 3, 2 * math.log(32) / 3])
     assert config.budget_targets == pytest.approx([1 / 3, 1 / 3])
 
 
@@ -107,20 +107,18 @@ IMPOSSIBLE = [
     (dict(commitment_beta=-1), "commitment_beta must be a finite number"),
     (dict(codebook_weight=math.inf), "codebook_weight must be a finite number"),
     (dict(budget_gamma=math.nan), "budget_gamma must be a finite number"),
-    (dict(router="both"), 'router must be "entropy" or "feature", got \'both\''),
-    (dict(router_activation="gelu"), 'router_activation must be "silu", "relu" or None'),
+    (dict(router="both"), 'router must be one of "entropy", "feature", "random", got \'both\''),
+    (dict(router_gradient="all"), 'router_gradient must be one of "compared", "selected", got \'all\''),
+    (dict(router_activation="gelu"), 'router_activation must be one of "silu", "relu", None'),
     (dict(router="feature", router_norm_num_groups=3), "z_channels 8 must be a multiple of router_norm_num_groups 3"),
     (dict(router="feature", router_norm_num_groups=0), "z_channels 8 must be a multiple of router_norm_num_groups 0"),
     (dict(entropy_thresholds=[]), r"entropy_thresholds must be 1 finite ascending"),
     (dict(entropy_thresholds=[1.0, 2.0]), r"entropy_thresholds must be 1 finite ascending"),
     (dict(entropy_thresholds=[math.nan]), r"entropy_thresholds must be 1 finite ascending"),
     (dict(granularities=[4, 2, 1], entropy_thresholds=[2.0, 1.0]), r"entropy_thresholds must be 2 finite ascending"),
-    (dict(budget_targets=[]), r"budget_targets must be 1 share\(s\)"),
-    (dict(budget_targets=[1.5]), r"budget_targets must be 1 share\(s\)"),
-    (
-        dict(granularities=[4, 2, 1], budget_targets=[0.6, 0.6]),
-        r"budget_targets must be 2 share\(s\) .* sum of at most 1",
-    ),
+    (dict(budget_targets=[]), r"budget_targets needs 1 share\(s\)"),
+    (dict(budget_targets=[1.5]), r"budget_targets must lie in \[0, 1\]"),
+    (dict(granularities=[4, 2, 1], budget_targets=[0.6, 0.6]), "budget_targets .* a sum of at most 1"),
     (dict(position_type="sine"), 'position_type must be "learned", "fourier" or "fourier'),
 ]
 WRONG_TYPES = [

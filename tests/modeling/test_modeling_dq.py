@@ -1,13 +1,12 @@
 """Tokenizer and generator together: joined without a change, saved as one folder, and refused where they do not fit."""
 
 import copy
-import json
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import edit_config, make_transformer, make_vae
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -67,10 +66,6 @@ def make_images():
 
 def list_files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def edit_config(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_weights(path, change):

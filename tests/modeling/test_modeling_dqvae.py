@@ -1,11 +1,15 @@
 """DQ-VAE: what encode, decode and forward give, rate control, other sizes, gradients, and refused inputs."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_vae
+from conftest import edit_config, make_vae
+from safetensors.torch import load_file, save_file
 
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
+from dq_hf.modeling.routing_dq import ROUTERS
 
 # Granularities by their number K, with widths of the encoder's levels.
 GRANULARITIES = {
@@ -14,7 +18,6 @@ GRANULARITIES = {
     3: dict(granularities=[4, 2, 1], block_out_channels=[8, 8, 16]),
     4: dict(granularities=[8, 4, 2, 1], block_out_channels=[8, 8, 8, 16]),
 }
-ROUTERS = ["entropy", "feature"]
 
 
 def make_images(batch_size=2, height=16, width=16, seed=0):
@@ -34,9 +37,8 @@ def spread_router(model):
 @pytest.fixture(scope="module", params=ROUTERS)
 def vae(request):
     """A model in evaluation mode whose router chooses both granularities on `make_images`."""
-    if request.param == "entropy":
-        return make_vae(entropy_thresholds=[1.2])
-    return spread_router(make_vae(router="feature"))
+    model = make_vae(router=request.param, entropy_thresholds=[1.2])
+    return spread_router(model) if request.param == "feature" else model
 
 
 @torch.no_grad()
@@ -120,17 +122,13 @@ def test_codes_are_nearest_to_the_projected_features(vae):
 def test_both_granularities_are_chosen_by_the_router(vae):
     encoded = encode(vae, make_images())
     assert set(encoded.grain_map.unique().tolist()) == {0, 1}
-    if vae.config.router == "entropy":
-        assert torch.equal(encoded.grain_map, (encoded.entropy > 1.2).long()) and encoded.router_logits is None
+    kind = vae.config.router
+    assert (encoded.entropy is not None) == (kind == "entropy")
+    assert (encoded.router_logits is not None) == (encoded.budget_loss is not None) == (kind == "feature")
+    if kind != "feature":
+        assert torch.equal(encoded.grain_map, (vae.region_scores(make_images()) > vae.router.thresholds).long())
     else:
-        assert torch.equal(encoded.grain_map, encoded.router_logits.argmax(1)) and encoded.entropy is None
-
-
-def test_thresholds_set_on_the_configuration_of_a_model_take_effect():
-    model = make_vae()
-    for thresholds, granularity in (([-1.0], 1), ([4.0], 0)):
-        model.config.entropy_thresholds = thresholds
-        assert (encode(model, make_images()).grain_map == granularity).all()
+        assert torch.equal(encoded.grain_map, encoded.router_logits.argmax(1))
 
 
 def test_evaluation_is_deterministic_and_moves_nothing(vae):
@@ -158,11 +156,8 @@ def test_fine_ratio_is_the_exact_share_of_every_image(vae, share):
     counts = encoded.grain_map.flatten(1).sum(1)
     assert ((counts - share * num_regions).abs() <= 0.5).all() and (counts == counts[0]).all()
     assert encoded.num_codes.tolist() == [num_regions + 3 * count for count in counts.tolist()]
-    score = (
-        encoded.entropy
-        if vae.config.router == "entropy"
-        else encoded.router_logits[:, 1] - encoded.router_logits[:, 0]
-    )
+    logits = encoded.router_logits
+    score = vae.region_scores(make_images(3, 16, 20)) if logits is None else logits[:, 1] - logits[:, 0]
     for i, count in enumerate(counts.tolist()):
         chosen = set(score[i].flatten().argsort(descending=True, stable=True)[:count].tolist())
         assert chosen == set(encoded.grain_map[i].flatten().nonzero()[:, 0].tolist())
@@ -261,20 +256,6 @@ def test_the_gate_alone_gives_the_router_gradient():
     assert all((parameter.grad != 0).any() for parameter in model.router.parameters())
 
 
-def test_the_gate_multiplies_the_selected_features():
-    torch.manual_seed(0)
-    model = make_vae(router="feature").train()
-    encoded = model.encode(make_images())
-    chosen = encoded.gates.gather(1, encoded.grain_map[:, None])
-    torch.testing.assert_close(chosen, torch.ones_like(chosen), atol=1e-6, rtol=0)
-    direction = torch.randn(encoded.hidden_states.shape, generator=torch.Generator().manual_seed(0))
-    (gradient,) = torch.autograd.grad((encoded.hidden_states * direction).sum(), encoded.gates, retain_graph=True)
-    # d/d gate of one region: its selected features times the direction, summed over channels and its cells.
-    products = (encoded.hidden_states * direction).detach().sum(1).view(2, 4, 2, 4, 2).sum(dim=(2, 4))
-    expected = torch.zeros_like(gradient).scatter(1, encoded.grain_map[:, None], products[:, None])
-    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
-
-
 def test_a_prescribed_map_leaves_the_router_out_of_training():
     model = make_vae(router="feature").train()
     output = model(make_images(), grain_map=alternating_map(2, 2, 4, 4))
@@ -361,10 +342,47 @@ def test_a_saved_model_loads_with_the_same_output(router, tmp_path):
     assert torch.equal(output.sample, expected.sample) and torch.equal(output.codes, expected.codes)
 
 
+def test_thresholds_are_weights_and_no_files_of_the_configuration(tmp_path):
+    model = make_vae(router="feature")
+    model.router.set_thresholds([0.25])
+    model.save_pretrained(tmp_path)
+    assert DQVAEModel.from_pretrained(tmp_path).router.thresholds.tolist() == [0.25]
+    make_vae(entropy_thresholds=[1.2]).save_pretrained(tmp_path)
+    assert "entropy_thresholds" not in (tmp_path / "config.json").read_text()
+    loaded = DQVAEModel.from_pretrained(tmp_path)
+    assert loaded.config.entropy_thresholds is None and torch.equal(loaded.router.thresholds, torch.tensor([1.2]))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_folder_of_before_thresholds_were_weights_gives_the_same(router, tmp_path):
+    model = make_vae(router=router, entropy_thresholds=[1.2])
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["router.thresholds"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path / "config.json", entropy_thresholds=[1.2])
+    loaded = DQVAEModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.router.thresholds, model.router.thresholds)
+    assert torch.equal(encode(loaded, make_images()).codes, encode(model, make_images()).codes)
+    other = make_vae(router=router, entropy_thresholds=[1.2])
+    other.load_state_dict(weights)  # as a checkpoint of a run
+    assert torch.equal(other.router.thresholds, model.router.thresholds)
+
+
+@pytest.mark.parametrize(("router", "thresholds"), [("entropy", [math.inf]), ("feature", [math.nan])])
+def test_thresholds_that_cannot_be_are_refused_by_file_and_key(router, thresholds, tmp_path):
+    model = make_vae(router=router)
+    model.router.thresholds.copy_(torch.tensor(thresholds))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: router.thresholds must be 1 finite"):
+        DQVAEModel.from_pretrained(tmp_path)
+
+
 def test_loading_in_bfloat16_keeps_the_codebook_in_float32(tmp_path):
     model = make_vae(entropy_thresholds=[1.2])
     model.save_pretrained(tmp_path)
     loaded = DQVAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded.router.thresholds, torch.tensor([1.2]))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     assert all(
         torch.equal(value, loaded.quantizer.state_dict()[n]) for n, value in model.quantizer.state_dict().items()
@@ -447,7 +465,7 @@ def test_encode_refuses_shares_that_do_not_fit_the_granularities():
     model = make_vae(**GRANULARITIES[3])
     with pytest.raises(ValueError, match=r"fine_ratio needs 2 share\(s\)"):
         model.encode(IMAGES, fine_ratio=0.5)
-    with pytest.raises(ValueError, match=r"also their sum"):
+    with pytest.raises(ValueError, match=r"a sum of at most 1"):
         model.encode(IMAGES, fine_ratio=[0.6, 0.6])
 
 

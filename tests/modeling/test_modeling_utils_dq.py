@@ -1,11 +1,10 @@
 """Loading refuses what would leave weights random, wrong or broken, and says which file and which key."""
 
-import json
 import re
 
 import pytest
 import torch
-from conftest import make_vae
+from conftest import edit_config, make_vae
 from safetensors.torch import load_file, save_file
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
@@ -25,11 +24,6 @@ def edit_weights(folder, change):
     weights = load_file(path)
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def set_value(weights, key, value):
@@ -102,22 +96,22 @@ def test_a_damaged_configuration_is_refused(folder):
 
 
 def test_a_configuration_that_does_not_fit_the_weights_is_refused(folder):
-    edit_config(folder, codebook_size=20)
+    edit_config(folder / "config.json", codebook_size=20)
     with pytest.raises(ValueError, match=r"quantizer.codebook \(16, 8\) instead of \(20, 8\)"):
         DQVAEModel.from_pretrained(folder)
 
 
 def test_a_configuration_of_another_kind_or_with_a_typo_is_refused(folder):
-    edit_config(folder, codebook_sise=20)
+    edit_config(folder / "config.json", codebook_sise=20)
     with pytest.raises(ValueError, match="no field 'codebook_sise'; did you mean 'codebook_size'?"):
         DQVAEModel.from_pretrained(folder)
-    edit_config(folder, model_type="dqtransformer")
+    edit_config(folder / "config.json", model_type="dqtransformer")
     with pytest.raises(ValueError, match="codebook_sise|model_type 'dqvae', got 'dqtransformer'"):
         DQVAEConfig.from_pretrained(folder)
 
 
 def test_fields_given_at_loading_are_checked_and_used(folder):
-    assert DQVAEModel.from_pretrained(folder, entropy_thresholds=[0.5]).config.entropy_thresholds == [0.5]
+    assert DQVAEModel.from_pretrained(folder, entropy_thresholds=[0.5]).router.thresholds.tolist() == [0.5]
     with pytest.raises(ValueError, match="entropy_thresholds must be 1 "):
         DQVAEModel.from_pretrained(folder, entropy_thresholds=[0.5, 0.6])
     with pytest.raises(TypeError, match="thresholds"):

@@ -1,4 +1,4 @@
-"""Routers, grain maps and the budget loss, against slow versions written from the method's description."""
+"""Routers and the budget loss, against slow versions written from the method's description."""
 
 import math
 from datetime import timedelta
@@ -8,24 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
-from dq_hf.modeling.grain_map_dq import count_codes, expand_grain_map, rank_routing, top_left_cells
-from dq_hf.modeling.routing_dq import (
-    EntropyRouter,
-    FeatureRouter,
-    budget_loss,
-    fineness,
-    gate_values,
-    image_entropy,
-    one_hot_gate,
-)
+from dq_hf.modeling.grain_map_dq import one_hot_gates, rank_routing
+from dq_hf.modeling.routing_dq import ROUTERS, budget_loss, fineness, image_entropy, mix_features
 
 BINS = np.linspace(-1, 1, 32)
-SHARES = st.floats(0, 1)
 
 
 def slow_entropy(image, patch_size):
@@ -88,41 +76,89 @@ def test_entropy_is_finite_where_the_processor_has_no_denormal_numbers():
         torch.set_flush_denormal(False)
 
 
+def make_router(kind, num_granularities=2, **changes):
+    """A router in evaluation mode; of regions of 2^(K-1) pixels a side, so that features may lie on the same grids."""
+    factors = [2**g for g in range(num_granularities)][::-1]
+    sizes = dict(image_size=32, granularities=factors, block_out_channels=[32] * num_granularities, z_channels=6)
+    torch.manual_seed(0)
+    config = DQVAEConfig(**(sizes | {"router": kind, "router_norm_num_groups": None} | changes))
+    return ROUTERS[kind](config).eval()
+
+
 @pytest.mark.parametrize("thresholds", [[], [0.5], [0.3, 2.0], [0.3, 0.3, 2.0]])
 def test_entropy_router_goes_one_step_finer_for_each_threshold_exceeded(thresholds):
-    num_granularities = len(thresholds) + 1
-    factors = [2**g for g in range(num_granularities)][::-1]
-    config = DQVAEConfig(
-        image_size=32,
-        granularities=factors,
-        block_out_channels=[32] * num_granularities,
-        router="entropy",
-        entropy_thresholds=thresholds,
-    )
     images = make_images(32, 16)
-    entropy, grain_map = EntropyRouter(config)(images)
-    slow = np.stack([slow_entropy(image, factors[0]) for image in images])
+    num_granularities = len(thresholds) + 1
+    routed = make_router("entropy", num_granularities, entropy_thresholds=thresholds)(images, None)
+    slow = np.stack([slow_entropy(image, 2 ** len(thresholds)) for image in images])
     assert min([1, *(np.abs(slow - threshold).min() for threshold in thresholds)]) > 1e-4  # no close call
     expected = sum(((slow > threshold).astype(int) for threshold in thresholds), np.zeros(slow.shape, int))
-    assert np.array_equal(grain_map.numpy(), expected)
-    np.testing.assert_allclose(entropy.numpy(), slow, atol=1e-4)
+    assert np.array_equal(routed.grain_map.numpy(), expected)
+    assert torch.equal(routed.gates, one_hot_gates(routed.grain_map, num_granularities))
+    assert routed.score is routed.entropy and routed.loss is None and routed.router_logits is None
+    np.testing.assert_allclose(routed.entropy.numpy(), slow, atol=1e-4)
 
 
-def test_entropy_equal_to_the_threshold_stays_coarse_and_thresholds_may_change():
-    config = DQVAEConfig(granularities=[16, 8])
-    router, images = EntropyRouter(config), make_images(16, 16)[:1]
-    config.entropy_thresholds = [router(images)[0].item()]
-    assert router(images)[1].item() == 0
-    config.entropy_thresholds = [0.0]
-    assert router(images)[1].item() == 1
+def test_a_score_equal_to_the_threshold_stays_coarse():
+    router, images = make_router("entropy"), make_images(2, 2)[:1]
+    for threshold, granularity in ((router(images, None).entropy.item(), 0), (0.0, 1)):
+        router.set_thresholds([threshold])
+        assert router(images, None).grain_map.item() == granularity
 
 
-def feature_router(num_granularities, **changes):
-    factors = [2**g for g in range(num_granularities)][::-1]
-    widths = [32] * num_granularities
-    sizes = dict(image_size=32, granularities=factors, block_out_channels=widths, router="feature", z_channels=6)
-    torch.manual_seed(0)
-    return FeatureRouter(DQVAEConfig(**(sizes | {"router_norm_num_groups": None} | changes)))
+@pytest.mark.parametrize("thresholds", [[], [0.1, 0.2], [math.nan], [math.inf]])
+def test_thresholds_that_cannot_be_are_refused(thresholds):
+    router = make_router("entropy", entropy_thresholds=[0.5])
+    with pytest.raises(ValueError, match=r"thresholds must be 1 finite ascending number\(s\)"):
+        router.set_thresholds(thresholds)
+    assert router.thresholds.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_thresholds_stay_exact_when_a_router_is_cast(kind):
+    router = make_router(kind)
+    router.set_thresholds([0.123456789])
+    for cast in (router.bfloat16(), router.half(), router.to(torch.float64)):
+        assert cast.thresholds.dtype == torch.float32 and cast.thresholds.item() == np.float32(0.123456789)
+    assert all(parameter.dtype == torch.float64 for parameter in router.parameters())
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_choice_that_is_prescribed_is_taken_by_every_router(kind):
+    router, images, features = make_router(kind, 3).train(), make_images(8, 12)[:2], make_features(3)
+    grain_map = torch.tensor([[[0, 1, 2], [2, 2, 0]]] * 2)
+    routed = router(images, features, grain_map=grain_map)
+    assert torch.equal(routed.grain_map, grain_map) and torch.equal(routed.gates, one_hot_gates(grain_map, 3))
+    ranked = router(images, features, shares=[1 / 3, 1 / 2])
+    assert torch.equal(ranked.grain_map, rank_routing(ranked.score, [1 / 3, 1 / 2]))
+    assert routed.loss is ranked.loss is None and not ranked.gates.requires_grad
+
+
+def test_the_control_is_uniform_and_the_same_for_an_image_whatever_the_batch():
+    images = make_images(64, 64)
+    router = make_router("random", budget_targets=[0.3])
+    score = router(images, None).score
+    assert torch.equal(router(images.flip(0), None).score.flip(0), score)
+    assert torch.equal(torch.cat([router(image[None], None).score for image in images]), score)
+    assert router(images, None).grain_map.float().mean().item() == pytest.approx(0.3, abs=0.03)  # of 3,072 regions
+    values = np.sort(score.numpy(), axis=None)
+    assert 0 <= values[0] and values[-1] < 1
+    assert np.abs(values - np.linspace(0, 1, len(values))).max() < 1.63 / math.sqrt(len(values))  # Kolmogorov, 1 %
+    changed = images.clone()
+    changed[0, 2, 63, 63] += 1e-3
+    first, second = score[0].flatten(), router(changed, None).score[0].flatten()
+    for one, other in ((first, second), (first, score[2].flatten()), (first[:-1], first[1:])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.13  # four deviations, of 1,024 regions
+
+
+def test_the_control_is_drawn_anew_in_training_by_the_seed():
+    router, images = make_router("random", 3, budget_targets=[0.5, 0.2]).train(), make_images(128, 128)
+    torch.manual_seed(1)
+    first, second = router(images, None), router(images, None)
+    torch.manual_seed(1)
+    assert torch.equal(router(images, None).score, first.score) and not torch.equal(first.score, second.score)
+    shares = one_hot_gates(first.grain_map, 3).mean((0, 2, 3)).tolist()
+    assert shares == pytest.approx([0.3, 0.5, 0.2], abs=0.04)  # of 3,072 regions
 
 
 def make_features(num_granularities, rows=2, columns=3):
@@ -132,9 +168,9 @@ def make_features(num_granularities, rows=2, columns=3):
 
 @pytest.mark.parametrize("num_granularities", [1, 2, 3])
 def test_feature_router_is_a_linear_gate_on_pooled_features_coarsest_first(num_granularities):
-    router = feature_router(num_granularities, router_activation=None)
+    router = make_router("feature", num_granularities, router_activation=None)
     features = make_features(num_granularities)
-    logits = router(features).detach().numpy()
+    logits = router(None, features).router_logits.detach().numpy()
     weight, bias = router.gate.weight.detach().double().numpy(), router.gate.bias.detach().double().numpy()
     assert logits.shape == (2, num_granularities, 2, 3)
     for image, row, column in np.ndindex(2, 2, 3):
@@ -149,7 +185,7 @@ def test_feature_router_is_a_linear_gate_on_pooled_features_coarsest_first(num_g
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_feature_router_with_norm_and_two_layers(activation):
-    router = feature_router(2, router_norm_num_groups=3, router_activation=activation)
+    router = make_router("feature", router_norm_num_groups=3, router_activation=activation)
     features = make_features(2)
     pooled = []
     for granularity, feature in enumerate(features):
@@ -164,32 +200,96 @@ def test_feature_router_with_norm_and_two_layers(activation):
     hidden = hidden @ first.weight.T + first.bias
     hidden = hidden * torch.sigmoid(hidden) if activation == "silu" else hidden.clamp(min=0)
     expected = (hidden @ second.weight.T + second.bias).permute(0, 3, 1, 2)
-    torch.testing.assert_close(router.float()(features), expected.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(router.float()(None, features).router_logits, expected.float(), atol=1e-5, rtol=0)
 
 
-def test_gates_are_the_argmax_in_evaluation():
-    logits = torch.tensor([[0.5, 2.0, -1.0], [1.0, 0.0, 3.0]]).view(2, 3, 1, 1)
-    assert gate_values(logits, training=False).flatten(1).tolist() == [[0, 1, 0], [0, 0, 1]]
+def constant_router(logits, height, width):
+    """A feature router whose every region has these logits, and features for it."""
+    router = make_router("feature", len(logits), router_activation=None)
+    with torch.no_grad():
+        router.gate.weight.zero_()
+        router.gate.bias.copy_(torch.tensor(logits))
+    return router, [torch.zeros(1, 6, height * 2**g, width * 2**g) for g in range(len(logits))]
 
 
-def test_gates_are_one_hot_with_gradient_in_training():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    gates = gate_values(logits, training=True)
-    torch.testing.assert_close(gates.sort(1).values[:, :2], torch.zeros(2, 2, 4, 4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(gates.amax(1), torch.ones(2, 4, 4), atol=1e-6, rtol=0)
-    (gates * torch.randn(2, 3, 4, 4)).sum().backward()
-    assert (logits.grad != 0).all()
+@pytest.mark.parametrize(("logits", "choice"), [([0.5, 2.0, -1.0], 1), ([1.0, 0.0, 3.0], 2), ([1.0, 1.0], 0)])
+def test_a_feature_router_takes_the_argmax_until_it_has_thresholds(logits, choice):
+    router, features = constant_router(logits, 1, 1)
+    routed = router(None, features)
+    assert routed.grain_map.item() == choice and routed.gates.argmax(1).item() == choice
+    for below in range(len(logits)):
+        score = routed.score.item()
+        router.set_thresholds(sorted([score - 1] * below + [score] * (len(logits) - 1 - below)))
+        assert router(None, features).grain_map.item() == below
 
 
 def test_gates_are_drawn_in_training_as_often_as_the_softmax_says():
-    torch.manual_seed(0)
     logits, draws = np.array([0.0, 1.0, -0.5]), 40_000
-    gates = gate_values(torch.tensor(logits).view(1, 3, 1, 1).expand(1, 3, 200, 200), training=True)
+    router, features = constant_router(logits.tolist(), 200, 200)
+    router.set_thresholds([0.0, 0.0])  # of no effect in training
+    gates = router.train()(None, features).gates.detach()
+    torch.testing.assert_close(gates.sort(1).values.mean((0, 2, 3)), torch.tensor([0.0, 0.0, 1.0]))
     frequencies = gates.mean(dim=(0, 2, 3)).numpy()
     probabilities = np.exp(logits) / np.exp(logits).sum()
     deviations = np.sqrt(probabilities * (1 - probabilities) / draws)
     assert (np.abs(frequencies - probabilities) < 4 * deviations).all()
+
+
+def slow_gradient(features, direction, soft, chosen, compared):
+    """Gradient of sum(routed features x direction) for one region's logits, by the chain rule.
+
+    Args:
+        features: the region's part of each granularity's, (C, n, n) repeated to the fine grid.
+        direction: (C, n, n).
+        soft: (K,), the softmax of logits and noise, whose gradient stands for that of the hard gates.
+        chosen: granularity of the largest.
+        compared: whether the gates of those that were not chosen count.
+    """
+    gradient = np.zeros(len(soft))
+    for gate in range(len(soft)) if compared else [chosen]:
+        value = (features[gate] * direction).sum()
+        for logit in range(len(soft)):
+            gradient[logit] += value * soft[gate] * ((gate == logit) - soft[logit])
+    return gradient
+
+
+@pytest.mark.parametrize("num_granularities", [2, 3])
+@pytest.mark.parametrize("router_gradient", ["compared", "selected"])
+def test_the_logits_gradient_compares_all_granularities_or_sees_the_selected_one(num_granularities, router_gradient):
+    router = make_router("feature", num_granularities, router_gradient=router_gradient).train()
+    features = make_features(num_granularities)
+    torch.manual_seed(7)
+    routed = router(None, features)
+    mixed = mix_features(features, routed.gates)
+    direction = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((mixed * direction).sum(), routed.router_logits)
+
+    torch.manual_seed(7)
+    noise = -torch.empty(routed.router_logits.shape).exponential_().log()
+    soft = (routed.router_logits.detach() + noise).double().softmax(1).numpy()
+    assert len(set(soft.argmax(1).flatten())) == num_granularities
+    side = 2 ** (num_granularities - 1)
+    for image, row, column in np.ndindex(*routed.grain_map.shape):
+        chosen = soft[image, :, row, column].argmax()
+        assert routed.grain_map[image, row, column] == chosen
+        place = (image, slice(None), slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
+        parts = []
+        for granularity, feature in enumerate(features):
+            repeats = side // 2**granularity
+            parts.append(np.kron(feature.numpy(), np.ones((repeats, repeats)))[place])
+        np.testing.assert_allclose(mixed[place].detach(), parts[chosen], atol=1e-5)  # the same whatever the gradient
+        arguments = direction[place].numpy(), soft[image, :, row, column], chosen, router_gradient == "compared"
+        np.testing.assert_allclose(gradient[image, :, row, column], slow_gradient(parts, *arguments), atol=1e-4)
+
+
+def test_the_way_of_the_gradient_changes_no_value():
+    outputs = []
+    for router_gradient in ("compared", "selected"):
+        router, features = make_router("feature", 3, router_gradient=router_gradient).train(), make_features(3)
+        torch.manual_seed(3)
+        routed = router(None, features)
+        outputs.append((mix_features(features, routed.gates), routed.loss, routed.grain_map))
+    assert all(map(torch.equal, *outputs))
 
 
 def test_budget_loss_of_two_granularities_is_the_written_formula():
@@ -213,13 +313,13 @@ def test_budget_loss_of_three_granularities_is_the_written_formula():
 
 def test_budget_loss_is_0_at_the_wanted_shares_and_for_one_granularity():
     grain_map = torch.tensor([[[0, 1], [2, 2]]])
-    assert budget_loss(one_hot_gate(grain_map, 3), [0.25, 0.5], 10.0).item() == pytest.approx(0, abs=1e-12)
+    assert budget_loss(one_hot_gates(grain_map, 3), [0.25, 0.5], 10.0).item() == pytest.approx(0, abs=1e-12)
     assert budget_loss(torch.ones(2, 1, 3, 3), [], 10.0).item() == 0
 
 
 def joint_gates():
     """Of two images: the first has no fine region, the second only such."""
-    return one_hot_gate(torch.tensor([[[0, 0]], [[1, 1]]]), 2).requires_grad_()
+    return one_hot_gates(torch.tensor([[[0, 0]], [[1, 1]]]), 2).requires_grad_()
 
 
 def run_process(rank, folder):
@@ -245,46 +345,6 @@ def test_the_budget_is_that_of_the_images_of_all_processes(tmp_path):
         torch.testing.assert_close(both, torch.tensor([0.0, 10 * (0.5 - 0.3) ** 2]))
 
 
-scores = arrays(np.float32, (2, 3, 5), elements=st.floats(-100, 100, width=32))
-
-
-@given(scores, SHARES)
-def test_ranking_makes_exactly_the_wanted_share_fine_where_the_score_is_highest(score, share):
-    grain_map = rank_routing(torch.from_numpy(score), [share]).numpy()
-    for image, chosen in zip(score, grain_map):
-        assert abs(chosen.sum() - share * 15) <= 0.5 + 1e-9  # no other whole number is nearer
-        if 0 < chosen.sum() < 15:
-            assert image[chosen == 1].min() >= image[chosen == 0].max()
-
-
-@given(scores, SHARES, SHARES)
-def test_ranking_keeps_fine_regions_fine_when_the_share_grows(score, one, other):
-    less, more = (rank_routing(torch.from_numpy(score), [share]) for share in sorted([one, other]))
-    assert (more >= less).all()
-
-
-@given(scores, st.lists(SHARES, min_size=2, max_size=3))
-def test_ranking_gives_the_finest_granularity_the_highest_scores(score, parts):
-    shares = [part / max(1, sum(parts)) for part in parts]
-    grain_map = rank_routing(torch.from_numpy(score), shares).numpy()
-    for image, chosen in zip(score, grain_map):
-        for granularity in range(1, len(shares) + 1):
-            wanted = sum(shares[granularity - 1 :]) * 15
-            assert abs((chosen >= granularity).sum() - wanted) <= 0.5 + 1e-6
-        order = np.argsort(-image.flatten(), kind="stable")
-        assert (np.diff(chosen.flatten()[order]) <= 0).all()
-
-
-@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 8), (1.0, 15)])
-def test_ranking_breaks_ties_in_raster_order(share, expected):
-    grain_map = rank_routing(torch.zeros(1, 3, 5), [share]).flatten()
-    assert grain_map.tolist() == [1] * expected + [0] * (15 - expected)
-
-
-def test_ranking_of_one_granularity_is_all_coarse():
-    assert rank_routing(torch.zeros(1, 3, 5), []).tolist() == [[[0] * 5] * 3]
-
-
 @pytest.mark.parametrize("num_granularities", [2, 3, 4])
 def test_fineness_is_the_sum_of_the_log_odds_of_finer_granularities(num_granularities):
     logits = torch.randn(2, num_granularities, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -296,31 +356,3 @@ def test_fineness_is_the_sum_of_the_log_odds_of_finer_granularities(num_granular
 def test_fineness_still_ranks_where_probabilities_round_to_one():
     logits = torch.tensor([[0.0, 0.0, 0.0], [30.0, 60.0, 45.0]]).view(1, 2, 1, 3)
     assert fineness(logits).flatten().tolist() == [30, 60, 45]
-
-
-@st.composite
-def grain_maps(draw):
-    """(number of granularities, grain map (2, h, w))."""
-    num_granularities, rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    elements = st.integers(0, num_granularities - 1)
-    return num_granularities, draw(arrays(np.int64, (2, rows, columns), elements=elements))
-
-
-@given(grain_maps())
-def test_grain_maps_on_the_fine_grid(case):
-    num_granularities, grain_map = case
-    region = 2 ** (num_granularities - 1)  # cells of the fine grid
-    _, rows, columns = grain_map.shape
-    width = columns * region
-    fine = expand_grain_map(torch.from_numpy(grain_map), num_granularities)
-    corners = top_left_cells(fine, num_granularities)
-    assert fine.shape == corners.shape == (2, rows * region, width)
-    distinct = [set(), set()]
-    for image, row, column in np.ndindex(*fine.shape):
-        granularity = grain_map[image, row // region, column // region]
-        side = region // 2**granularity  # of a code
-        corner = row // side * side * width + column // side * side
-        assert fine[image, row, column] == granularity
-        assert corners[image, row, column] == corner
-        distinct[image].add(corner)
-    assert count_codes(torch.from_numpy(grain_map)).tolist() == [len(corners) for corners in distinct]

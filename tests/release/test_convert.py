@@ -276,7 +276,7 @@ VAE_OPTIONS = {
     "24 pixels, learned positions": (
         "dual_entropy",
         vae_size(24) | {"image_size": 24, RATIO: 0.25, "decoderconfig.position_type": "learned"},
-        {"image_size": 24, "position_type": "learned", "entropy_thresholds": [1.9942057132720947]},
+        {"image_size": 24, "position_type": "learned"},
     ),
     "training": (
         "dual_feature",
@@ -298,6 +298,7 @@ VAE_OPTIONS = {
             "codebook_weight": 2.0,
             "budget_gamma": 10.0,
             "budget_targets": [0.3],
+            "router_gradient": "selected",
         },
     ),
 }

@@ -6,25 +6,36 @@ import json
 # Fields of the configuration that matter in training only.
 TRAINING_FIELDS = frozenset(
     "dropout codebook_decay codebook_eps restart_dead_codes commitment_beta codebook_weight budget_targets "
-    "budget_gamma".split()
+    "budget_gamma router_gradient".split()
 )
 DECODER = ("post_quant_conv.", "decoder.")  # weights behind the codes
+THRESHOLDS = "router.thresholds"
 
 
 def fingerprint(model):
     """16 hex digits of a DQ model: a hash of all weights as float32, and of the configuration without its training-only
     fields; the same on every device, and after saving and loading, alone or as part of a joint model.
     """
-    config = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}
-    return hash_weights(model.state_dict(), json.dumps(config, sort_keys=True))
+    fields, weights = fields_and_weights(model)
+    return hash_weights(weights, json.dumps(fields, sort_keys=True))
 
 
 def codes_fingerprint(vae):
     """16 hex digits that tell VAEs apart which give other codes: as `fingerprint`, without the decoder."""
-    fields = {name for name in vae.config.own_field_names() - TRAINING_FIELDS if not name.startswith("decoder_")}
-    config = {name: getattr(vae.config, name) for name in fields}
-    weights = {name: weight for name, weight in vae.state_dict().items() if not name.startswith(DECODER)}
-    return hash_weights(weights, json.dumps(config, sort_keys=True))
+    fields, weights = fields_and_weights(vae)
+    fields = {name: value for name, value in fields.items() if not name.startswith("decoder_")}
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(DECODER)}
+    return hash_weights(weights, json.dumps(fields, sort_keys=True))
+
+
+def fields_and_weights(model):
+    """What a fingerprint is made of. A router's thresholds are a field, as they were before they became weights."""
+    fields = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}
+    weights = model.state_dict()
+    if (thresholds := weights.pop(THRESHOLDS, None)) is not None:
+        calibrated = thresholds.isfinite().all()
+        fields["entropy_thresholds"] = thresholds.tolist() if calibrated else model.config.initial_thresholds
+    return fields, weights
 
 
 def hash_weights(state_dict, text=""):

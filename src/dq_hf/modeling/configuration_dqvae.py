@@ -1,5 +1,6 @@
 """Configuration of DQ-VAE, the tokenizer with variable-length codes (stage 1)."""
 
+import json
 import math
 
 from .configuration_utils_dq import (
@@ -11,6 +12,7 @@ from .configuration_utils_dq import (
     require_positive,
     require_probability,
 )
+from .grain_map_dq import check_shares, check_thresholds
 
 
 class DQVAEConfig(DQPreTrainedConfig):
@@ -38,13 +40,17 @@ class DQVAEConfig(DQPreTrainedConfig):
         restart_dead_codes: in training, replace a code that is used less than once a step on average.
         commitment_beta: weight of the commitment term of the VQ loss.
         codebook_weight: weight of the VQ loss in the training loss.
-        router: "entropy" (of each region's grey values, no parameters) or "feature" (a learned gate, the paper's).
-        entropy_thresholds: in nats, ascending, one fewer than granularities; a region gets as many steps finer as
-            its entropy exceeds thresholds. Default: evenly spaced up to the maximum, ln 32; calibrate them on data.
+        router: "entropy" (of each region's grey values, no parameters), "feature" (a learned gate, the paper's) or
+            "random" (the control).
+        router_gradient: feature router, training: "compared" (every granularity's gate sees what its features would have
+            changed) or "selected" (only that of the chosen one does, as in the release).
+        entropy_thresholds: entropy router: thresholds to begin with, in nats, ascending, one fewer than granularities.
+            Default: evenly spaced up to the maximum, ln 32. The model holds them in its weights, where `calibrate` sets
+            them; files of the configuration do not. Where this field is given at loading, it goes first.
         router_norm_num_groups: GroupNorm groups on the features that the feature router sees; None: no normalisation.
         router_activation: "silu" or "relu" between the gate's two linear layers; None: a gate of one linear layer.
-        budget_targets: feature router: share of regions wanted at each granularity but the coarsest. Default: equal
-            shares of all granularities.
+        budget_targets: feature and random router: share of regions wanted at each granularity but the coarsest.
+            Default: equal shares of all granularities.
         budget_gamma: weight of the finest granularity's budget term.
         position_type: what the decoder adds on the fine grid: "learned", "fourier" or "fourier+learned".
     """
@@ -70,6 +76,7 @@ class DQVAEConfig(DQPreTrainedConfig):
     commitment_beta: int | float = 0.25
     codebook_weight: int | float = 1.0
     router: str = "entropy"
+    router_gradient: str = "compared"
     entropy_thresholds: list[int | float] | None = None
     router_norm_num_groups: int | None = 32
     router_activation: str | None = "silu"
@@ -79,8 +86,6 @@ class DQVAEConfig(DQPreTrainedConfig):
 
     def fill_defaults(self):
         num_granularities = len(self.granularities)
-        if self.entropy_thresholds is None:
-            self.entropy_thresholds = [math.log(32) * g / num_granularities for g in range(1, num_granularities)]
         if self.budget_targets is None:
             self.budget_targets = [1 / num_granularities for _ in range(1, num_granularities)]
         if self.encoder_attention_factors is None:
@@ -92,6 +97,14 @@ class DQVAEConfig(DQPreTrainedConfig):
         if self.decoder_block_out_channels is None:
             num_levels = len(self.block_out_channels) - num_granularities + 1
             self.decoder_block_out_channels = list(self.block_out_channels[:num_levels])
+
+    @property
+    def initial_thresholds(self):
+        """Entropies in nats: `entropy_thresholds`, or evenly spaced ones."""
+        if self.entropy_thresholds is not None:
+            return self.entropy_thresholds
+        num_granularities = len(self.granularities)
+        return [math.log(32) * granularity / num_granularities for granularity in range(1, num_granularities)]
 
     @property
     def image_height_width(self):
@@ -147,29 +160,28 @@ class DQVAEConfig(DQPreTrainedConfig):
             if not set(getattr(self, attention)) <= set(possible):
                 raise ValueError(f"{attention} must be among {possible}, got {getattr(self, attention)}")
 
-        self._validate_router(finer=len(factors) - 1)
+        self._validate_router()
         if self.position_type not in ("learned", "fourier", "fourier+learned"):
             raise ValueError(
                 f'position_type must be "learned", "fourier" or "fourier+learned", got {self.position_type!r}'
             )
 
-    def _validate_router(self, finer):
-        if self.router not in ("entropy", "feature"):
-            raise ValueError(f'router must be "entropy" or "feature", got {self.router!r}')
-        if self.router_activation not in ("silu", "relu", None):
-            raise ValueError(f'router_activation must be "silu", "relu" or None, got {self.router_activation!r}')
+    def _validate_router(self):
+        for name, choices in (
+            ("router", ("entropy", "feature", "random")),
+            ("router_gradient", ("compared", "selected")),
+            ("router_activation", ("silu", "relu", None)),
+        ):
+            if getattr(self, name) not in choices:
+                names = ", ".join(map(json.dumps, choices)).replace("null", "None")
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         groups = self.router_norm_num_groups
         if self.router == "feature" and groups is not None and (groups < 1 or self.z_channels % groups):
             raise ValueError(f"z_channels {self.z_channels} must be a multiple of router_norm_num_groups {groups}")
-        thresholds = self.entropy_thresholds
-        if len(thresholds) != finer or not all(map(math.isfinite, thresholds)) or sorted(thresholds) != thresholds:
-            raise ValueError(
-                f"entropy_thresholds must be {finer} finite ascending number(s), one for each granularity but the "
-                f"coarsest; got {thresholds}"
-            )
-        shares = self.budget_targets
-        if len(shares) != finer or not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-            raise ValueError(
-                f"budget_targets must be {finer} share(s) in [0, 1] with a sum of at most 1, one for each granularity "
-                f"but the coarsest; got {shares}"
-            )
+        if self.entropy_thresholds is not None:
+            check_thresholds("entropy_thresholds", self.entropy_thresholds, len(self.granularities))
+        check_shares("budget_targets", self.budget_targets, len(self.granularities))
+
+    def to_diff_dict(self):
+        """What the file holds: not the thresholds, which are in the weights."""
+        return {name: value for name, value in super().to_diff_dict().items() if name != "entropy_thresholds"}

@@ -4,8 +4,43 @@ A region is one cell of the coarsest grid; `grain_map` (B, h, w) long holds each
 """
 
 import math
+from numbers import Real
 
 import torch
+
+
+def check_shares(name, shares, num_granularities):
+    """Shares of regions at each granularity but the coarsest, as a list; one number is a list of one.
+
+    Args:
+        name: of the argument, for messages.
+        shares: a number or a list of numbers.
+        num_granularities: K, of which the last K - 1 have a share.
+
+    Raises:
+        TypeError: no number or list of numbers.
+        ValueError: another count, a number out of [0, 1], or a sum above 1.
+    """
+    given, shares = shares, shares if isinstance(shares, (list, tuple)) else [shares]
+    if any(isinstance(share, bool) or not isinstance(share, Real) for share in shares):
+        raise TypeError(f"{name} must be a number in [0, 1] or a list of such, got {given!r}")
+    if len(shares) != num_granularities - 1:
+        raise ValueError(
+            f"{name} needs {num_granularities - 1} share(s), one for each granularity but the coarsest; got {given!r}"
+        )
+    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"{name} must lie in [0, 1], several shares with a sum of at most 1; got {given!r}")
+    return list(shares)
+
+
+def check_thresholds(name, thresholds, num_granularities):
+    """Raise `ValueError` unless these are K - 1 finite ascending numbers."""
+    finer = num_granularities - 1
+    if len(thresholds) != finer or not all(map(math.isfinite, thresholds)) or sorted(thresholds) != thresholds:
+        raise ValueError(
+            f"{name} must be {finer} finite ascending number(s), one for each granularity but the coarsest; "
+            f"got {thresholds}"
+        )
 
 
 def rank_routing(score, shares):
@@ -29,8 +64,17 @@ def rank_routing(score, shares):
 
 def expand_grain_map(grain_map, num_granularities):
     """Granularity of every cell of the fine grid, (B, H, W) long."""
-    side = 2 ** (num_granularities - 1)
-    return grain_map.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+    return repeat_cells(grain_map, 2 ** (num_granularities - 1))
+
+
+def repeat_cells(grid, side):
+    """A grid (..., h, w) whose every cell becomes side x side cells."""
+    return grid if side == 1 else grid.repeat_interleave(side, dim=-2).repeat_interleave(side, dim=-1)
+
+
+def one_hot_gates(grain_map, num_granularities):
+    """Gates (B, K, h, w) float of a grain map (B, h, w): 1 at each region's granularity, else 0."""
+    return torch.nn.functional.one_hot(grain_map, num_granularities).permute(0, 3, 1, 2).float()
 
 
 def top_left_cells(fine_grain_map, num_granularities):

@@ -1,7 +1,7 @@
 """DQ-VAE: an image tokenizer that spends codes where the picture needs them (paper section 3.1, figure 3)."""
 
 from dataclasses import dataclass
-from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_dqvae import DQVAEConfig
-from .grain_map_dq import count_codes, expand_grain_map, rank_routing, top_left_cells
+from .grain_map_dq import check_shares, count_codes, expand_grain_map, top_left_cells
 from .hub_dq import HubMixin
 from .layers_dq import (
     DQLevel,
@@ -21,7 +21,7 @@ from .layers_dq import (
 )
 from .modeling_utils_dq import StrictLoadingMixin, check_indices
 from .quantization_dq import DQQuantizer
-from .routing_dq import EntropyRouter, FeatureRouter, budget_loss, fineness, gate_values, one_hot_gate
+from .routing_dq import ROUTERS, mix_features
 
 
 @dataclass
@@ -38,6 +38,7 @@ class DQVAEEncoderOutput(ModelOutput):
         entropy: (B, h, w) nats, with an entropy router.
         hidden_states: (B, z_channels, H, W), the routed features before `quant_conv`.
         gates: (B, K, h, w), one-hot; with a feature router in training they carry the router's gradient.
+        budget_loss: scalar, with a feature router that chose the grain map.
     """
 
     codes: torch.Tensor | None = None
@@ -49,6 +50,7 @@ class DQVAEEncoderOutput(ModelOutput):
     entropy: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
     gates: torch.Tensor | None = None
+    budget_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -168,18 +170,39 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
     # Its attention is diffusers': torch's scaled_dot_product_attention, whatever is chosen for the generator beside it.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["DQLevel", "DQMiddle"]
-    _keep_in_fp32_modules_strict = {"quantizer"}
+    _keep_in_fp32_modules_strict = {"quantizer", "router.thresholds"}
+    _keys_to_ignore_on_load_missing = {"router.thresholds"}  # folders of before have them in the configuration
 
     def __init__(self, config: DQVAEConfig):
         config.validate()
         super().__init__(config)
         self.encoder = DQVAEEncoder(config)
-        self.router = {"entropy": EntropyRouter, "feature": FeatureRouter}[config.router](config)
+        self.router = ROUTERS[config.router](config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = DQQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = DQVAEDecoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As for every model; `entropy_thresholds` of the configuration go before those of the weights."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model.router.finish_loading(model.config)
+        except ValueError as error:
+            raise ValueError(
+                f"{Path(pretrained_model_name_or_path, kwargs.get('subfolder') or '')}: {error}"
+            ) from None
+        return (model, info) if output_loading_info else model
+
+    def region_scores(self, pixel_values):
+        """How much each region of images (B, 3, height, width) deserves finer codes, (B, h, w) float32: the router's score."""
+        pixel_values = self._check_pixel_values(pixel_values)
+        features = None
+        if self.router.uses_features:
+            features = self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))
+        return self.router.look(pixel_values, features).score
 
     def encode(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEEncoderOutput:
         """Tokenise images.
@@ -200,7 +223,7 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         """
         pixel_values = self._check_pixel_values(pixel_values)
         num_granularities = len(self.config.granularities)
-        shares = check_fine_ratio(fine_ratio, num_granularities)
+        shares = None if fine_ratio is None else check_shares("fine_ratio", fine_ratio, num_granularities)
         if grain_map is not None:
             if fine_ratio is not None:
                 raise ValueError("give either fine_ratio or grain_map, not both")
@@ -209,44 +232,25 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
             grain_map = check_indices("grain_map", grain_map, regions, num_granularities, pixel_values.device)
 
         features = self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))
-        router_logits = entropy = gates = None
-        if self.config.router == "feature":
-            router_logits = self.router(features)
-            if grain_map is None and shares is None:
-                gates = gate_values(router_logits, self.training)
-                grain_map = gates.argmax(1)
-            elif grain_map is None:
-                grain_map = rank_routing(fineness(router_logits), shares)
-        else:
-            entropy, routed = self.router(pixel_values)
-            if grain_map is None:
-                grain_map = routed if shares is None else rank_routing(entropy, shares)
+        routed = self.router(pixel_values, features, grain_map, shares)
+        hidden_states = mix_features(features, routed.gates)
 
-        fine_grain_map = expand_grain_map(grain_map, num_granularities)
-        hidden_states = select_features(features, fine_grain_map)
-        if gates is not None:  # value 1; in training the path of the router's gradient (equation 6)
-            chosen = gates.gather(1, grain_map[:, None])
-            side = 2 ** (num_granularities - 1)
-            hidden_states = hidden_states * chosen.repeat_interleave(side, 2).repeat_interleave(side, 3).to(
-                hidden_states.dtype
-            )
-        else:
-            gates = one_hot_gate(grain_map, num_granularities)
-
+        fine_grain_map = expand_grain_map(routed.grain_map, num_granularities)
         cell_weights = self.cell_weights(fine_grain_map)
         top_left = top_left_cells(fine_grain_map, num_granularities)
         learn = self.quant_conv.weight.requires_grad  # else the codebook would leave the vectors that it stands for
         quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left, learn)
         return DQVAEEncoderOutput(
             codes=quantizer_output.codes,
-            grain_map=grain_map,
+            grain_map=routed.grain_map,
             quantized=quantizer_output.quantized.to(hidden_states.dtype),
             loss=quantizer_output.loss,
-            num_codes=count_codes(grain_map),
-            router_logits=router_logits,
-            entropy=entropy,
+            num_codes=count_codes(routed.grain_map),
+            router_logits=routed.router_logits,
+            entropy=routed.entropy,
             hidden_states=hidden_states,
-            gates=gates,
+            gates=routed.gates,
+            budget_loss=routed.loss,
         )
 
     def cell_weights(self, fine_grain_map):
@@ -297,17 +301,14 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         sample = self.decode(encoded.quantized).sample
         reconstruction_loss = (sample.float() - pixel_values.float()).abs().mean()
         loss = reconstruction_loss + self.config.codebook_weight * encoded.loss
-        budget = None
-        if self.config.router == "feature" and fine_ratio is None and grain_map is None:
-            targets, gamma = self.config.budget_targets, self.config.budget_gamma
-            budget = budget_loss(encoded.gates, targets, gamma, all_processes=self.training)
-            loss = loss + budget
+        if encoded.budget_loss is not None:
+            loss = loss + encoded.budget_loss
         return DQVAEOutput(
             loss=loss,
             sample=sample,
             reconstruction_loss=reconstruction_loss,
             vq_loss=encoded.loss,
-            budget_loss=budget,
+            budget_loss=encoded.budget_loss,
             codes=encoded.codes,
             grain_map=encoded.grain_map,
             num_codes=encoded.num_codes,
@@ -335,34 +336,3 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
                     "use DQImageProcessor"
                 )
         return pixel_values
-
-
-def select_features(features, fine_grain_map):
-    """Routed features (B, C, H, W): each cell from its granularity's map, coarser ones repeated (nearest)."""
-    selected = features[-1]
-    for granularity, feature in enumerate(features[:-1]):
-        repeats = 2 ** (len(features) - 1 - granularity)
-        repeated = feature.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
-        selected = torch.where(fine_grain_map[:, None] == granularity, repeated, selected)
-    return selected
-
-
-def check_fine_ratio(fine_ratio, num_granularities):
-    """Shares for `rank_routing`, or None.
-
-    Raises:
-        TypeError, ValueError: no number or list of numbers, or not in [0, 1], or a sum above 1.
-    """
-    if fine_ratio is None:
-        return None
-    shares = fine_ratio if isinstance(fine_ratio, (list, tuple)) else [fine_ratio]
-    if any(isinstance(share, bool) or not isinstance(share, Real) for share in shares):
-        raise TypeError(f"fine_ratio must be a number in [0, 1] or a list of such, got {fine_ratio!r}")
-    if len(shares) != num_granularities - 1:
-        raise ValueError(
-            f"fine_ratio needs {num_granularities - 1} share(s), one for each granularity but the coarsest; "
-            f"got {fine_ratio!r}"
-        )
-    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        raise ValueError(f"fine_ratio must lie in [0, 1] (several shares: also their sum), got {fine_ratio!r}")
-    return list(shares)

@@ -51,7 +51,8 @@ class StrictLoadingMixin:
             f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
         ]
         state_dict = model.state_dict()
-        not_finite = [name for name, value in state_dict.items() if not (value.is_meta or is_finite(value))]
+        checked = state_dict.keys() - optional_weights(cls)
+        not_finite = [name for name in checked if not (state_dict[name].is_meta or is_finite(state_dict[name]))]
         problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"]}
         refuse_weights(cls, weight_files(place) or [place], **problems, mismatched=mismatched, not_finite=not_finite)
         return (model, info) if output_loading_info else model
@@ -100,6 +101,11 @@ def refuse_weights(model_class, files, **problems):
             )
 
 
+def optional_weights(model_class):
+    """Names of weights that older folders do not have; the model fills them in, and checks them itself."""
+    return set(model_class._keys_to_ignore_on_load_missing or ())
+
+
 def check_weight_files(model_class, state_dict, files):
     """Compare the headers of safetensors files with a model's weights, of which only the shapes are looked at.
 
@@ -125,7 +131,7 @@ def check_weight_files(model_class, state_dict, files):
     refuse_weights(
         model_class,
         files,
-        missing=state_dict.keys() - found.keys(),
+        missing=state_dict.keys() - found.keys() - optional_weights(model_class),
         unknown=found.keys() - state_dict.keys(),
         repeated=repeated,
         mismatched=mismatched,

@@ -3,9 +3,16 @@
 A region is one cell of the coarsest grid. `grain_map` (B, h, w) long holds each region's granularity, 0 = coarsest.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .grain_map_dq import check_thresholds, one_hot_gates, rank_routing, repeat_cells
 
 # Entropy of grey values: bins evenly spaced over the image range [-1, 1], smoothed by a Gaussian kernel.
 NUM_BINS = 32
@@ -35,62 +42,250 @@ def image_entropy(pixel_values, patch_size, pixels_at_once=2**20):
     return torch.cat(entropies).view(-1, height, width)
 
 
-class EntropyRouter(nn.Module):
+@dataclass
+class DQRouterOutput(ModelOutput):
+    """What a router gives.
+
+    Args:
+        score: (B, h, w) float32, how much each region deserves finer codes.
+        grain_map: (B, h, w) long, granularity of each region, 0 = coarsest.
+        gates: (B, K, h, w) float32, one-hot; of a feature router that chose in training they carry its gradient.
+        loss: scalar, the router's own training loss, where it has one and chose the grain map.
+        router_logits: (B, K, h, w), of a feature router.
+        entropy: (B, h, w) nats, of an entropy router.
+    """
+
+    score: torch.Tensor | None = None
+    grain_map: torch.Tensor | None = None
+    gates: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+class DQRouter(nn.Module):
+    """Gives every region a score, and makes it as many steps finer as its score exceeds thresholds.
+
+    The thresholds, a buffer (K - 1,) of ascending numbers, are saved with the weights; they stay float32 when the model is
+    cast to another dtype. A subclass has `look`, the thresholds to begin with and, if it learns, a `choose` of its own.
+    """
+
+    uses_features = False  # whether `look` needs the encoder's features
+    highest_score = None  # scores lie in [0, highest_score]; None: they may be any number
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_granularities = len(config.granularities)
+        self.initial_thresholds = self.thresholds_to_begin_with(config)
+        self.register_buffer("thresholds", torch.tensor(self.initial_thresholds, dtype=torch.float32))
+
+    def thresholds_to_begin_with(self, config):
+        """A list of K - 1 numbers."""
+        raise NotImplementedError
+
+    def look(self, pixel_values, features):
+        """A `DQRouterOutput` of the score alone, and of what it was made of."""
+        raise NotImplementedError
+
+    def forward(self, pixel_values, features, grain_map=None, shares=None):
+        """Route images.
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
+            features: the granularities' features, a list of (B, C, H_g, W_g), coarsest first.
+            grain_map: (B, h, w) long; prescribes the choice.
+            shares: of each image's regions at each granularity but the coarsest; they go by the score's rank.
+        """
+        seen = self.look(pixel_values, features)
+        if shares is not None:
+            grain_map = rank_routing(seen.score, shares)
+        if grain_map is None:
+            grain_map, gates, loss = self.choose(seen)
+        else:
+            gates, loss = one_hot_gates(grain_map, self.num_granularities), None
+        return DQRouterOutput(**seen, grain_map=grain_map, gates=gates, loss=loss)
+
+    def choose(self, seen):
+        """Grain map, gates, and the loss or None, from what `look` gave."""
+        grain_map = self.above_thresholds(seen.score)
+        return grain_map, one_hot_gates(grain_map, self.num_granularities), None
+
+    def above_thresholds(self, score):
+        """Grain map (B, h, w) long: how many thresholds each score exceeds."""
+        return (score[..., None] > self.thresholds).sum(-1)
+
+    @torch.no_grad()
+    def set_thresholds(self, thresholds):
+        """Put K - 1 finite ascending numbers in place of the thresholds; raises ValueError for others."""
+        check_thresholds("thresholds", thresholds, self.num_granularities)
+        self.thresholds.copy_(torch.tensor(thresholds))
+
+    def finish_loading(self, config):
+        """Called when weights have been loaded; raises `ValueError` if the thresholds cannot be."""
+        if not self.thresholds.is_meta:
+            check_thresholds("router.thresholds", self.thresholds.tolist(), self.num_granularities)
+
+    def reset_parameters(self):
+        """The thresholds to begin with, unless others were loaded."""
+        init.copy_(self.thresholds, torch.tensor(self.initial_thresholds, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """As in torch, but the thresholds' dtype stays."""
+        exact = self.thresholds
+        super()._apply(fn, recurse)
+        if self.thresholds.dtype != exact.dtype:
+            self.thresholds = exact.to(self.thresholds.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """As in torch, but a checkpoint of before thresholds were weights leaves them as they are."""
+        state_dict.setdefault(f"{prefix}thresholds", self.thresholds)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class EntropyRouter(DQRouter):
     """Finer codes where the grey values' entropy exceeds thresholds. No parameters.
 
     Differs: from the paper, which routes by features; this is the release's router, for any number of granularities.
     """
 
-    def __init__(self, config):
-        super().__init__()
-        self.config = config  # not a copy of the thresholds: calibration may change them
-
-    def forward(self, pixel_values):
-        """Entropy (B, h, w) float32 in nats, and the grain map (B, h, w) long that it implies."""
-        entropy = image_entropy(pixel_values, self.config.granularities[0])
-        grain_map = torch.zeros_like(entropy, dtype=torch.long)
-        for threshold in self.config.entropy_thresholds:
-            grain_map += entropy > threshold
-        return entropy, grain_map
-
-
-class FeatureRouter(nn.Module):
-    """A gate on the pooled features of all granularities (paper equation 4), K logits a region."""
+    highest_score = math.log(NUM_BINS)
 
     def __init__(self, config):
-        super().__init__()
-        num_granularities = len(config.granularities)
-        width = num_granularities * config.z_channels
+        super().__init__(config)
+        self.patch_size = config.granularities[0]
+
+    def thresholds_to_begin_with(self, config):
+        """The configuration's, in nats."""
+        return config.initial_thresholds
+
+    def finish_loading(self, config):
+        """As for every router; thresholds that the configuration gives go before those of the weights."""
+        if config.entropy_thresholds is not None:
+            self.set_thresholds(config.entropy_thresholds)
+        super().finish_loading(config)
+
+    def look(self, pixel_values, features):
+        """The entropy, in nats."""
+        entropy = image_entropy(pixel_values, self.patch_size)
+        return DQRouterOutput(score=entropy, entropy=entropy)
+
+
+class FeatureRouter(DQRouter):
+    """A gate on the pooled features of all granularities (paper equation 4), K logits a region.
+
+    It chooses by Gumbel-softmax in training. In evaluation it is the argmax until the router is calibrated, which sets
+    thresholds on its score; before they are infinite.
+    """
+
+    uses_features = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.budget_targets, self.budget_gamma = config.budget_targets, config.budget_gamma
+        self.gradient = config.router_gradient
+        width = self.num_granularities * config.z_channels
         groups = config.router_norm_num_groups
         self.norms = nn.ModuleList(
             nn.Identity() if groups is None else nn.GroupNorm(groups, config.z_channels, eps=1e-6)
-            for _ in range(num_granularities)
+            for _ in range(self.num_granularities)
         )
         if config.router_activation is None:
-            self.gate = nn.Linear(width, num_granularities)
+            self.gate = nn.Linear(width, self.num_granularities)
         else:
             activation = {"silu": nn.SiLU, "relu": nn.ReLU}[config.router_activation]()
-            self.gate = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, num_granularities))
+            self.gate = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, self.num_granularities))
 
-    def forward(self, features):
-        """Logits (B, K, h, w) from the granularities' features, a list of (B, C, H_g, W_g), coarsest first."""
+    def thresholds_to_begin_with(self, config):
+        """None yet: infinity."""
+        return [math.inf] * (self.num_granularities - 1)
+
+    def finish_loading(self, config):
+        """As for every router, but it may be uncalibrated."""
+        if self.thresholds.is_meta or not self.thresholds.isinf().all():
+            super().finish_loading(config)
+
+    def look(self, pixel_values, features):
+        """The fineness of the logits (B, K, h, w)."""
         pooled = [
             nn.functional.avg_pool2d(norm(feature), 2**g)
             for g, (norm, feature) in enumerate(zip(self.norms, features))
         ]
-        return self.gate(torch.cat(pooled, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        router_logits = self.gate(torch.cat(pooled, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return DQRouterOutput(score=fineness(router_logits.detach()), router_logits=router_logits)
+
+    def choose(self, seen):
+        """Gumbel-softmax in training, hard with a straight-through gradient; else thresholds or argmax. And the budget.
+
+        Differs: from the release, unless `router_gradient` is "selected": the gates of all granularities pass a
+        gradient on, so that the logits' is that of the difference between the granularities.
+        """
+        if self.training:
+            gates = nn.functional.gumbel_softmax(seen.router_logits.float(), tau=1.0, hard=True, dim=1)
+            grain_map = gates.argmax(1)
+        else:
+            uncalibrated = self.thresholds.isinf().any()
+            by_score = self.above_thresholds(seen.score)
+            grain_map = torch.where(uncalibrated, seen.router_logits.argmax(1), by_score)
+            gates = one_hot_gates(grain_map, self.num_granularities)
+        loss = budget_loss(gates, self.budget_targets, self.budget_gamma, all_processes=self.training)
+        if self.gradient == "selected":
+            gates = gates * one_hot_gates(grain_map, self.num_granularities)
+        return grain_map, gates, loss
 
 
-def gate_values(router_logits, training):
-    """One-hot gates (B, K, h, w): hard Gumbel-softmax with straight-through gradient in training, else the argmax."""
-    if training:
-        return nn.functional.gumbel_softmax(router_logits.float(), tau=1.0, hard=True, dim=1)
-    return one_hot_gate(router_logits.argmax(1), router_logits.shape[1])
+class RandomRouter(DQRouter):
+    """The control: a score from a uniform distribution over [0, 1), whatever the image shows. No parameters.
+
+    Drawn anew, from torch's global generator, in training. In evaluation it is a hash of the image's pixels and of the
+    region's place: the same for an image in every batch and on every device.
+    """
+
+    highest_score = 1.0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patch_size = config.granularities[0]
+
+    def thresholds_to_begin_with(self, config):
+        """Those that give the configuration's `budget_targets` on average."""
+        return [1 - sum(config.budget_targets[granularity:]) for granularity in range(len(config.budget_targets))]
+
+    def look(self, pixel_values, features):
+        """Random numbers."""
+        height, width = (side // self.patch_size for side in pixel_values.shape[2:])
+        if self.training:
+            return DQRouterOutput(score=torch.rand(len(pixel_values), height, width, device=pixel_values.device))
+        bits = pixel_values.float().flatten(1).view(torch.int32).long()
+        keys = (bits * hash_numbers(torch.arange(bits.shape[1], device=bits.device))).sum(1, keepdim=True)
+        hashes = hash_numbers(keys + torch.arange(height * width, device=bits.device))
+        return DQRouterOutput(score=((hashes & (2**24 - 1)).float() / 2**24).view(-1, height, width))
 
 
-def one_hot_gate(grain_map, num_granularities):
-    """Gates (B, K, h, w) float of a grain map (B, h, w)."""
-    return nn.functional.one_hot(grain_map, num_granularities).permute(0, 3, 1, 2).float()
+def hash_numbers(values):
+    """Integers (int64) as other ones that look random: SplitMix64 (Steele, Lea and Flood 2014), modulo 2^64."""
+    values = (values + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        values = (values ^ ((values >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return values
+
+
+ROUTERS = {"entropy": EntropyRouter, "feature": FeatureRouter, "random": RandomRouter}
+
+
+def mix_features(features, gates):
+    """Routed features (B, C, H, W): of all granularities, repeated (nearest) to the fine grid, by their gates.
+
+    Args:
+        features: a list of (B, C, H_g, W_g), coarsest first.
+        gates: (B, K, h, w), one-hot.
+    """
+    finest = len(features) - 1
+    gates = repeat_cells(gates, 2**finest).to(features[-1].dtype)
+    mixed = 0
+    for granularity, feature in enumerate(features):
+        mixed = mixed + repeat_cells(feature, 2 ** (finest - granularity)) * gates[:, granularity, None]
+    return mixed
 
 
 def fineness(router_logits):

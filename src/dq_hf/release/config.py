@@ -225,6 +225,7 @@ def router_fields(model, encoder, coarsest_factor, path, thresholds_path):
     router.finish()
     return {
         "router": "feature",
+        "router_gradient": "selected",
         "router_activation": activations[gate.lower()],
         "router_norm_num_groups": groups[1] and int(groups[1]),
     }

@@ -6,6 +6,7 @@ import torch
 
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.modeling_utils_dq import optional_weights
 from .checkpoint import StoredTensor, describe
 from .config import GRAINS
 from .text import cut, listed
@@ -99,6 +100,8 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
     """The release's tensors under our names and in our shapes; what does not fit is named in one `ValueError`."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    for name in optional_weights(model_class):  # ours alone, and as the configuration says
+        expected.pop(name, None)
     keys, problems = {}, []
     for name, shape in expected.items():
         key = name
