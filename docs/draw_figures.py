@@ -52,7 +52,7 @@ def draw_tokenizer(vae, processor, pixel_values, encoded):
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=0.84, wspace=0.45)
     image = processor.post_process(pixel_values)[0]
     grain_map, codes = encoded.grain_map[0], encoded.codes[0]
-    (threshold,) = vae.config.entropy_thresholds
+    (threshold,) = vae.router.thresholds.tolist()
     num_fine, num_codes = int(grain_map.sum()), int(encoded.num_codes)
     panels[0].imshow(image, interpolation="nearest")
     heat = panels[1].imshow(encoded.entropy[0], cmap="magma")

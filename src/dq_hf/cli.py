@@ -1,12 +1,10 @@
 """The command `dq-hf`. Results go to stdout, progress to stderr; nothing is overwritten without --force."""
 
 import argparse
-import json
 import math
 import os
 import re
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,8 +15,7 @@ from transformers import AutoConfig
 from . import DEFAULT_MODEL, DQConfig, DQImageProcessor, DQPipeline, DQVAEConfig, DQVAEModel
 from .codec.cost import reconstruct
 from .files import whole_file
-from .modeling.configuration_utils_dq import read_json_object
-from .modeling.grain_map_dq import count_codes
+from .modeling.grain_map_dq import check_shares, count_codes
 from .modeling.hub_dq import loading_from, pin_revision
 from .modeling.routing_dq import image_entropy
 from .pictures import draw_code_usage, draw_entropy, draw_generation, draw_grain_map, image_grid, import_figure
@@ -85,9 +82,9 @@ def make_parser():
     )
     convert.add_argument("--force", action="store_true", help="write into a folder that has files")
 
-    calibrate = add_command(commands, "calibrate", run_calibrate, "fit entropy thresholds to images")
+    calibrate = add_command(commands, "calibrate", run_calibrate, "fit a router's thresholds to images")
     add_data_options(calibrate, split="train")
-    calibrate.add_argument("--model", required=True, metavar="DIR", help="local folder whose configuration is changed")
+    calibrate.add_argument("--model", required=True, metavar="DIR", help="local folder whose weights are changed")
     calibrate.add_argument(
         "--fine-ratio",
         type=float,
@@ -346,41 +343,24 @@ def run_convert(args):
 
 def run_calibrate(args):
     """`dq-hf calibrate`."""
-    from .training.calibration import calibrate_thresholds
+    from .training.calibration import calibrate, save_thresholds
 
     folder = Path(args.model)
     if not (folder / "config.json").is_file():
         raise OSError(f"--model must be a local folder with a config.json, got {folder}; download the model first")
     config = AutoConfig.from_pretrained(folder)
     vae_config = config.vae_config if isinstance(config, DQConfig) else config
-    if not isinstance(vae_config, DQVAEConfig) or vae_config.router != "entropy" or len(vae_config.granularities) == 1:
-        raise ValueError(f"{folder} must hold a DQ-VAE with an entropy router that chooses; no other has thresholds")
-    if len(args.fine_ratio) != len(vae_config.granularities) - 1:
-        raise ValueError(
-            f"--fine-ratio needs {len(vae_config.granularities) - 1} share(s), one for each granularity but the coarsest; "
-            f"got {args.fine_ratio}"
-        )
+    if not isinstance(vae_config, DQVAEConfig) or len(vae_config.granularities) == 1:
+        raise ValueError(f"{folder} must hold a DQ-VAE with a router that chooses; no other has thresholds")
+    shares = check_shares("--fine-ratio", args.fine_ratio, len(vae_config.granularities))
+    vae = DQVAEModel.from_pretrained(folder if vae_config is config else folder / "vae")
     images, loader = read_images(args, vae_config)
-    batches = (batch["pixel_values"] for batch in loader)
-    thresholds, achieved = calibrate_thresholds(batches, vae_config.granularities[0], args.fine_ratio)
-    write_thresholds(folder, thresholds, both=isinstance(config, DQConfig))
-    print(f"thresholds  {' '.join(f'{value:.7f}' for value in thresholds)} nats")
+    achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
+    save_thresholds(folder, vae.router.thresholds)
+    unit = " nats" * (vae_config.router == "entropy")
+    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}{unit}")
     num_images = images.num_rows - images.num_broken
     print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
-
-
-def write_thresholds(folder, thresholds, both):
-    """Change this entry, and no other, in every `config.json` that has it; after an error all are as before.
-
-    Args:
-        both: the folder holds a generator, too, and its tokenizer in `vae/`.
-    """
-    with ExitStack() as files:
-        for path in [folder / "vae" / "config.json"] * both + [folder / "config.json"]:
-            content = read_json_object(path)
-            vae_config = content.setdefault("vae_config", {}) if both and path.parent == folder else content
-            vae_config["entropy_thresholds"] = thresholds
-            files.enter_context(whole_file(path)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_images(args, vae_config):
@@ -520,7 +500,8 @@ def run_draw_entropy(args):
     with torch.no_grad():
         encoded = vae.encode(pixel_values, fine_ratio=single(args.fine_ratio))
     entropy = image_entropy(pixel_values, vae.config.granularities[0])[0].cpu()
-    thresholds = vae.config.entropy_thresholds if vae.config.router == "entropy" and args.fine_ratio is None else ()
+    by_entropy = vae.config.router == "entropy" and args.fine_ratio is None
+    thresholds = vae.router.thresholds.tolist() if by_entropy else ()
     image = processor.post_process(pixel_values)[0]
     save_image(draw_entropy(image, entropy, encoded.grain_map[0].cpu(), thresholds), args.output)
     low, mean, high = (float(value) for value in (entropy.min(), entropy.mean(), entropy.max()))

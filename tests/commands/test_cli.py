@@ -1,6 +1,5 @@
 """The command `dq-hf`: what it writes and prints, and that a refused command changes nothing."""
 
-import json
 import math
 import re
 import shutil
@@ -11,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import full_disk, make_transformer, make_vae
+from conftest import make_transformer, make_vae
 from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
-from dq_hf.cli import main, write_thresholds
+from dq_hf.cli import main
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "dual_entropy"
@@ -422,24 +421,20 @@ def photographs(place):
     return place / "photographs"
 
 
-@pytest.mark.parametrize("kind", ["model", "vae"])
+@pytest.mark.parametrize("kind", ["model", "vae", "feature"])
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models, photographs, kind, share):
     if kind == "vae":
         shutil.copytree(models / "vae", place / "vae")
+    if kind == "feature":
+        make_vae(image_size=8, router="feature").save_pretrained("feature")
     printed = run("calibrate", "--data", "photographs", "--model", kind, "--fine-ratio", share)
     lines = [line.split() for line in printed.out.splitlines()]
     assert [line[0] for line in lines] == ["thresholds", "achieved"] and lines[1][-2:] == ["8", "images"]
+    assert ("nats" in lines[0]) == (kind != "feature")
     assert float(lines[1][1]) == pytest.approx(share, abs=1 / 32)
-
-    if kind == "model":
-        thresholds = json.loads(Path("model/vae/config.json").read_text())["entropy_thresholds"]
-        assert json.loads(Path("model/config.json").read_text())["vae_config"]["entropy_thresholds"] == thresholds
-        vae = DQForImageGeneration.from_pretrained("model").vae
-    else:
-        thresholds = json.loads(Path("vae/config.json").read_text())["entropy_thresholds"]
-        vae = DQVAEModel.from_pretrained("vae")
-    assert float(lines[0][1]) == pytest.approx(thresholds[0], abs=1e-6)
+    vae = DQForImageGeneration.from_pretrained(kind).vae if kind == "model" else DQVAEModel.from_pretrained(kind)
+    assert float(lines[0][1]) == pytest.approx(vae.router.thresholds.item(), abs=1e-6)
     images = [Image.open(path) for path in photographs.iterdir()]
     with torch.no_grad():  # at the model's own size: 8 images of 2 x 2 regions
         grain_map = vae.encode(DQImageProcessor(size={"height": 8, "width": 8})(images)["pixel_values"]).grain_map
@@ -458,31 +453,6 @@ def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, p
     assert any("3.png" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("export_code", [False, True])
-def test_calibrate_changes_nothing_else(run, place, photographs, export_code):
-    DQForImageGeneration.from_pretrained("model").save_pretrained("model", export_code=export_code)
-    before = {name: json.loads(Path(name).read_text()) for name in ("model/config.json", "model/vae/config.json")}
-    files = files_of(place / "model")
-    run("calibrate", "--data", "photographs", "--model", "model")
-    for name, config in before.items():
-        after = json.loads(Path(name).read_text())
-        part, part_after = (config["vae_config"], after["vae_config"]) if "vae_config" in config else (config, after)
-        assert part.pop("entropy_thresholds") != part_after.pop("entropy_thresholds")
-        assert after == config
-    changed = {path for path, content in files_of(place / "model").items() if files[path] != content}
-    assert changed == {place / "model" / "config.json", place / "model" / "vae" / "config.json"}
-
-
-def test_thresholds_that_find_no_room_on_the_disk_change_no_file(place):
-    vae, both = place / "model" / "vae" / "config.json", place / "model" / "config.json"
-    before = files_of(place)
-    with full_disk(vae.stat().st_size + 20), pytest.raises(OSError):  # room for one, not for the other
-        write_thresholds(place / "model", [0.7], both=True)
-    assert files_of(place) == before and both.stat().st_size > vae.stat().st_size + 20
-    write_thresholds(place / "model", [0.7], both=True)
-    assert DQForImageGeneration.from_pretrained("model").vae.config.entropy_thresholds == [0.7]
-
-
 @pytest.mark.parametrize("kind", ["reconstruction", "generation"])
 def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
     message = refused("evaluate", kind, "--data", "gone", "--model", "gone", "--seed", -1, "--output", "report.json")
@@ -493,8 +463,8 @@ def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
     ("options", "message"),
     [
         (["--model", "no-such-model"], "local folder with a config.json, got no-such-model"),
-        (["--model", "model/transformer"], "entropy router"),
-        (["--model", "feature"], "entropy router"),
+        (["--model", "model/transformer"], "a router that chooses"),
+        (["--model", "plain"], "a router that chooses"),
         (["--fine-ratio", "1.5"], r"\[0, 1\]"),
         (["--fine-ratio", "0.2", "0.3"], "needs 1 share"),
         (["--split", "test"], "no split 'test'; it has train"),
@@ -505,7 +475,7 @@ def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
 )
 def test_calibrate_refuses(refused, place, photographs, options, message):
     (place / "empty").mkdir()
-    make_vae(router="feature").save_pretrained(place / "feature")
+    make_vae(granularities=[4]).save_pretrained(place / "plain")
     assert re.search(message, refused("calibrate", "--data", "photographs", "--model", "model", *options))
 
 

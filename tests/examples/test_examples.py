@@ -222,8 +222,7 @@ def test_the_model_holds_the_moving_average_of_the_weights(full):
         average = checkpoints[0][name]
         for step, weights in enumerate(checkpoints[1:], 2):
             # diffusers' warm-up: decay 1 - step^(-2/3), far below 0.999 here. Buffers, the codebook, are not averaged.
-            share = step ** (-2 / 3) if name in learned else 1
-            average = average.lerp(weights[name], share)
+            average = average.lerp(weights[name], step ** (-2 / 3)) if name in learned else weights[name]
         assert torch.allclose(value, average, atol=1e-6)
     assert any(not torch.allclose(learned[name], checkpoints[-1][name], atol=1e-6) for name in learned)
 
@@ -231,7 +230,7 @@ def test_the_model_holds_the_moving_average_of_the_weights(full):
 def test_held_out_figures_are_those_of_the_model(full, place):
     measured = [row for row in rows_of(full) if "psnr" in row]
     assert [(row["step"], row.keys()) for row in measured] == [
-        (step, {"step", "psnr", "codes_per_image"}) for step in (4, FULL_STEPS)
+        (step, {"step", "psnr", "codes_per_image", "test_share_2", "calibrated_share_2"}) for step in (4, FULL_STEPS)
     ]
     pixel_values, _ = test_images(place)
     with torch.no_grad():
@@ -240,6 +239,8 @@ def test_held_out_figures_are_those_of_the_model(full, place):
     psnr = np.mean([10 * np.log10(2**2 / error.mean()) for error in errors])
     assert measured[-1]["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert measured[-1]["codes_per_image"] == (16 + 3 * output.grain_map.sum() / 6).item()
+    assert measured[-1]["test_share_2"] == pytest.approx(output.grain_map.float().mean().item(), abs=1e-6)
+    assert measured[-1]["calibrated_share_2"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_stage_1_leaves_a_tokenizer_with_a_card_of_its_figures(full):
@@ -309,8 +310,8 @@ def test_a_run_that_goes_on_keeps_the_thresholds_that_it_began_with(plain, place
     command = f"{PLAIN} --output_dir kept --max_steps 4 --sample_every 4"
     told = [re.search("shares of regions: .*", text)[0] for text in (run_here(place, command), printed)]
     assert told[0] == told[1] and "calibrate" not in capsys.readouterr().err
-    before, after = (DQVAEModel.from_pretrained(place / name / "model").config for name in (run.name, "kept"))
-    assert after.entropy_thresholds == before.entropy_thresholds
+    before, after = (DQVAEModel.from_pretrained(place / name / "model").router for name in (run.name, "kept"))
+    assert torch.equal(after.thresholds, before.thresholds)
     message = r"kept/checkpoint-4 cannot be loaded: .*--fine_ratios was \[0.3\], got \[0.4\]. If settings changed"
     assert re.match(message, refusal(place, f"{command} --fine_ratios 0.4"))
 

@@ -18,7 +18,6 @@ with a model card that `DQVAEModel.from_pretrained` loads. `docs/training.md` sa
 all is well.
 """
 
-import itertools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +32,12 @@ from torch.utils.data import DataLoader
 from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
 from dq_hf.data.images import ImageCollator
 from dq_hf.data.streams import prepare_loader
+from dq_hf.modeling.grain_map_dq import one_hot_gates
+from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.networks.perceptual import make_perceptual_loss
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
-from dq_hf.training.calibration import calibrate_thresholds
+from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
 from dq_hf.training.options import (
     RunOptions,
@@ -122,7 +123,7 @@ class Arguments(RunOptions):
         require(self, 1, "disc_channels", "disc_layers")
         require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
         require_share(self, "fine_ratios", "ema_decay")
-        require_one_of(self, "router", ("entropy", "feature"))
+        require_one_of(self, "router", tuple(ROUTERS))
         if self.decoder_only and self.start_from is None:
             raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
 
@@ -156,10 +157,10 @@ def train(args):
 
     # Models, and one optimiser for each (method section 5).
     config = start.config if start is not None else make_config(args)
-    calibration = Calibration(args, config)
-    if run.begins and start is None:
-        calibration.run(train_set, collate)
     vae = start if start is not None else DQVAEModel(config)
+    calibration = Calibration(args, SIZES, vae, train_set, collate)
+    if run.begins and start is None and not vae.router.uses_features:
+        calibration.run()
     if args.decoder_only:
         vae.requires_grad_(False)
         for part in (vae.post_quant_conv, vae.decoder):
@@ -237,11 +238,16 @@ def train(args):
         if run.due(args.log_every):
             rows = run.averaged(terms) | codebook_use(plain_vae.quantizer) | {"lr": scheduler.get_last_lr()[0]}
             if run.step <= args.log_every:  # the first row
-                rows |= {f"calibrated_share_{side}": share for side, share in calibration.shares.items()}
+                rows |= calibration.figures()
             run.record(rows, show=("loss", "l1", "codes"))
         if run.due(args.sample_every):
             with averaged_weights(vae, ema, args):
-                run.report(evaluate(accelerator, plain_vae, test_loader, processor, run.picture()))
+                calibrated = calibration.follow()
+                figures = evaluate(accelerator, plain_vae, test_loader, processor, run.picture())
+            if accelerator.is_main_process:
+                held_out = [figures[f"test_share_{side}"] for side in args.granularities[1:]]
+                warn_of_shares(held_out, config.budget_targets, "held-out images")
+            run.report(figures | calibrated)
         run.save_when_due()
 
     if accelerator.is_main_process and not run.stopped:
@@ -270,7 +276,7 @@ def is_trained(parameter):
 
 
 def make_config(args):
-    """The model's configuration; its entropy thresholds are not those of these images yet."""
+    """The model's configuration."""
     finer = len(args.granularities) - 1  # with one granularity there is nothing to choose
     if finer and len(args.fine_ratios) != finer:
         raise ValueError(
@@ -284,41 +290,6 @@ def make_config(args):
         router_norm_num_groups=args.norm_num_groups,
         encoder_attention_factors=args.granularities[:1],
     )
-
-
-class Calibration:
-    """Entropy thresholds, in the model's configuration, and the shares of regions that they give.
-
-    Both are kept in the checkpoints: a run that goes on codes as it began, whatever it would find now.
-    """
-
-    def __init__(self, args, config):
-        self.args = args
-        self.config = config
-        self.shares = {}
-
-    def run(self, train_set, collate):
-        """Find the thresholds for training images, if the router needs any."""
-        args, granularities, budget = self.args, self.config.granularities, self.config.budget_targets
-        if self.config.router != "entropy" or not budget:
-            return
-        # The same on all processes.
-        subset = train_set.part(0, 1) if args.streaming else train_set.shuffle(seed=args.seed)
-        loader = DataLoader(subset, args.batch_size, collate_fn=collate)
-        num_batches = math.ceil(args.calibration_images / args.batch_size)
-        images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
-        self.config.entropy_thresholds, shares = calibrate_thresholds(images, granularities[0], budget)
-        self.shares = dict(zip(granularities[1:], shares))
-
-    def state_dict(self):
-        sizes = {name: getattr(self.args, name) for name in SIZES}
-        return {"sizes": sizes, "thresholds": self.config.entropy_thresholds, "shares": self.shares}
-
-    def load_state_dict(self, state):
-        for name, value in state["sizes"].items():
-            if getattr(self.args, name) != value:
-                raise ValueError(f"--{name} was {value}, got {getattr(self.args, name)}")
-        self.config.entropy_thresholds, self.shares = state["thresholds"], state["shares"]
 
 
 @contextmanager
@@ -357,15 +328,19 @@ def codebook_use(quantizer):
 
 @torch.no_grad()
 def evaluate(accelerator, model, loader, processor, picture):
-    """Held-out mean PSNR in dB and codes an image; writes inputs, grain maps and reconstructions to `picture`."""
+    """Held-out mean PSNR in dB, codes an image and shares of regions; draws inputs, grain maps and reconstructions."""
     model.eval()
-    psnrs, codes = [], []
+    psnrs, codes, shares = [], [], []
     for i, batch in enumerate(loader):
         output = model(batch["pixel_values"])
         error = (output.sample.float().clamp(-1, 1) - batch["pixel_values"]).square().mean(dim=(1, 2, 3))
-        psnr, num_codes = accelerator.gather_for_metrics((10 * torch.log10(4 / error), output.num_codes.float()))
+        gates = one_hot_gates(output.grain_map, len(model.config.granularities))
+        psnr, num_codes, share = accelerator.gather_for_metrics(
+            (10 * torch.log10(4 / error), output.num_codes.float(), gates.mean((2, 3)))
+        )
         psnrs.append(psnr)
         codes.append(num_codes)
+        shares.append(share)
         if i == 0 and accelerator.is_main_process:
             inputs = processor.post_process(batch["pixel_values"][:16])
             scale = math.ceil(8 / model.config.granularities[-1])  # frames of 8 pixels
@@ -374,7 +349,9 @@ def evaluate(accelerator, model, loader, processor, picture):
             rows = [image.resize(maps[0].size) for image in inputs], maps, [im.resize(maps[0].size) for im in outputs]
             with writing(picture, picture.parent):
                 image_grid([image for row in rows for image in row], columns=len(inputs)).save(picture)
-    return {"psnr": torch.cat(psnrs).mean().item(), "codes_per_image": torch.cat(codes).mean().item()}
+    figures = {"psnr": torch.cat(psnrs).mean().item(), "codes_per_image": torch.cat(codes).mean().item()}
+    names = [f"test_share_{side}" for side in model.config.granularities]
+    return figures | dict(list(zip(names, torch.cat(shares).mean(0).tolist()))[1:])
 
 
 def publish(run, num_images, shares):

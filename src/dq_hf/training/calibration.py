@@ -1,46 +1,61 @@
-"""Entropy thresholds for a set of images."""
+"""Thresholds of a router for a set of images, in a model and in a saved folder."""
 
+import itertools
+import json
+import logging
 import math
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..modeling.routing_dq import NUM_BINS, image_entropy
+from ..files import whole_file
+from ..modeling.configuration_utils_dq import read_json_object
+from ..modeling.generation_dq import evaluation_mode
+from ..modeling.grain_map_dq import check_shares
 
-# Entropies that differ by less than this, in nats, count as equal: ten times float32's rounding of them.
-RESOLUTION = 1e-6
+logger = logging.getLogger(__name__)
+
+# Scores in a known range count as equal when they differ by less than this (entropies, in nats: ten times float32's
+# rounding); others where they differ by less than this part of themselves.
+RESOLUTION = {"linear": 1e-6, "relative": 1e-5}
+SMALLEST_SCORE = 1e-3  # below it the relative resolution becomes an absolute one
+LARGEST_SCORE = 1e6  # above it all count as equal
+TOLERANCE = 0.05  # of a share on other images
+KEY = "router.thresholds"  # in a tokenizer's weights
 
 
-def calibrate_thresholds(batches, patch_size, shares):
-    """Thresholds at which the entropy router gives these shares of regions, measured with the function that routes.
+def calibrate(vae, batches, shares):
+    """Set the thresholds at which the router gives these shares of regions, by the very scores that it routes by.
 
-    One pass; memory does not grow with the number of images (a histogram of the entropies, under 100 MB).
+    One pass; memory does not grow with the number of images (a histogram of the scores, under 150 MB).
 
     Args:
+        vae: a `DQVAEModel`; only `vae.router.thresholds` changes.
         batches: iterable of `pixel_values` (B, 3, H, W) in [-1, 1].
-        patch_size: side of a region in pixels, the coarsest granularity.
         shares: share of regions wanted at each granularity but the coarsest, in [0, 1], sum at most 1.
 
     Returns:
-        thresholds in nats, ascending, and the shares that they achieve on these images, exactly as `EntropyRouter`
-        counts them: less than those asked for where many regions have the same entropy (plain colour).
+        a list of the shares that the router gives on these images from now on, in evaluation: less than those asked
+        for where many regions have the same score (plain colour).
 
     Raises:
-        ValueError: no images, sides that `patch_size` does not divide, or impossible shares.
+        ValueError: no images, images that `encode` would refuse, impossible shares, or scores that are not finite.
     """
-    if not all(0 <= share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        raise ValueError(f"shares must lie in [0, 1] with a sum of at most 1, got {shares}")
-    # Bin i holds edges[i] < entropy <= edges[i + 1], in float32 like the router's comparison; the first and last are
-    # open. Inner edges lie half a resolution off 0, the entropy of many plain regions.
-    inner = (torch.arange(math.ceil(math.log(NUM_BINS) / RESOLUTION) + 1, dtype=torch.float64) + 0.5) * RESOLUTION
-    edges = torch.cat([torch.tensor([-1.0]), inner.float(), torch.tensor([math.log(NUM_BINS) + 1])])
+    shares = check_shares("shares", shares, len(vae.config.granularities))
+    # Bin i holds edges[i] < score <= edges[i + 1], in float32 like the router's comparison; the first and last are open.
+    edges = score_edges(vae.router.highest_score)
     counts = torch.zeros(len(edges) - 1, dtype=torch.long)
     for pixel_values in tqdm(batches, desc="calibrate"):
-        if pixel_values.shape[2] % patch_size or pixel_values.shape[3] % patch_size:
-            raise ValueError(
-                f"sides of images must be multiples of {patch_size}, got {tuple(pixel_values.shape[2:])}; resize them"
-            )
-        bins = torch.bucketize(image_entropy(pixel_values, patch_size).flatten().cpu(), edges[1:-1])
+        with torch.no_grad(), evaluation_mode(vae):
+            scores = vae.region_scores(pixel_values.to(vae.device)).flatten().cpu()
+        if not torch.isfinite(scores).all():
+            raise ValueError("the router's scores must be finite, got NaN or infinite ones; the model is damaged")
+        bins = torch.bucketize(scores, edges[1:-1])
         counts.scatter_add_(0, bins, torch.ones_like(bins))
     occupied = counts.nonzero()[:, 0]
     if len(occupied) == 0:
@@ -58,4 +73,127 @@ def calibrate_thresholds(batches, patch_size, shares):
         split = int((num_above > wanted).sum())  # the first split with no more than that
         thresholds.append(float(below[split] + above[split]) / 2)
         achieved.append(int(num_above[split]) / num_regions)
-    return thresholds, [share - finer for share, finer in zip(achieved, [*achieved[1:], 0.0])]
+    vae.router.set_thresholds(thresholds)
+    return [share - finer for share, finer in zip(achieved, [*achieved[1:], 0.0])]
+
+
+class Calibration:
+    """The thresholds of a model in training, and the shares of regions that they give on training images.
+
+    A router that does not learn is calibrated once, when a run begins; both are kept in the checkpoints, so that a run
+    that goes on codes as it began. One that learns is calibrated anew wherever it is measured.
+
+    Args:
+        options: of the run: calibration_images, batch_size, seed, streaming, decoder_only, and the sizes.
+        sizes: names of the options that a run which goes on must not change.
+        vae: `DQVAEModel`.
+        train_set, collate: training images, and what makes batches of them.
+    """
+
+    def __init__(self, options, sizes, vae, train_set, collate):
+        self.options = options
+        self.sizes = sizes
+        self.vae = vae
+        self.train_set = train_set
+        self.collate = collate
+        self.shares = {}
+
+    def run(self):
+        """Set the thresholds, the same on all processes."""
+        options, config = self.options, self.vae.config
+        if len(config.granularities) == 1:
+            return
+        subset = self.train_set.part(0, 1) if options.streaming else self.train_set.shuffle(seed=options.seed)
+        loader = DataLoader(subset, options.batch_size, collate_fn=self.collate)
+        num_batches = math.ceil(options.calibration_images / options.batch_size)
+        images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
+        self.shares = dict(zip(config.granularities[1:], calibrate(self.vae, images, config.budget_targets)))
+
+    def follow(self):
+        """Calibrate a router that learns; the figures to log, if it was."""
+        if not self.vae.router.uses_features or self.options.decoder_only:
+            return {}
+        self.run()
+        return self.figures()
+
+    def figures(self):
+        """The shares by their names in the log."""
+        return {f"calibrated_share_{side}": share for side, share in self.shares.items()}
+
+    def state_dict(self):
+        return {"sizes": {name: getattr(self.options, name) for name in self.sizes}, "shares": self.shares}
+
+    def load_state_dict(self, state):
+        for name, value in state["sizes"].items():
+            if getattr(self.options, name) != value:
+                raise ValueError(f"--{name} was {value}, got {getattr(self.options, name)}")
+        if "thresholds" in state and not self.vae.router.uses_features:  # of before they were weights
+            self.vae.router.set_thresholds(state["thresholds"])
+        self.shares = state["shares"]
+
+
+def score_edges(highest_score):
+    """Edges of the histogram's bins, float32, ascending.
+
+    Inner edges lie half a resolution off 0, the entropy of many plain regions.
+    """
+    if highest_score is not None:
+        step = RESOLUTION["linear"]
+        inner = (torch.arange(math.ceil(highest_score / step) + 1, dtype=torch.float64) + 0.5) * step
+        ends = -1.0, highest_score + 1
+    else:
+        step = RESOLUTION["relative"]
+        count = math.ceil(math.asinh(LARGEST_SCORE / SMALLEST_SCORE) / step)
+        inner = SMALLEST_SCORE * torch.sinh((torch.arange(-count, count, dtype=torch.float64) + 0.5) * step)
+        ends = -4 * LARGEST_SCORE, 4 * LARGEST_SCORE
+    return torch.cat([torch.tensor(ends[:1]), inner.float(), torch.tensor(ends[1:])])
+
+
+def warn_of_shares(achieved, wanted, where):
+    """Log a warning if a share of regions is off by more than `TOLERANCE`; both lists are as for `calibrate`."""
+    if any(abs(got - want) > TOLERANCE for got, want in zip(achieved, wanted)):
+        logger.warning(
+            f"shares of regions on {where}: {', '.join(f'{share:.3f}' for share in achieved)} instead of "
+            f"{', '.join(f'{share:.3f}' for share in wanted)}; the images that the router was calibrated on are fewer, "
+            "plainer or of another kind"
+        )
+
+
+def save_thresholds(folder, thresholds):
+    """Write thresholds into all weights of a saved tokenizer, or of the tokenizer in `vae/`, and change no other weight.
+
+    Configurations lose their `entropy_thresholds`. After an error all files are as before.
+
+    Args:
+        folder: as `save_pretrained` writes it.
+        thresholds: (K - 1,) float32.
+    """
+    folder = Path(folder)
+    place = folder / "vae" if (folder / "vae").is_dir() else folder
+    holders = [path for path in place.glob("model*.safetensors") if "-of-" not in path.name]
+    with ExitStack() as files:  # they are replaced in the end, the last first
+
+        def write_json(path, content):
+            files.enter_context(whole_file(path)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+        for path in dict.fromkeys([folder / "config.json", place / "config.json"]):
+            content = read_json_object(path)
+            if content.get("vae_config", content).pop("entropy_thresholds", None) is not None:
+                write_json(path, content)
+        for path in place.glob("model.safetensors.index*.json"):
+            content = read_json_object(path)
+            shards = content["weight_map"]
+            if KEY not in shards:
+                shards[KEY] = min(shards.values())
+                write_json(path, content)
+            holders.append(place / shards[KEY])
+        for path in holders:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            weights = load_file(path) | {KEY: thresholds.detach().float().cpu()}
+            try:
+                save_file(weights, files.enter_context(whole_file(path)), metadata)
+            except SafetensorError as error:  # such as a full disk
+                raise OSError(f"the weights cannot be written to {path}: {error}") from error
+        if not holders:
+            raise OSError(f"{place} has no weights in safetensors; save the model again")
