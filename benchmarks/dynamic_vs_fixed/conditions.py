@@ -23,6 +23,7 @@ SIZES = dict(
     norm_num_groups=4,
     router_norm_num_groups=4,
     router_activation=None,  # one linear layer: a second one would be 2 % of all parameters
+    router_gradient="selected",  # the release's
     z_channels=64,
     codebook_size=256,
     codebook_dim=32,
@@ -79,7 +80,7 @@ def make_model(condition, entropy_thresholds=None):
         granularities=condition.granularities,
         block_out_channels=condition.widths,
         decoder_block_out_channels=condition.decoder_widths,
-        router="feature" if condition.router == "feature" else "entropy",
+        router=condition.router or "entropy",
         entropy_thresholds=entropy_thresholds,
         budget_targets=condition.shares,
     )

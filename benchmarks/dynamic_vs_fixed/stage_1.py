@@ -9,7 +9,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from dq_hf.metrics import CodeStatistics, FrechetDistance, PerceptualDistance, psnr, ssim
-from dq_hf.training.calibration import calibrate_thresholds
+from dq_hf.training.calibration import calibrate
 
 BATCH_SIZE = 8  # better than 16 for the same number of images
 LEARNING_RATE = 1e-3  # of 5e-4, 1e-3, 2e-3 and 4e-3 the best for fixed-256, PSNR
@@ -22,27 +22,26 @@ def train(condition, train_images, seed, steps):
 
     L1 and VQ loss, and the feature router's budget. Images come in the same order for every condition of a seed.
     """
-    thresholds = None
-    if condition.router == "entropy":
-        batches = train_images[:CALIBRATION_IMAGES].split(256)
-        thresholds, _ = calibrate_thresholds(batches, condition.granularities[0], condition.shares)
     torch.manual_seed(seed)
-    model = make_model(condition, thresholds).to(memory_format=torch.channels_last).train()
+    model = make_model(condition).to(memory_format=torch.channels_last).train()
+    if condition.router == "entropy":
+        calibrate(model, train_images[:CALIBRATION_IMAGES].split(256), condition.shares)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP_STEPS, num_training_steps=steps)
     start = time.perf_counter()
     batches = itertools.islice(batches_of_rows(len(train_images), BATCH_SIZE, seed), steps)
     for rows in tqdm(batches, total=steps, mininterval=10):
         pixel_values = train_images[rows]
-        grain_map = random_grain_map(condition, len(rows)) if condition.router == "random" else None
-        loss = model(pixel_values, grain_map=grain_map).loss
+        shares = list(condition.shares) if condition.router == "random" else None
+        loss = model(pixel_values, fine_ratio=shares).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
     seconds = round((time.perf_counter() - start) / steps, 4)
-    return model.eval(), {"seconds_per_step": seconds, "entropy_thresholds": model.config.entropy_thresholds}
+    thresholds = model.router.thresholds.tolist() if condition.router == "entropy" else None
+    return model.eval(), {"seconds_per_step": seconds, "entropy_thresholds": thresholds}
 
 
 def batches_of_rows(num_rows, batch_size, seed):
