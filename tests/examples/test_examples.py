@@ -665,7 +665,7 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
         ("--keep_checkpoints must be 1 or more, got 0", "--keep_checkpoints 0"),
         ("--learning_rate must be 0 or more, got nan", "--learning_rate nan"),
         (r"--fine_ratios must lie in \[0, 1\], got 0.5 1.5", "--fine_ratios 0.5 1.5"),
-        ("--router must be one of entropy, feature, got best", "--router best"),
+        ("--router must be one of entropy, feature, random, got best", "--router best"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
