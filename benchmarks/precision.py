@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TorchAoConfig
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
 from dq_hf.data.images import ImageCollator, load_images
+from dq_hf.metrics.psnr import psnr
 
 VARIANTS = {
     "float32": {},
@@ -68,8 +69,7 @@ def main(args):
 def load_batches(images, args):
     """Pixel values and labels of all images."""
     model_config = DQForImageGeneration.config_class.from_pretrained(args.model)
-    height, width = model_config.vae_config.image_height_width
-    collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), "image", "label")
+    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", "label")
     return list(DataLoader(images, args.batch_size, collate_fn=collate))
 
 
@@ -94,11 +94,10 @@ def share_of_same_codes(encoded, reference):
 
 def mean_psnr(vae, batches, encoded):
     """Mean over images, in dB, of what a model reconstructs from its own codes."""
-    psnrs = []
-    for batch, one in zip(batches, encoded):
-        decoded = vae.decode_codes(one.codes).sample.double().clamp(-1, 1)
-        errors = (decoded - batch["pixel_values"]).square().mean(dim=(1, 2, 3))
-        psnrs.append(10 * torch.log10(4 / errors))
+    psnrs = [
+        psnr(vae.decode_codes(one.codes).sample.clamp(-1, 1), batch["pixel_values"])
+        for batch, one in zip(batches, encoded)
+    ]
     return torch.cat(psnrs).mean().item()
 
 

@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 
 import dq_hf
 from dq_hf.data.images import ImageCollator, load_images
-from dq_hf.modeling.image_processing_dq import DQImageProcessor
+from dq_hf.modeling.image_processing_dq import DQImageProcessor, to_bytes
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -207,8 +207,7 @@ def load_split(folder, split, num_images=None):
 
 def fingerprint(images):
     """16 hex digits of the pixels."""
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(to_bytes(images).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def save_weights(model, path, metadata):

@@ -9,6 +9,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from dq_hf.metrics import CodeStatistics, FrechetDistance, PerceptualDistance, psnr, ssim
+from dq_hf.modeling.image_processing_dq import from_bytes, to_bytes
 from dq_hf.training.calibration import calibrate
 
 BATCH_SIZE = 8  # better than 16 for the same number of images
@@ -95,4 +96,4 @@ def measure(model, test_images, grain_map=None, fine_ratio=None):
 
 def eight_bits(samples):
     """Images as a PNG file holds them: clipped to [-1, 1] and rounded to 256 values."""
-    return ((samples.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return from_bytes(to_bytes(samples))

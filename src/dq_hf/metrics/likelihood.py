@@ -6,8 +6,9 @@ import torch
 from accelerate import Accelerator
 
 from ..data.fingerprint import fingerprint
+from ..modeling.image_processing_dq import from_bytes
 from .code_statistics import count_bits
-from .references import ReferenceImages, check_number, environment, from_bytes, reference_labels
+from .references import ReferenceImages, check_number, environment, reference_labels
 from .streaming import gather
 
 

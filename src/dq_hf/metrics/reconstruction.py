@@ -4,11 +4,12 @@ import torch
 from accelerate import Accelerator
 
 from ..data.fingerprint import fingerprint
+from ..modeling.image_processing_dq import from_bytes, to_bytes
 from .code_statistics import CodeStatistics
 from .frechet_distance import FrechetDistance
 from .perceptual_distance import PerceptualDistance
 from .psnr import PSNR
-from .references import ReferenceImages, check_number, environment, figures, from_bytes, to_bytes
+from .references import ReferenceImages, check_number, environment, figures
 from .ssim import SSIM
 
 

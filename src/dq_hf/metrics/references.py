@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data.images import ImageCollator, class_names, load_images
 from ..files import whole_file
-from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.image_processing_dq import DQImageProcessor, to_bytes
 from .streaming import gather
 
 PIXELS = "8 bits a colour, as PNG stores them: originals, and what is compared with them"
@@ -53,13 +53,12 @@ class ReferenceImages:
                 )
             dataset = dataset.shuffle(seed=seed).select(range(num_images))
         self.dataset = dataset
-        height, width = vae.config.image_height_width
-        self.collate = ImageCollator(DQImageProcessor(size={"height": height, "width": width}), image_column)
+        self.collate = ImageCollator(DQImageProcessor.for_model(vae.config), image_column)
         self.digests = {}
         self.protocol = {
             "data": str(data),
             "split": split,
-            "image_size": [height, width],
+            "image_size": list(vae.config.image_height_width),
             "resampling": "scaled until the size is covered, bicubic, antialiased; images of this size stay as they are",
             "crop": "centre",
             "pixels": PIXELS,
@@ -109,16 +108,6 @@ def share_out(number, batch_size, text):
     mine = list(range(number))[state.process_index :: state.num_processes]
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     return tqdm(batches, desc=text, disable=not state.is_main_process)
-
-
-def to_bytes(pixel_values):
-    """uint8 of images in [-1, 1]; what lies outside is clipped, as in any file."""
-    return ((pixel_values.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def from_bytes(images):
-    """What `DQImageProcessor` gives for such an image: float in [-1, 1]."""
-    return images.float() / 255 * 2 - 1
 
 
 def check_number(number, least, text):

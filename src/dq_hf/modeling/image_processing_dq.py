@@ -35,6 +35,12 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
         self.size = check_size({"height": 256, "width": 256} if size is None else size)
         self.do_resize = check_do_resize(do_resize)
 
+    @classmethod
+    def for_model(cls, config, do_resize=True):
+        """The processor that gives images the size of a tokenizer with this `DQVAEConfig`."""
+        height, width = config.image_height_width
+        return cls(size={"height": height, "width": width}, do_resize=do_resize)
+
     def __call__(self, images, size=None, do_resize=None, return_tensors="pt"):
         """`pixel_values` (B, 3, height, width) float32 in [-1, 1], in a `BatchFeature`.
 
@@ -102,15 +108,29 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
             raise ValueError(f"pixel_values must be a tensor of shape (B, 3, height, width), got {got}")
         if not torch.isfinite(pixel_values).all():
             raise ValueError("pixel_values must be finite, got NaN or infinite values")
-        images = (pixel_values.detach().float() / 2 + 0.5).clamp(0, 1)
+        pixel_values = pixel_values.detach()
         if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
+            return to_unit(pixel_values)
         if output_type == "np":
-            return images
+            return to_unit(pixel_values).permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
-            return [Image.fromarray(image) for image in (images * 255).round().astype(np.uint8)]
+            return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in to_bytes(pixel_values)]
         raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+
+
+def to_unit(pixel_values):
+    """Images in [-1, 1] as float32 in [0, 1]; what lies outside is clipped."""
+    return (pixel_values.float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_bytes(pixel_values):
+    """uint8 of images in [-1, 1]; what lies outside is clipped, as in any file."""
+    return (to_unit(pixel_values) * 255).round().to(torch.uint8)
+
+
+def from_bytes(images):
+    """What `DQImageProcessor` gives for such an image: float32 in [-1, 1]."""
+    return images.float() / 255 * 2 - 1
 
 
 def check_size(size):

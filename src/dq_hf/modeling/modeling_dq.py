@@ -165,8 +165,7 @@ def write_root_files(model, folder):
     """The small files beside `vae/` and `transformer/`: configuration, pipeline index, image processor."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    height, width = model.config.vae_config.image_height_width
-    DQImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+    DQImageProcessor.for_model(model.config.vae_config).save_pretrained(folder)
     index = {"_class_name": "DQPipeline", "_diffusers_version": diffusers.__version__}
     # Named as in the package also where this is an exported copy, for `DQPipeline`.
     modules = {name: f"dq_hf.modeling.{part.__module__.rpartition('.')[2]}" for name, part in PARTS.items()}

@@ -54,8 +54,7 @@ class DQPipeline(DiffusionPipeline):
         super().__init__()
         DQForImageGeneration.from_models(vae, transformer)  # raises if they do not fit
         self.register_modules(vae=vae, transformer=transformer)
-        height, width = vae.config.image_height_width
-        self.image_processor = DQImageProcessor(size={"height": height, "width": width})
+        self.image_processor = DQImageProcessor.for_model(vae.config)
         self._guidance_scale, self._interrupt = None, False
 
     @property

@@ -59,8 +59,7 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, th
     model.eval()
     model.save_pretrained(output_dir)
     if isinstance(model, DQVAEModel):
-        height, width = config.image_height_width
-        DQImageProcessor(size={"height": height, "width": width}).save_pretrained(output_dir)
+        DQImageProcessor.for_model(config).save_pretrained(output_dir)
     # What a model of the other kind left there would be taken for a part of this one, which is whole only now.
     for path in list(output_dir.iterdir()):
         is_stale = path.name == "model_index.json" if isinstance(model, DQVAEModel) else weights_of(path.name)
