@@ -63,5 +63,5 @@ setup(
             "torchao>=0.18",
         ],
     },
-    entry_points={"console_scripts": ["dq-hf = dq_hf.cli:main"]},
+    entry_points={"console_scripts": ["dq-hf = dq_hf.commands.main:main"]},
 )

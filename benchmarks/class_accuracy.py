@@ -16,10 +16,12 @@ from accelerate import PartialState
 from report import write_section
 from transformers import HfArgumentParser
 
-from dq_hf import DEFAULT_MODEL, DQPipeline
+from dq_hf import DEFAULT_MODEL
 from dq_hf.data.images import class_names
-from dq_hf.metrics.references import ReferenceImages, from_bytes, to_bytes
+from dq_hf.loading import load_pipeline
+from dq_hf.metrics.references import ReferenceImages
 from dq_hf.metrics.streaming import unit_images
+from dq_hf.modeling.image_processing_dq import from_bytes, to_bytes
 from dq_hf.networks.extractors import make_extractor
 
 PENALTY = 1e-3  # of the classifier's squared weights
@@ -43,7 +45,7 @@ class Arguments:
 def main(args):
     torch.set_num_threads(args.threads)
     PartialState()
-    pipe = DQPipeline.from_pretrained(args.model)
+    pipe = load_pipeline(args.model)
     extractor = make_extractor(args.extractor)
 
     def features_of(batches):

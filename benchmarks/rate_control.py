@@ -29,10 +29,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor
-from dq_hf.cli import load_vae
 from dq_hf.data.images import ImageCollator, first_rows, load_images
+from dq_hf.loading import load_tokenizer
 from dq_hf.metrics import PerceptualDistance, psnr, ssim
 from dq_hf.metrics.code_statistics import count_bits
+from dq_hf.modeling.image_processing_dq import from_bytes
 from dq_hf.pictures import new_figure
 
 ROUTER = "router"
@@ -70,7 +71,7 @@ class Arguments:
 
 def main(args):
     torch.set_num_threads(args.threads)
-    vae = load_vae(args.model).to(args.device).eval()
+    vae = load_tokenizer(args.model).to(args.device).eval()
     perceptual = PerceptualDistance(args.perceptual)
     points, curves, num_images = measure(args, vae, perceptual)
     report = make_report(args, vae, perceptual, points, curves, num_images)
@@ -133,8 +134,7 @@ def measure(args, vae, perceptual):
 
 def load_data(args, config):
     """The processor for a model's size, and a loader of images."""
-    height, width = config.image_height_width
-    processor = DQImageProcessor(size={"height": height, "width": width})
+    processor = DQImageProcessor.for_model(config)
     dataset = load_images(args.data, args.split, args.image_column)
     if args.max_images is not None:
         dataset = first_rows(dataset, args.max_images)
@@ -157,7 +157,7 @@ def as_uint8(images):
 
 def quality(images, references, perceptual):
     """How near images (B, 3, H, W) uint8 are to others, {name: (B,)}."""
-    distance = perceptual.network.distance(images.float() / 127.5 - 1, references.float() / 127.5 - 1)
+    distance = perceptual.network.distance(from_bytes(images), from_bytes(references))
     return {"PSNR": psnr(images, references), "SSIM": ssim(images, references), perceptual.figure: distance}
 
 

@@ -16,16 +16,18 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 import dq_hf
-from dq_hf.cli import make_parser
+from dq_hf.commands.main import make_parser
 
 FOLDER = Path(__file__).parent / "reference"
-NOT_API = ("__main__", "assets", "cli", "scripts")  # the command line has a page of its own; scripts have --help
+NOT_API = ("__main__", "assets", "commands", "public", "scripts")  # the command line has a page; scripts have --help
 
 
 def main():
+    pages = make_pages()
+    FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("*.md"):
         old.unlink()
-    for name, text in make_pages().items():
+    for name, text in pages.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 
 

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, load_images
+from dq_hf.loading import load_tokenizer
+from dq_hf.metrics.psnr import psnr
 from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.training.checkpoints import put_in_place
@@ -84,7 +86,7 @@ def main():
     if args.checkpoint is not None:
         model.transformer.load_state_dict(load_file(Path(args.checkpoint) / "model.safetensors"))
     if args.vae is not None:
-        vae = DQVAEModel.from_pretrained(args.vae)
+        vae = load_tokenizer(args.vae)
         if codes_fingerprint(vae) != codes_fingerprint(model.vae):
             raise ValueError(
                 f"{args.vae} must give the codes that the generator of {args.model} learned, got other ones"
@@ -137,8 +139,7 @@ def save_bfloat16(model, folder):
 
 def measure(model, test_set, folder):
     """Figures on held-out images; a picture of the first ones: image with coding above, reconstruction below."""
-    height, width = model.vae.config.image_height_width
-    processor = DQImageProcessor(size={"height": height, "width": width})
+    processor = DQImageProcessor.for_model(model.vae.config)
     sums = dict.fromkeys(("psnr", "codes_per_image", "content_loss", "position_loss", "nats"), 0.0)
     shown = {"others": [], "faces": []}  # images with coding, and reconstructions
     for batch in tqdm(DataLoader(test_set, 1, collate_fn=ImageCollator(processor, "image", "label"))):
@@ -146,7 +147,7 @@ def measure(model, test_set, folder):
         encoded = model.vae.encode(pixel_values)
         decoded = model.vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
         output = model.transformer(encoded.codes, encoded.grain_map, batch["class_labels"])
-        sums["psnr"] += 10 * torch.log10(4 / (decoded - pixel_values).square().mean()).item()
+        sums["psnr"] += psnr(decoded, pixel_values).item()
         sums["codes_per_image"] += encoded.num_codes.item()
         sums["content_loss"] += output.content_loss.item()
         sums["position_loss"] += output.position_loss.item()

@@ -128,7 +128,7 @@ def run_command(words, may_fail=False):
         assert in_child(run_script, *script), f"{shlex.join(words)} failed"
         return ""
     if words[0] == "dq-hf":
-        from dq_hf.cli import main
+        from dq_hf.commands.main import main
 
         stdout, stderr = io.StringIO(), io.StringIO()
         try:
@@ -210,7 +210,7 @@ def run_in_folder(page, folder, log):
 
 def main(pages):
     """Run pages, and print what went wrong, {page: log}, as JSON."""
-    import dq_hf.cli  # noqa: F401, once for all pages
+    import dq_hf.commands.main  # noqa: F401, once for all pages
 
     failed = {}
     with tempfile.TemporaryDirectory() as place:

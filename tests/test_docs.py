@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
-from dq_hf.cli import make_parser
+from dq_hf.commands.main import make_parser
 
 ROOT = Path(__file__).parents[1]
 INSTALL = "pip install -c constraints.txt -e . && dq-hf generate --output samples.png"

@@ -8,7 +8,7 @@ import os
 import torch
 
 from dq_hf import DEFAULT_MODEL
-from dq_hf.demo import serve
+from dq_hf.demo.page import serve
 
 serve(
     os.environ.get("MODEL", DEFAULT_MODEL),

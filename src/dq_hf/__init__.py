@@ -3,45 +3,43 @@
 Importing it registers the Auto classes and the task "dq-generation".
 """
 
+import itertools
+import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel
-
-# By its module: transformers 5.17 hides the name where torchvision is missing, which this class does not need.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
-
-from .modeling.configuration_dq import DQConfig
-from .modeling.configuration_dqtransformer import DQTransformerConfig
-from .modeling.configuration_dqvae import DQVAEConfig
-from .modeling.image_processing_dq import DQImageProcessor
-from .modeling.modeling_dq import DQForImageGeneration
-from .modeling.modeling_dqtransformer import DQTransformerForImageGeneration
-from .modeling.modeling_dqvae import DQVAEModel
-from .pipelines.image_generation import DQGenerationPipeline
-from .pipelines.pipeline_dq import DQPipeline
+from .assets import DEFAULT_MODEL
 
 __version__ = "0.1.0"
 
-DEFAULT_MODEL = str(Path(__file__).parent / "assets" / "dq-emoji")
-"""Folder of the embedded model: DQ-VAE and a class-conditional DQ-Transformer for 64x64 emoji."""
 
-for config_class, model_class in (
-    (DQVAEConfig, DQVAEModel),
-    (DQTransformerConfig, DQTransformerForImageGeneration),
-    (DQConfig, DQForImageGeneration),
-):
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)  # transformers has no Auto class for image generation
-AutoImageProcessor.register(DQConfig, slow_image_processor_class=DQImageProcessor, exist_ok=True)
-AutoImageProcessor.register(DQVAEConfig, slow_image_processor_class=DQImageProcessor, exist_ok=True)
-PIPELINE_REGISTRY.register_pipeline(
-    "dq-generation",
-    pipeline_class=DQGenerationPipeline,
-    pt_model=AutoModel,
-    default={"model": (DEFAULT_MODEL, None)},
-    type="image",
-)
+def is_command():
+    """Whether this process is `dq-hf` or `python -m dq_hf`, which imports torch only once its arguments are right."""
+    program = Path(sys.argv[0]).name if sys.argv else ""
+    is_starting = program == "-m" and ("-m", "dq_hf") in itertools.pairwise(sys.orig_argv)  # still looked for
+    return program in ("dq-hf", "dq-hf.exe") or is_starting
+
+
+if is_command():
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import public
+
+        return getattr(public, name)
+
+else:
+    from .public import (
+        DQConfig,
+        DQForImageGeneration,
+        DQGenerationPipeline,
+        DQImageProcessor,
+        DQPipeline,
+        DQTransformerConfig,
+        DQTransformerForImageGeneration,
+        DQVAEConfig,
+        DQVAEModel,
+    )
 
 __all__ = [
     "DEFAULT_MODEL",

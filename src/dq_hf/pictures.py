@@ -11,7 +11,8 @@ from .modeling.grain_map_dq import expand_grain_map
 # Frame colours (RGBA) by granularity, coarsest first: blue, red, orange, green.
 GRAIN_COLOURS = ((40, 90, 220, 150), (220, 40, 40, 150), (240, 150, 0, 150), (0, 150, 60, 150))
 NO_CODE_YET = -1  # in place of a cell's granularity
-LIGHT_GREY = (226, 226, 226)
+LIGHT_GREY = (226, 226, 226)  # where no code is yet
+ORDER_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # first to last
 MARGIN = 4  # pixels around each image of an animation
 DOTS_PER_INCH = 100  # of figures
 CODING_PIXELS = 320  # at least so wide is a coding drawn, before a figure scales it down
@@ -91,6 +92,28 @@ def draw_codes(image, fine_grain_map, num_granularities, scale):
     return Image.alpha_composite(canvas.convert("RGBA"), overlay).convert("RGB")
 
 
+def grey_out(image, present):
+    """A copy of the image, grey where (H, W) bool says that no code is present."""
+    image, missing = image.copy(), Image.fromarray(~present.cpu().numpy())
+    image.paste(LIGHT_GREY, mask=missing.resize(image.size, Image.NEAREST))
+    return image
+
+
+def draw_order(order, size):
+    """A PIL image of this (width, height): (H, W) steps from dark, the first, to bright, the last."""
+    order = order.cpu().numpy()
+    share = order / max(1, order.max()) * (len(ORDER_COLOURS) - 1)
+    anchors = np.arange(len(ORDER_COLOURS))
+    colours = np.stack([np.interp(share, anchors, channel) for channel in ORDER_COLOURS.T], axis=-1)
+    return Image.fromarray(colours.round().astype(np.uint8)).resize(size, Image.NEAREST)
+
+
+def decode_partial(vae, processor, codes, present):
+    """PIL images of codes (B, H, W) on their way, with zeros in place of the vectors that are not present (B, H, W)."""
+    vectors = vae.quantizer.lookup(codes) * present[:, None]
+    return processor.post_process(vae.decode(vectors).sample)
+
+
 def enlarge(image, scale):
     """Each pixel becomes scale x scale pixels."""
     return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
@@ -100,7 +123,7 @@ def enlarge(image, scale):
 def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
     """An animation, a list of PIL images, each a grid of all images as far as their codes go; the last is finished.
 
-    A partial image is decoded with zeros in place of the vectors that are still to come; where they will be is grey.
+    Images on their way are those of `decode_partial`, with the codings over them; what is still to come is grey.
 
     Args:
         vae: `DQVAEModel`.
@@ -117,7 +140,6 @@ def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     num_granularities = len(vae.config.granularities)
     fine_grain_maps = expand_grain_map(grain_maps, num_granularities)
-    vectors = vae.quantizer.lookup(codes)
     num_steps = int(order.max()) + 1
     num_frames = min(num_frames, num_steps)
     finished = processor.post_process(vae.decode_each(codes).sample)
@@ -129,7 +151,7 @@ def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
     frames = []
     for frame in range(1, num_frames + 1):
         present = order < frame * num_steps // num_frames
-        images = processor.post_process(vae.decode(vectors * present[:, None]).sample)
+        images = decode_partial(vae, processor, codes, present)
         maps = fine_grain_maps.where(present, NO_CODE_YET)
         frames.append(grid([draw_codes(*pair, num_granularities, scale) for pair in zip(images, maps)]))
     return [*frames, grid([enlarge(image, scale) for image in finished])]
@@ -175,7 +197,7 @@ def draw_code_usage(uses, granularities):
     Raises:
         ImportError: without matplotlib.
     """
-    from .metrics.code_statistics import perplexity  # here, for `evaluate` takes a second to import
+    from .metrics.code_statistics import perplexity  # here, for the library `evaluate` takes a second to import
 
     figure = new_figure(9, 6)
     histogram, ranked = figure.subplots(2, 1)

@@ -1,6 +1,7 @@
 """The demo's page without a browser: what it shows, what it refuses, and that visitors wait their turn."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -20,17 +22,12 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, table
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, demo
-from dq_hf.cli import main
-from dq_hf.demo import (
-    emitted,
-    load_models,
-    make_page,
-    painted_regions,
-    read_upload,
-    reconstruct_painted,
-    sample_frames,
-)
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline
+from dq_hf.commands.main import main
+from dq_hf.demo import page as demo_page
+from dq_hf.demo.page import make_page
+from dq_hf.demo.views import painted_regions, read_upload, reconstruct_painted, sample_frames
+from dq_hf.loading import load_models
 
 ROOT = Path(__file__).parents[2]
 CLASSES = dict(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
@@ -50,7 +47,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(models):
     """Tokenizer and pipeline of the class-conditional model."""
-    return load_models(models / "conditional", "cpu")
+    return load_models(models / "conditional")
 
 
 @pytest.fixture(scope="module")
@@ -146,37 +143,6 @@ def test_frames_show_the_codes_that_came_so_far_in_the_order_in_which_they_came(
 def test_about_as_many_frames_as_asked(loaded):
     counts = [len(list(sample_frames(loaded[1], 0, seed, num_frames=6))) for seed in range(3)]
     assert all(2 <= count <= 8 for count in counts)
-
-
-def test_who_leaves_ends_the_sampling():
-    emits, ended = [], threading.Event()
-
-    def run(emit):
-        try:
-            for i in itertools.count():
-                emits.append(i)
-                emit(i)
-        finally:
-            ended.set()
-
-    items = emitted(run)
-    assert [next(items), next(items)] == [0, 1]
-    items.close()
-    assert ended.is_set()
-    count = len(emits)
-    time.sleep(0.05)
-    assert len(emits) == count
-
-
-def test_what_goes_wrong_in_sampling_is_raised():
-    def run(emit):
-        emit(1)
-        raise ValueError("no such class")
-
-    items = emitted(run)
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="no such class"):
-        next(items)
 
 
 def test_a_region_counts_as_painted_from_a_tenth_on():
@@ -284,19 +250,76 @@ def test_a_refused_upload_is_a_message_and_the_page_goes_on(address, photo, tmp_
         client.predict(handle_file(write(tmp_path / "notes.png", b"no image")), api_name="/open")
     with pytest.raises(AppError, match="scale it and convert it to mode L"):
         client.predict(handle_file(save(tmp_path / "range.tif", Image.new("F", (9, 9)))), api_name="/open")
-    with pytest.raises(AppError, match="class labels must lie in 0 ... 2, got 7|not in the list of choices"):
-        client.predict(7, 0, *SAMPLING.values(), api_name="/sample")
     client.predict(handle_file(photo), api_name="/open")
 
 
+def post(address, endpoint, values):
+    """The event of a request that no client of gradio's has looked at."""
+    response = httpx.post(f"{address}gradio_api/call/{endpoint}", json={"data": values})
+    return f"{address}gradio_api/call/{endpoint}/{response.json()['event_id']}"
+
+
+def answer(address, endpoint, values):
+    """The last line of what comes back."""
+    return httpx.get(post(address, endpoint, values), timeout=60).text.strip().splitlines()[-1]
+
+
+SAMPLE = [1, 7, *SAMPLING.values()]
+EMPTY = {"background": None, "layers": [], "composite": None}
+FILE = {"path": "x.png", "meta": {"_type": "gradio.FileData"}}
+WRONG = [
+    *(("sample", 0, value) for value in ([0] * 100_000, [1], {"a": 1}, "moon", "m" * 10**6, 7, -1, 1.5, True, None)),
+    *(("sample", 1, value) for value in ("x", [1], 1.5, -1, 1e300, None)),
+    *(("sample", place, value) for place in (2, 3, 4, 5) for value in ([1], "x", None, -1, 1e300)),
+    *(("open", 0, value) for value in (3, [FILE], "/etc/passwd", FILE | {"path": "/etc/passwd"}, {}, None)),
+    *(("reconstruct", 0, value) for value in (3, [1], EMPTY | {"layers": 3}, EMPTY | {"layers": [FILE] * 1000})),
+    *(("reconstruct", 1, value) for value in ("yes", 3, [True], None)),
+    *(("reconstruct", 2, value) for value in ("a", [1], 2, -1, None)),
+]
+
+
+def test_what_an_endpoint_does_not_take_is_a_message(loaded, address, capfd):
+    calls = []
+    hook = loaded[1].transformer.position_transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    right = {"sample": SAMPLE, "open": [FILE], "reconstruct": [EMPTY, True, 0.5]}
+    wrong = [(name, [*right[name][:i], value, *right[name][i + 1 :]]) for name, i, value in WRONG]
+    wrong += [(name, values[:-1]) for name, values in right.items()]
+    wrong += [(name, [*values, 0]) for name, values in right.items()]
+    for endpoint, values in wrong:
+        told = json.loads(answer(address, endpoint, values).removeprefix("data: "))
+        assert 10 < len(told["error"]) < 200, (endpoint, str(values)[:100], told)
+        assert "passwd" not in told["error"] and str(Path.cwd()) not in told["error"]
+    hook.remove()
+    assert not calls and "Traceback" not in capfd.readouterr().err
+    assert "image.png" in answer(address, "sample", SAMPLE)
+
+
+def test_who_leaves_ends_the_sampling_and_the_next_is_served(loaded, address):
+    steps = []
+
+    def step(*_):
+        steps.append(1)
+        time.sleep(0.1)
+
+    hook = loaded[1].transformer.position_transformer.register_forward_pre_hook(step)
+    with httpx.stream("GET", post(address, "sample", SAMPLE), timeout=60) as stream:
+        for line in stream.iter_lines():
+            if "generating" in line:
+                break
+    hook.remove()
+    count = len(steps)
+    assert "image.png" in answer(address, "sample", SAMPLE)
+    assert count < 10 and len(steps) <= count + 4  # a frame is of two or three steps
+
+
 def test_visitors_wait_their_turn_and_too_many_are_told_so(loaded, serving, monkeypatch):
-    monkeypatch.setattr(demo, "MAX_WAITING", 1)
+    monkeypatch.setattr(demo_page, "MAX_WAITING", 1)
     vae, pipe = loaded
     address = serving(make_page(vae, pipe))
-    begun, go_on, threads = threading.Event(), threading.Event(), []
+    begun, go_on, caches = threading.Event(), threading.Event(), []
 
-    def hold(*_):
-        threads.append(threading.get_ident())
+    def hold(_, arguments):
+        caches.append(arguments[1])  # each sample has its own
         begun.set()
         assert go_on.wait(60)
 
@@ -310,7 +333,7 @@ def test_visitors_wait_their_turn_and_too_many_are_told_so(loaded, serving, monk
             time.sleep(0.02)
         with pytest.raises(Exception, match="[Qq]ueue is full"):
             clients[2].predict(2, 12, *SAMPLING.values(), api_name="/sample")
-        assert len(threads) == 1
+        assert len(caches) == 1
         go_on.set()
         results = [job.result(timeout=300) for job in jobs]
     finally:
@@ -319,8 +342,7 @@ def test_visitors_wait_their_turn_and_too_many_are_told_so(loaded, serving, monk
     for label, result in enumerate(results):
         expected = directly(pipe, label, 10 + label, **OPTIONS)
         assert (pixels(opened(result[0])) == enlarged(expected, 24)).all()
-    runs = [thread for thread, _ in itertools.groupby(threads)]
-    assert len(runs) == len(set(runs))  # the steps of the two were never mixed
+    assert len([cache for cache, _ in itertools.groupby(map(id, caches))]) == 2  # their steps were never mixed
 
 
 def components(page):
@@ -328,7 +350,7 @@ def components(page):
 
 
 def test_an_unconditional_model_has_no_class_and_no_guidance(models):
-    vae, pipe = load_models(models / "unconditional", "cpu")
+    vae, pipe = load_models(models / "unconditional")
     page = make_page(vae, pipe)
     found = components(page)
     assert not found["dropdown", "Class"]["visible"] and not found["slider", "Guidance scale"]["visible"]
@@ -337,7 +359,7 @@ def test_an_unconditional_model_has_no_class_and_no_guidance(models):
 
 
 def test_a_tokenizer_alone_has_no_tab_that_samples(models):
-    vae, pipe = load_models(models / "vae", "cpu")
+    vae, pipe = load_models(models / "vae")
     tabs = [label for kind, label in components(make_page(vae, pipe)) if kind == "tabitem"]
     assert pipe is None and tabs == ["Reconstruct"]
 
@@ -368,7 +390,7 @@ def test_what_the_command_refuses(models, capsys, monkeypatch):
     assert "cannot listen at 192.0.2.1:" in refused("--host", "192.0.2.1", "--port", "0")
     assert "nowhere" in refused("--model", "./nowhere", "--port", "0")
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "dq_hf.demo")
+    monkeypatch.delitem(sys.modules, "dq_hf.demo.page")
     assert 'the demo needs gradio; install it with pip install "dq_hf[demo]"' in refused()
 
 
@@ -376,7 +398,7 @@ def test_what_the_command_refuses(models, capsys, monkeypatch):
 def test_the_space_runs_from_its_folder_alone_and_asks_nothing_from_elsewhere(models, tmp_path):
     folder = tmp_path / "space"
     shutil.copytree(ROOT / "examples" / "space", folder)
-    shutil.copytree(ROOT / "src" / "dq_hf", folder / "dq_hf", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    shutil.copytree(ROOT / "src" / "dq_hf", folder / "dq_hf", ignore=shutil.ignore_patterns("__pycache__", "dq-emoji"))
     shutil.copytree(models / "conditional", folder / "model")
     code = "sys.path.insert(0, '')\nimport os\nos.environ['GRADIO_SERVER_PORT'] = '{port}'\n"
     code += "runpy.run_path('app.py', run_name='__main__')\n"

@@ -29,7 +29,7 @@ SHARE = "number input for Share of regions with codes of 4x4 pixels"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Of a page that the command serves."""
-    code = "from dq_hf.cli import main\nmain(['demo', '--port', '{port}'])"
+    code = "from dq_hf.commands.main import main\nmain(['demo', '--port', '{port}'])"
     process, lines, port = start(code, tmp_path_factory.mktemp("served"))
     assert lines[-1] == f"http://127.0.0.1:{port}\n"
     yield lines[-1].strip()

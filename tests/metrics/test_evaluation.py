@@ -22,7 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from slow_metrics import slow_frechet_distance
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
-from dq_hf.cli import main, make_parser
+from dq_hf.commands.main import main, make_parser
 from dq_hf.metrics.generation import evaluate_generation, label_cycle
 from dq_hf.metrics.likelihood import evaluate_likelihood
 from dq_hf.metrics.reconstruction import evaluate_reconstruction

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, pipeline
 
 from dq_hf import DQForImageGeneration, DQGenerationPipeline, DQImageProcessor, DQPipeline
-from dq_hf.cli import main
+from dq_hf.commands.main import main
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 FILES = {

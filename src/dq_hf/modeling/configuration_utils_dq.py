@@ -35,11 +35,7 @@ class DQPreTrainedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs = without_remote_code(kwargs)
-        if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(
-                f"a {type(self).__name__} has model_type {self.model_type!r}, got {kwargs['model_type']!r}; "
-                "load that model with its own class, or give its subfolder"
-            )
+        self.refuse_other_model(kwargs)
         self.refuse_unknown(kwargs)
         self.check_library_values(kwargs)
         super().__post_init__(**kwargs)
@@ -76,10 +72,20 @@ class DQPreTrainedConfig(PreTrainedConfig):
         if not content:
             raise OSError(f"{json_file} is empty; download or save it again")
         try:
+            cls.refuse_other_model(content)
             cls.refuse_unknown(content)  # before transformers follows keys of its own, such as configuration_files
         except ValueError as error:
             raise ValueError(f"{json_file}: {error}") from None
         return super()._dict_from_json_file(json_file)
+
+    @classmethod
+    def refuse_other_model(cls, entries):
+        """Raise `ValueError` at the entries of another kind of model."""
+        kind = entries.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            both = 'give subfolder="vae" for the tokenizer in it, or subfolder="transformer" for the generator'
+            remedy = both if kind == "dq" else "load that model with its own class, or give its subfolder"
+            raise ValueError(f"a {cls.__name__} has model_type {cls.model_type!r}, got {kind!r}; {remedy}")
 
     @classmethod
     def refuse_unknown(cls, keys):

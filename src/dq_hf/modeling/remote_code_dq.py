@@ -8,7 +8,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 HERE = Path(__file__).parent
 IN_PACKAGE = HERE.name == "modeling"  # else this is an exported copy, which passes on itself
 TASK_FOLDER = HERE.parent / "pipelines" if IN_PACKAGE else HERE
-TASK_FILES = ("class_labels.py", "image_generation.py")
+TASK_FILES = ("class_labels.py", "image_generation.py", "seeds.py")
 TASKS = {"dq-generation": {"impl": "image_generation.DQGenerationPipeline", "pt": ["AutoModel"], "type": "image"}}
 
 

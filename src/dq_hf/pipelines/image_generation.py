@@ -6,9 +6,9 @@ from transformers import Pipeline
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.sampling_options_dq import SamplingOptions
 from .class_labels import as_list, class_ids
+from .seeds import check_seed
 
 GENERATE_ARGUMENTS = ("do_sample", "compile_config")  # besides the sampling options
-MAX_SEED = 2**64 - 1
 
 
 class DQGenerationPipeline(Pipeline):
@@ -30,8 +30,7 @@ class DQGenerationPipeline(Pipeline):
                 f'the task "dq-generation" needs a DQForImageGeneration (tokenizer and generator), got {type(model).__name__}'
             )
         super().__init__(model=model, **kwargs)
-        height, width = model.config.vae_config.image_height_width
-        self.output_processor = DQImageProcessor(size={"height": height, "width": width})
+        self.output_processor = DQImageProcessor.for_model(model.config.vae_config)
 
     def __call__(self, inputs=None, *, seed=None, batch_size=None, **sampling):
         """Generate images.
@@ -110,12 +109,6 @@ class DQGenerationPipeline(Pipeline):
     def push_to_hub(self, repo_id, **kwargs):
         """Push the model; arguments as in `DQForImageGeneration.push_to_hub`."""
         return self.model.push_to_hub(repo_id, **kwargs)
-
-
-def check_seed(seed):
-    """Raise ValueError if torch cannot take this integer, or takes it for another one, as all below 0."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed must lie in 0 ... {MAX_SEED}, got {seed}")
 
 
 def make_generators(seed, num_images):

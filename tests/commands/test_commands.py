@@ -1,9 +1,8 @@
-"""The command `dq-hf`: what it writes and prints, and that a refused command changes nothing."""
+"""The commands of `dq-hf`: what they write and print, and that a refused command changes nothing."""
 
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
-from dq_hf.cli import main
+from dq_hf.commands.main import main
+from dq_hf.modeling.grain_map_dq import expand_grain_map
+from dq_hf.modeling.routing_dq import image_entropy
+from dq_hf.pictures import draw_grain_map
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference" / "dual_entropy"
@@ -92,9 +94,9 @@ def cells(path, columns, count, width=8, height=8):
     return [grid[i // columns * height :, i % columns * width :][:height, :width].tolist() for i in range(count)]
 
 
-def expected_images(folder, labels, seed):
+def expected_images(folder, labels, seed, **options):
     pipe = DQPipeline.from_pretrained(folder)
-    output = pipe(class_labels=labels, generator=torch.Generator().manual_seed(seed))
+    output = pipe(class_labels=labels, generator=torch.Generator().manual_seed(seed), **options)
     return [pixels(image).tolist() for image in output.images], output.grain_maps
 
 
@@ -129,21 +131,11 @@ def test_generate_writes_single_files_whatever_the_batch(run, place):
 
 
 def test_generate_passes_sampling_options_on(run, place):
-    options = ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--position-temperature", 1.3]
-    options += ["--position-top-k", 4, "--position-top-p", 0.8, "--fine-positions", "free"]
-    run("generate", "--model", "model", "-n", 1, *options, "--output", "a.png")
-    output = DQPipeline.from_pretrained("model")(
-        class_labels=[0],
-        temperature=0.7,
-        top_k=5,
-        top_p=0.9,
-        position_temperature=1.3,
-        position_top_k=4,
-        position_top_p=0.8,
-        fine_positions="free",
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert pixels(Image.open("a.png")).tolist() == pixels(output.images[0]).tolist()
+    options = dict(temperature=0.7, top_k=5, top_p=0.9, position_temperature=1.3, position_top_k=4, position_top_p=0.8)
+    options |= dict(fine_positions="free")
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    run("generate", "--model", "model", "-n", 1, *given, "--output", "a.png")
+    assert cells("a.png", 1, 1) == expected_images("model", [0], seed=0, **options)[0]
 
 
 def test_generate_shows_the_coding_beside_each_image(run, place):
@@ -153,13 +145,8 @@ def test_generate_shows_the_coding_beside_each_image(run, place):
     pairs = cells("grid.png", columns=4, count=16, width=64, height=32)
     for image, grain_map, pair in zip(images, grain_maps, pairs):
         picture, coding = np.array(pair)[:, :32], np.array(pair)[:, 32:]
-        assert (picture == enlarged(image, 4)).all()
-        inside_coarse = np.full((16, 16), False)
-        inside_coarse[1:-1, 1:-1] = True
-        inside_fine = np.tile(np.pad(np.full((6, 6), True), 1), (2, 2))
-        untouched = np.block([[inside_fine if fine else inside_coarse for fine in row] for row in grain_map])
-        assert (coding[untouched] == picture[untouched]).all()
-        assert (coding[~untouched] != picture[~untouched]).any(-1).all()
+        drawn = draw_grain_map(Image.fromarray(np.uint8(image)), grain_map, scale=4)
+        assert (picture == enlarged(image, 4)).all() and (coding == pixels(drawn)).all()
 
 
 def test_generate_samples_an_unconditional_model(run, place, models):
@@ -265,34 +252,18 @@ def test_reconstruct_prints_codes_bits_and_psnr(run, place, models, model, image
 
 
 def test_reconstruct_is_encode_and_decode(run, place, models):
-    run("reconstruct", "noise.png", "out.png", "--model", "model", "--fine-ratio", 0.5)
+    run("reconstruct", "half.png", "out.png", "--model", "model", "--fine-ratio", 0.5)
+    run("reconstruct", "half.png", "both.png", "--model", "model", "--fine-ratio", 0.5, "--show-grain-map")
     vae = DQVAEModel.from_pretrained(models / "vae")
-    pixel_values = torch.from_numpy(pixels(Image.open("noise.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    pixel_values = torch.from_numpy(pixels(Image.open("half.png"))).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        sample = vae.decode(vae.encode(pixel_values, fine_ratio=0.5).quantized).sample
+        encoded = vae.encode(pixel_values, fine_ratio=0.5)
+        sample = vae.decode(encoded.quantized).sample
     expected = ((sample[0].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
-    assert np.abs(pixels(Image.open("out.png")) - expected).max() <= 0.51
-
-
-def test_reconstruct_draws_the_coding_over_the_image(run, place):
-    run("reconstruct", "half.png", "plain.png", "--model", "model")
-    run("reconstruct", "half.png", "out.png", "--model", "model", "--show-grain-map")
-    picture = pixels(Image.open("out.png"))
-    assert picture.shape == (64, 192, 3)  # four times as large, two side by side
-    coding, reconstruction = picture[:, :96], picture[:, 96:]
-    assert (reconstruction == enlarged(pixels(Image.open("plain.png")), 4)).all()
-    original = enlarged(pixels(Image.open("half.png")), 4)
-    frames = np.full((64, 96), True)
-    for row in range(0, 64, 16):  # regions of 16 pixels, the right half with codes of 8
-        for column in range(0, 48, 16):
-            frames[row + 1 : row + 15, column + 1 : column + 15] = False
-    for row in range(0, 64, 8):
-        for column in range(48, 96, 8):
-            frames[row + 1 : row + 7, column + 1 : column + 7] = False
-    assert (coding[~frames] == original[~frames]).all()
-    assert (coding[frames] != original[frames]).any(-1).all()
-    blue, red = coding[0, 0], coding[0, 48]
-    assert blue[2] > blue[0] and red[0] > red[2]
+    found, both = pixels(Image.open("out.png")), pixels(Image.open("both.png"))
+    assert np.abs(found - expected).max() <= 0.51
+    coding = pixels(draw_grain_map(Image.open("half.png"), encoded.grain_map[0]))
+    assert (both == np.hstack([coding, enlarged(found, 4)])).all()  # four times as large, two side by side
 
 
 def test_reconstruct_resizes_to_the_models_size(run, place):
@@ -306,7 +277,7 @@ def test_reconstruct_resizes_to_the_models_size(run, place):
         (["none.png", "out.png"], "none.png does not exist"),
         (["text.png", "out.png"], "text.png is damaged, or no image"),
         (["cut.png", "out.png"], "cut.png is damaged"),
-        (["cut.qoi", "out.png"], "cut.qoi is damaged, or no image that Pillow can read: IndexError"),
+        (["cut.qoi", "out.png"], "cut.qoi is damaged, or no image: IndexError"),
         (["model", "out.png"], "model"),
         (["nan.tif", "out.png"], "mode 'F'"),
         (["noise.png", "half.png"], "half.png exists"),
@@ -331,50 +302,25 @@ def test_reconstruct_refuses(refused, place, arguments, message):
     assert re.search(message, refused("reconstruct", "--model", "model", *arguments))
 
 
-@pytest.fixture(scope="module")
-def hub_client(models, tmp_path_factory):
-    """The folder in which a client of a Hub with `user/vae` and `user/both` ran `HUB_COMMANDS`, and its process."""
-    folder = tmp_path_factory.mktemp("client")
-    Image.effect_noise((8, 8), 90).convert("RGB").save(folder / "noise.png")
-    with HubServer() as hub:
-        hub.add("user/vae", models / "vae")
-        hub.add("user/both", models / "conditional")
-        done = run_client(hub, HUB_COMMANDS, check=False, cwd=folder)
-        fetched = {request.path.partition("/resolve/")[2].partition("/")[2] for request in hub.requests}
-    return folder, done, fetched
-
-
 HUB_COMMANDS = """
-from dq_hf.cli import main
-from dq_hf.demo import load_models
+from dq_hf.commands.main import main
 for name in ("vae", "both"):
     main(["reconstruct", "noise.png", f"{name}.png", "--model", f"user/{name}"])
-main(["draw", "entropy", "noise.png", "entropy.png", "--model", "user/vae"])
-print("demo", [type(model).__name__ for model in load_models("user/vae", "cpu")])
 main(["generate", "--output", "grid.png", "--model", "user/vae"])
 """
 
 
-def test_a_repository_of_a_tokenizer_serves_where_one_is_enough(hub_client, models, run):
-    folder, done, _ = hub_client
-    printed = run("reconstruct", folder / "noise.png", folder / "local.png", "--model", models / "vae").out
-    assert done.stdout.startswith(2 * printed + "entropy ") and done.stdout.endswith(
-        "demo ['DQVAEModel', 'NoneType']\n"
-    )
-    local = pixels(Image.open(folder / "local.png"))
-    assert all((pixels(Image.open(folder / f"{name}.png")) == local).all() for name in ("vae", "both"))
-
-
-def test_a_repository_without_generator_is_refused_where_one_is_needed(hub_client):
-    folder, done, _ = hub_client
+def test_repositories_serve_like_folders_and_a_generator_is_asked_for_where_it_is_needed(place, models, run):
+    with HubServer() as hub:
+        hub.add("user/vae", models / "vae")
+        hub.add("user/both", models / "conditional")
+        done = run_client(hub, HUB_COMMANDS, check=False, cwd=place)
+    assert done.stdout == 2 * run("reconstruct", "noise.png", "local.png", "--model", models / "vae").out
+    local = pixels(Image.open("local.png"))
+    assert all((pixels(Image.open(f"{name}.png")) == local).all() for name in ("vae", "both"))
     message = "user/vae, revision 'main': there is no file model_index.json; a pipeline needs the tokenizer and the"
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"dq-hf generate: error: {message} gen")
-    assert not (folder / "grid.png").exists()
-
-
-def test_no_generator_is_fetched_where_a_tokenizer_is_enough(hub_client):
-    fetched = hub_client[2]
-    assert "vae/model.safetensors" in fetched and "transformer/model.safetensors" not in fetched
+    assert not Path("grid.png").exists()
 
 
 def test_convert_writes_a_folder_that_loads(run, place):
@@ -453,12 +399,6 @@ def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, p
     assert any("3.png" in record.getMessage() for record in caplog.records)
 
 
-@pytest.mark.parametrize("kind", ["reconstruction", "generation"])
-def test_evaluate_refuses_seeds_out_of_range_before_the_work(refused, kind):
-    message = refused("evaluate", kind, "--data", "gone", "--model", "gone", "--seed", -1, "--output", "report.json")
-    assert "seed must lie in 0 ... 18446744073709551615, got -1" in message
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -510,20 +450,12 @@ def test_draw_order_shows_the_codes_coming_and_then_the_images_of_generate(run, 
 
 def test_draw_entropy_prints_what_the_router_sees(run, place):
     printed = run("draw", "entropy", "half.png", "map.png", "--model", "model")
-    grey = (pixels(Image.open("half.png")) / 127.5 - 1) @ [0.2989, 0.5870, 0.1140]
-    entropies = []
-    for row, column in np.ndindex(4, 6):
-        values = grey[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(16, 1)
-        density = np.exp(-(((values - np.linspace(-1, 1, 32)) / 0.01) ** 2) / 2).mean(0)
-        density = density / (density.sum() + 1e-40) + 1e-40
-        entropies.append(-(density * np.log(density)).sum())
+    entropy = image_entropy(torch.from_numpy(pixels(Image.open("half.png"))).permute(2, 0, 1)[None] / 127.5 - 1, 4)
     name, low, _, high, *_, mean = printed.out.splitlines()[0].split()
-    assert name == "entropy" and [float(low), float(high), float(mean)] == pytest.approx(
-        [min(entropies), max(entropies), np.mean(entropies)], abs=0.002
-    )
-    assert printed.out.splitlines()[1].split() == ["codes", str(12 + 4 * 12)]
+    expected = [float(value) for value in (entropy.min(), entropy.max(), entropy.mean())]
+    assert name == "entropy" and [float(low), float(high), float(mean)] == pytest.approx(expected, abs=0.002)
+    assert printed.out.splitlines()[1].split() == ["codes", str(12 + 4 * 12)]  # the left half is white
     assert Image.open("map.png").size == (1100, 60 + round(320 * 16 / 24))
-    run("draw", "entropy", "half.png", "map.png", "--model", "model", "--fine-ratio", 0, "--force")
 
 
 def test_draw_usage_counts_each_code_once(run, place, photographs, models):
@@ -532,25 +464,17 @@ def test_draw_usage_counts_each_code_once(run, place, photographs, models):
     images = DQImageProcessor(size={"height": 8, "width": 8})([Image.open(path) for path in photographs.iterdir()])
     with torch.no_grad():
         encoded = DQVAEModel.from_pretrained(models / "vae").encode(images["pixel_values"])
-    uses = {"4x4": [], "2x2": []}
-    for codes, grain_map in zip(encoded.codes.tolist(), encoded.grain_map.tolist()):
-        for row, column in np.ndindex(2, 2):
-            cells = [codes[2 * row + i][2 * column + j] for i in (0, 1) for j in (0, 1)]
-            if grain_map[row][column]:
-                uses["2x2"] += cells
-            else:
-                uses["4x4"].append(cells[0])
+    fine = expand_grain_map(encoded.grain_map, 2).bool()
+    uses = {"4x4": encoded.codes[:, ::2, ::2][~fine[:, ::2, ::2]], "2x2": encoded.codes[fine]}
+    uses = {name: codes.tolist() for name, codes in uses.items()}
     assert uses["4x4"] and uses["2x2"]
     lines = printed.out.splitlines()
     assert lines[0].split() == ["images", "9"]
     for line, (name, codes) in zip(lines[1:], (uses | {"all": uses["4x4"] + uses["2x2"]}).items()):
-        shares = np.bincount(codes) / len(codes)
-        shares = shares[shares > 0]
+        shares = np.unique(codes, return_counts=True)[1] / len(codes)
         perplexity = np.exp(-(shares * np.log(shares)).sum())
-        assert line.split(maxsplit=1) == [
-            name,
-            f"{len(shares)} of 16 codes, used {len(codes)} times, perplexity {perplexity:.1f}",
-        ]
+        text = f"{len(shares)} of 16 codes, used {len(codes)} times, perplexity {perplexity:.1f}"
+        assert line.split(maxsplit=1) == [name, text]
     assert Image.open("usage.png").size == (900, 600)
 
 
@@ -582,30 +506,3 @@ def test_draw_refuses(refused, place, photographs, arguments, message):
 def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert 'pip install "dq_hf[draw]"' in refused("draw", *arguments, "--model", "model")
-
-
-def test_the_module_runs_as_a_command(place):
-    command = [sys.executable, "-m", "dq_hf", "generate", "--model", "model", "-n", "2", "--output"]
-    done = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "grid.png\n"
-    assert "100%" in done.stderr and "arning:" not in done.stderr
-    images, _ = expected_images("model", [0, 1], seed=0)
-    assert cells("grid.png", columns=2, count=2) == images
-    again = subprocess.run([*command, "grid.png"], capture_output=True, text=True)
-    assert again.returncode == 1 and again.stdout == ""
-    message = "dq-hf generate: error: grid.png exists; choose another name or give --force"
-    assert again.stderr.splitlines()[-1] == message  # above it may stand what torchao says when it is imported
-
-
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "--sead", "1", "--output", "a.png"]])
-def test_wrong_options_show_the_usage(place, capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2 and "usage: dq-hf" in capsys.readouterr().err
-
-
-def test_every_command_explains_itself(capsys):
-    for command in ("generate", "reconstruct", "convert", "calibrate", "draw"):
-        with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
-        assert stop.value.code == 0 and f"usage: dq-hf {command}" in capsys.readouterr().out

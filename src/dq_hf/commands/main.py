@@ -1,0 +1,44 @@
+"""`dq-hf`: finds the command, runs it, and says in one line what went wrong."""
+
+import argparse
+import sys
+
+from . import calibrate, convert, demo, draw, encode, evaluate, generate, reconstruct, train_generator, train_tokenizer
+
+COMMANDS = (
+    generate,
+    reconstruct,
+    draw,
+    demo,
+    train_tokenizer,
+    encode,
+    train_generator,
+    evaluate,
+    calibrate,
+    convert,
+)
+INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
+
+
+def main(arguments=None):
+    """Run one command; an expected failure ends with exit status 1 and one line on stderr."""
+    args = make_parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"dq-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"dq-hf {args.command}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def make_parser():
+    """Commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="dq-hf", description="Dynamic vector quantisation of images: use, measure and train the models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        command.register(commands)
+    return parser

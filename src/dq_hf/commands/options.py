@@ -1,0 +1,316 @@
+"""Options that several commands share, their checks, and what is made of them; only the latter imports torch."""
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from .. import DEFAULT_MODEL
+from ..files import whole_file
+from ..modeling.sampling_options_dq import DEFAULT_NAMES, OPTION_NAMES, SamplingOptions
+from ..pipelines.seeds import check_seed
+
+SAMPLING_HELP = {
+    "temperature": "Draw codes at this temperature, above 0.",
+    "top_k": "Draw codes from this many of the most likely.",
+    "top_p": "Draw codes from the most likely that together have this probability.",
+    "position_temperature": "Draw positions at this temperature, above 0.",
+    "position_top_k": "Draw positions from this many of the most likely.",
+    "position_top_p": "Draw positions from the most likely that together have this probability.",
+    "guidance_scale": "Strengthen the class by classifier-free guidance, above 1; 1 means none.",
+}
+
+
+def add_command(commands, name, run, description):
+    """A sub-command whose function is `run(args)`."""
+    command = commands.add_parser(name, help=description, description=description)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_script(commands, name, module, description):
+    """A command that passes all its arguments on to the `main` of a script, `dq_hf.scripts.<module>`."""
+    module = f"dq_hf.scripts.{module}"
+    description += f" All arguments are the script's own; several processes: `accelerate launch -m {module} ...`."
+    # No argument looks like an option to this parser, not even --help.
+    command = commands.add_parser(name, help=description, description=description, add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="See --help.")
+    command.set_defaults(run=run_script, module=module)
+
+
+def run_script(args):
+    """Run a script as if it had been started by the command's name."""
+    sys.argv = [f"dq-hf {args.command}", *args.arguments]
+    importlib.import_module(args.module).main()
+
+
+def add_group(commands, name, dest, description):
+    """A command that has commands of its own, which are to be added to what this gives."""
+    group = commands.add_parser(name, help=description, description=description)
+    return group.add_subparsers(dest=dest, required=True, metavar=dest)
+
+
+# Every command
+
+
+def add_force_option(command, text="Overwrite files that exist."):
+    """--force."""
+    command.add_argument("--force", action="store_true", help=text)
+
+
+def check_at_least_one(**numbers):
+    """Raise ValueError for a number below 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
+
+
+def check_outputs(paths, force, make_folder=False):
+    """Raise OSError or ValueError now, not after the work, if images cannot be written to `paths`, of one folder.
+
+    Args:
+        make_folder: the folder need not exist; it is made later.
+    """
+    from PIL import Image
+
+    suffix, folder = paths[0].suffix.lower(), paths[0].parent
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise ValueError(f"{paths[0]} must end like an image file, for example .png")
+    for path in paths:
+        check_absent(path, force)
+    while make_folder and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    for path in paths:
+        check_writable(path, folder)
+
+
+def check_absent(path, force):
+    """Raise OSError if there is a file that must not be overwritten."""
+    if path.exists() and not force:
+        raise OSError(f"{path} exists; choose another name or give --force")
+
+
+def check_writable(path, folder):
+    """Raise OSError if a file cannot be written into a folder."""
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{path} cannot be written; its folder must exist and be writable")
+
+
+def save_image(image, path, **options):
+    """Write through a temporary file, so that what was there is lost only once the new image is whole."""
+    with whole_file(path) as partial:
+        image.save(partial, **options)
+
+
+# Which model
+
+
+def add_model_options(command):
+    """Which model, and on which device."""
+    command.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="Use this model, a folder or a repository of the Hub (default: the embedded emoji model).",
+    )
+    command.add_argument("--device", help="Run on this torch device (default: cuda if there is one, else cpu).")
+
+
+def check_device(device):
+    """The device to run on; ValueError if there is no such."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    return device
+
+
+# Which images to generate
+
+
+def add_generation_options(command, num_images):
+    """Which model, which images of it, and how they are drawn."""
+    add_model_options(command)
+    command.add_argument(
+        "--class-label",
+        nargs="+",
+        metavar="CLASS",
+        help="Generate these classes in turn, given as names or ids (default: every class).",
+    )
+    command.add_argument(
+        "-n",
+        "--num-images",
+        type=int,
+        default=num_images,
+        help="Generate this many images (default %(default)s).",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="Seed the random numbers; the same seed gives the same images (default %(default)s).",
+    )
+    add_sampling_options(command)
+
+
+def add_sampling_options(command):
+    """How codes and positions are drawn."""
+    sampling = command.add_argument_group("sampling", "The model's configuration decides what is left out here.")
+    for name in DEFAULT_NAMES:
+        kind = int if name.endswith("top_k") else float
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=SAMPLING_HELP[name])
+    sampling.add_argument(
+        "--fine-positions",
+        choices=("fixed", "free"),
+        default="fixed",
+        help="Let the finest codes fill what is left in a fixed order, or draw their positions too (default fixed).",
+    )
+
+
+def check_generation(args):
+    """Raise ValueError if the number of images, the seed or a sampling option cannot be."""
+    check_at_least_one(num_images=args.num_images)
+    check_seed(args.seed)
+    chosen_sampling(args)
+
+
+def chosen_sampling(args):
+    """The sampling options that were given, {name: value}; ValueError at one out of range."""
+    given = {name: getattr(args, name) for name in OPTION_NAMES if getattr(args, name) is not None}
+    SamplingOptions.of(given)
+    return given
+
+
+def chosen_classes(args, config, numbers):
+    """Class ids of the images of these numbers, whose classes come in turn; None for an unconditional model.
+
+    Raises:
+        ValueError: a class that the `DQTransformerConfig` does not have.
+    """
+    from ..pipelines.class_labels import class_ids
+
+    if args.class_label is None and not config.num_classes:
+        return None
+    names = args.class_label or list(range(config.num_classes))
+    ids = class_ids([int(name) if is_id(name, config) else name for name in names], config)
+    return [ids[number % len(ids)] for number in numbers]
+
+
+def is_id(name, config):
+    """Whether a class given on the command line is a number, and not a name."""
+    return name not in config.label2id and re.fullmatch("-?[0-9]+", str(name)) is not None
+
+
+# Which image to encode
+
+
+def add_encoding_options(command):
+    """Which image goes where, and how it is encoded."""
+    command.add_argument("input", type=Path, metavar="IN.png", help="Read this image.")
+    command.add_argument("output", type=Path, metavar="OUT.png", help="Write this image.")
+    add_model_options(command)
+    add_fine_ratio_option(command)
+    command.add_argument(
+        "--resize", action="store_true", help="Scale and crop the image to the size that the model was trained with."
+    )
+
+
+def add_fine_ratio_option(command):
+    """--fine-ratio of an encoder."""
+    command.add_argument(
+        "--fine-ratio",
+        type=float,
+        nargs="+",
+        help="Code this share of the regions finely, from 0 to 1, one share for each granularity but the coarsest "
+        "(default: the router decides).",
+    )
+
+
+def fine_ratio(args):
+    """One share as a number, more as the list, None as None."""
+    shares = args.fine_ratio
+    return shares[0] if shares is not None and len(shares) == 1 else shares
+
+
+def check_encoding(args):
+    """Raise OSError or ValueError if there is no image to read, or it cannot be written."""
+    check_outputs([args.output], args.force)
+    if not args.input.exists():
+        raise OSError(f"{args.input} does not exist")
+
+
+def open_image(args):
+    """The tokenizer, its processor, and the image as `pixel_values`."""
+    device = check_device(args.device)
+
+    from ..data.images import decode_image
+    from ..loading import load_tokenizer
+    from ..modeling.image_processing_dq import DQImageProcessor
+
+    try:
+        image = decode_image(str(args.input))
+    except ValueError as error:
+        raise OSError(f"{args.input} is damaged, or no image: {error}") from error
+    vae = load_tokenizer(args.model).to(device)
+    processor = DQImageProcessor.for_model(vae.config, do_resize=args.resize)
+    pixel_values = processor(image)["pixel_values"].to(device)
+    factor = vae.config.granularities[0]
+    if any(side % factor for side in pixel_values.shape[2:]):
+        (height, width), (found_height, found_width) = vae.config.image_height_width, pixel_values.shape[2:]
+        raise ValueError(
+            f"image sides must be multiples of {factor}, got {found_width}x{found_height}; "
+            f"give --resize for {width}x{height}, or resize the file"
+        )
+    return vae, processor, pixel_values
+
+
+# Which data set
+
+
+def add_data_options(command, split):
+    """Which images of a data set."""
+    add_source_options(command, split)
+    command.add_argument(
+        "--streaming",
+        action="store_true",
+        help="Read the images only as they are needed, for data that does not fit on the disk.",
+    )
+    command.add_argument(
+        "--max-broken-share",
+        type=float,
+        default=0.01,
+        help="Skip and name images that cannot be read, up to this share of all (default %(default)s).",
+    )
+
+
+def add_source_options(command, split):
+    """Where a data set is, which images of it, and how many at a time."""
+    command.add_argument(
+        "--data", required=True, help="Read images from this folder, Parquet file or data set of the Hub."
+    )
+    command.add_argument("--split", default=split, help="Read this split of the data (default %(default)s).")
+    command.add_argument("--image-column", default="image", help="Read images from this column (default %(default)s).")
+    command.add_argument(
+        "--batch-size", type=int, default=32, help="Process this many images at a time (default %(default)s)."
+    )
+
+
+def read_images(args, vae_config):
+    """The images of `add_data_options`, with counts of those read, and a loader of their `pixel_values`."""
+    from torch.utils.data import DataLoader
+
+    from ..data.images import ImageCollator, load_images
+    from ..data.streams import StreamedImages
+    from ..modeling.image_processing_dq import DQImageProcessor
+
+    collate = ImageCollator(DQImageProcessor.for_model(vae_config), args.image_column)
+    dataset = load_images(args.data, args.split, args.image_column, args.streaming)
+    if not args.streaming:
+        dataset = dataset.to_iterable_dataset()
+    images = StreamedImages(dataset, args.image_column, args.max_broken_share, shuffle_buffer=0)
+    return images, DataLoader(images, args.batch_size, collate_fn=collate)

@@ -1,0 +1,286 @@
+"""What the web demo shows, computed without gradio: frames of a growing sample, reconstructions, and checks of what visitors
+send.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..codec.cost import coding_cost
+from ..metrics.psnr import psnr
+from ..modeling.configuration_dqvae import DQVAEConfig
+from ..modeling.image_processing_dq import DQImageProcessor
+from ..pictures import (
+    GRAIN_COLOURS,
+    NO_CODE_YET,
+    decode_partial,
+    draw_codes,
+    draw_grain_map,
+    draw_order,
+    enlarge,
+    grey_out,
+)
+
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none of them runs a program of its own
+MAX_UPLOAD_BYTES = 20 * 2**20
+MAX_UPLOAD_PIXELS = 25_000_000  # a camera's picture; 300 MB as float32
+MAX_ASPECT_RATIO = 16  # the shorter side is scaled to the model's, the longer one grows with it
+MAX_SEED = 2**31 - 1
+
+VIEW_SIDE = 384  # of the pictures, about, in pixels
+NUM_FRAMES = 24  # of a sample that grows
+PAINTED_SHARE = 0.1  # of a region that makes it painted; less is the brush's blurred edge
+
+
+@dataclass
+class Frame:
+    """A sample on its way.
+
+    Args:
+        image: PIL image, grey where no code is yet.
+        coding: PIL image enlarged, with a frame for each code.
+        order: PIL image enlarged, dark for the first code and bright for the last.
+        grain_map: (h, w) long; meaningless where no code is yet.
+        num_steps: elements of the stream so far, start and end tokens included.
+    """
+
+    image: Image.Image
+    coding: Image.Image
+    order: Image.Image
+    grain_map: torch.Tensor
+    num_steps: int
+
+
+@dataclass
+class View:
+    """What is shown of a reconstruction.
+
+    Args:
+        coding: PIL image enlarged, with a frame for each code.
+        image: PIL image enlarged, the reconstruction.
+        figures: Markdown.
+    """
+
+    coding: Image.Image
+    image: Image.Image
+    figures: str
+
+
+def describe(config: DQVAEConfig):
+    """One sentence about the tokenizer."""
+    height, width = config.image_height_width
+    sides = " or ".join(f"{side}x{side}" for side in config.granularities)
+    return f"Images of {width}x{height} pixels; a code stands for {sides} pixels and is one of {config.codebook_size}."
+
+
+def legend(config: DQVAEConfig):
+    """HTML: which colour frames which granularity."""
+    entries = []
+    for granularity, side in enumerate(config.granularities):
+        red, green, blue, _ = GRAIN_COLOURS[granularity % len(GRAIN_COLOURS)]
+        codes = 4**granularity
+        text = f"{side}x{side} pixels a code, {codes} code{'s' if codes > 1 else ''} a region"
+        entries.append(f'<span style="background: rgb({red}, {green}, {blue})"></span>{text}')
+    return "".join(entries)
+
+
+@torch.no_grad()
+def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, **options):
+    """Sample one image and give about `num_frames` `Frame`s as its codes come; the last one is finished.
+
+    Args:
+        pipe: `DQPipeline`.
+        class_label: an id, None for an unconditional model.
+        seed: the image is that of `torch.Generator().manual_seed(seed)`.
+        options: sampling options of the pipeline.
+    """
+    config = pipe.transformer.config
+    every = max(1, config.longest_stream // num_frames)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.full((1, *config.grid_sizes[-1]), -1, device=pipe.device)  # steps until a code came; -1: not yet
+    for step, state in enumerate(pipe.transformer.generate_steps(class_label, generator=generator, **options)):
+        codes, grain_map = state.grids()
+        present = state.taken.view_as(codes)
+        order = torch.where(present & (order < 0), step, order)
+        if (step + 1) % every == 0:
+            image = decode_partial(pipe.vae, pipe.image_processor, codes, present)[0]
+            yield draw_frame(image, state.fine_grain_map.view_as(codes)[0], grain_map[0], order[0], step + 1)
+    image = pipe.image_processor.post_process(pipe.vae.decode_each(codes).sample)[0]
+    yield draw_frame(image, state.fine_grain_map.view_as(codes)[0], grain_map[0], order[0], step + 1)
+
+
+def draw_frame(image, fine_grain_map, grain_map, order, num_steps):
+    """A `Frame` of a decoded image, (H, W) and (h, w) granularities, and (H, W) steps, -1 for no code."""
+    present, scale = order >= 0, view_scale(image.size)
+    num_granularities = (len(fine_grain_map) // len(grain_map)).bit_length()
+    return Frame(
+        image=grey_out(image, present),
+        coding=draw_codes(image, fine_grain_map.where(present, NO_CODE_YET), num_granularities, scale),
+        order=grey_out(draw_order(order, (image.width * scale, image.height * scale)), present),
+        grain_map=grain_map.cpu(),
+        num_steps=num_steps,
+    )
+
+
+@torch.no_grad()
+def reconstruct_painted(vae, pixel_values, painting=None, shares=None):
+    """Reconstruct an image, with the finest codes where something is painted; gives a `View`.
+
+    Args:
+        vae: `DQVAEModel`.
+        pixel_values: (1, 3, height, width).
+        painting: value of the editor, or None.
+        shares: of the regions at each granularity but the coarsest; None: the router decides.
+    """
+    config = vae.config
+    encoded = vae.encode(pixel_values, fine_ratio=shares)
+    rows = {"the router" if shares is None else "the chosen share": encoded}
+    painted = painted_regions(painting, encoded.grain_map.shape[1:]).to(vae.device)
+    if painted.any():
+        grain_map = encoded.grain_map.masked_fill(painted, len(config.granularities) - 1)
+        rows["the same, finest where painted"] = vae.encode(pixel_values, grain_map=grain_map)
+    table = []
+    for decided_by, encoded in rows.items():
+        decoded = vae.decode_codes(encoded.codes).sample.float().clamp(-1, 1)
+        cells = {"decided by": decided_by, **cost_cells(encoded.grain_map[0], config)}
+        cells["PSNR"] = f"{psnr(decoded, pixel_values).item():.2f} dB"
+        if painted.any():
+            side = config.granularities[0]
+            inside = painted.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            within = psnr(decoded[..., inside][..., None], pixel_values[..., inside][..., None]).item()
+            cells["PSNR where painted"] = f"{within:.2f} dB"
+        table.append(cells)
+    original, image = DQImageProcessor().post_process(torch.cat([pixel_values, decoded]))
+    return View(
+        coding=draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size)),
+        image=enlarged(image),
+        figures=markdown_table(table),
+    )
+
+
+def cost_cells(grain_map, config):
+    """Cells of a table, by their headings, that say what a grain map (h, w) costs with a `DQVAEConfig`."""
+    cost = coding_cost(grain_map, config)
+    num_regions = torch.bincount(grain_map.flatten(), minlength=len(config.granularities)).tolist()
+    num_pixels = grain_map.numel() * config.granularities[0] ** 2
+    return {
+        **{f"{side}x{side} regions": str(count) for side, count in zip(config.granularities, num_regions)},
+        "codes": f"{cost.num_codes} of at most {grain_map.numel() * 4 ** (len(config.granularities) - 1)}",
+        "bits": f"{cost.bits:.0f} ({cost.code_bits:.0f} codes + {cost.map_bits:.0f} grain map)",
+        "bits a pixel": f"{cost.bits / num_pixels:.3f}",
+    }
+
+
+def markdown_table(rows):
+    """A table of rows with the same headings."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def check_class(label, config):
+    """Raise TypeError or ValueError unless this is one class id of a `DQTransformerConfig`, or None without classes."""
+    if config.num_classes == 0:
+        if label is not None:
+            raise ValueError("this model is unconditional and takes no class")
+        return
+    if isinstance(label, bool) or not isinstance(label, int):
+        raise TypeError(f"the class must be one id, a whole number, got {kind_of(label)}")
+    if not 0 <= label < config.num_classes:
+        raise ValueError(f"class labels must lie in 0 ... {config.num_classes - 1}, got {label}")
+
+
+def check_number(name, value, low, high):
+    """Raise TypeError or ValueError unless a value is one number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be one number, got {kind_of(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low} ... {high}, got {value}")
+
+
+def check_seed(seed):
+    """Raise TypeError or ValueError unless this is one whole number that a seed can be."""
+    check_number("the seed", seed, 0, MAX_SEED)
+    if seed != int(seed):
+        raise ValueError(f"the seed must be a whole number, got {seed}")
+
+
+def check_painting(painting):
+    """Raise TypeError or ValueError unless this is the editor's value, with its one layer, or None."""
+    if painting is None:
+        return
+    layers = painting.get("layers") if isinstance(painting, dict) else painting
+    if not isinstance(layers, (list, type(None))):
+        raise TypeError(f"the painting must hold a list of layers, got {kind_of(layers)}")
+    if len(layers or ()) > 1:
+        raise ValueError(f"the painting must have one layer, got {len(layers)}")
+
+
+def count_values(value):
+    """How many values there are in a list, an object or another value of JSON, itself included."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(count_values, children))
+
+
+def kind_of(value):
+    """What a visitor sent, in few words however large it is."""
+    return {list: "a list", dict: "an object", str: "a text", bool: "true or false", type(None): "nothing"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def read_upload(path):
+    """The image in an uploaded file, or ValueError with a message for who uploaded it."""
+    name = Path(path).name
+    if Path(path).stat().st_size > MAX_UPLOAD_BYTES:
+        raise ValueError(f"{name} is larger than {MAX_UPLOAD_BYTES // 2**20} MB; make it smaller")
+    too_many_pixels = f"has more than {MAX_UPLOAD_PIXELS // 10**6} million pixels; make it smaller"
+    try:
+        with Image.open(path, formats=UPLOAD_FORMATS) as file:
+            width, height = file.size
+            if width * height > MAX_UPLOAD_PIXELS:
+                problem = too_many_pixels
+            elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                problem = (
+                    f"is {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other; crop it"
+                )
+            else:
+                return file.copy()
+    except Image.DecompressionBombError:
+        problem = too_many_pixels
+    except Exception:  # Pillow's decoders raise almost any kind on damaged data
+        formats = f"{', '.join(UPLOAD_FORMATS[:-1])} or {UPLOAD_FORMATS[-1]}"
+        problem = f"is damaged, or no image; expected {formats}"
+    raise ValueError(f"{name} {problem}")
+
+
+def to_pixel_values(vae, picture):
+    """A PIL image scaled and cropped to the model's size, (1, 3, height, width) on its device."""
+    return DQImageProcessor.for_model(vae.config)(picture)["pixel_values"].to(vae.device)
+
+
+def blank_editor(pixel_values):
+    """Value of the editor: the image, with nothing painted."""
+    image = enlarged(DQImageProcessor().post_process(pixel_values)[0])
+    return {"background": image, "layers": [], "composite": image}
+
+
+def painted_regions(painting, grid):
+    """Bool (h, w): the regions of which the editor's value has at least `PAINTED_SHARE` painted."""
+    painted = np.zeros(grid, dtype=bool)
+    for layer in (painting or {}).get("layers") or []:
+        alpha = layer.convert("RGBA").getchannel("A").resize(grid[::-1], Image.BOX)
+        painted |= np.asarray(alpha) >= PAINTED_SHARE * 255
+    return torch.from_numpy(painted)
+
+
+def view_scale(size, side=VIEW_SIDE):
+    """The whole number that brings the longer side of an image of this size nearest to `side`."""
+    return max(1, round(side / max(size)))
+
+
+def enlarged(image, side=VIEW_SIDE):
+    """The image at about this longer side, pixel by pixel."""
+    return enlarge(image, view_scale(image.size, side))
