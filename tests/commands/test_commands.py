@@ -333,7 +333,7 @@ def test_convert_writes_a_folder_that_loads(run, place):
     assert (
         "model.params.decoderconfig.params.dropout is not in the configuration: 0.0, the release's default" in defaults
     )
-    assert model.config.entropy_thresholds == [1.118127]
+    assert model.router.thresholds.tolist() == pytest.approx([1.118127])
     expected = load_file(REFERENCE / "expected.safetensors")
     with torch.no_grad():
         encoded = model.encode(expected["image"])
