@@ -403,7 +403,7 @@ def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, p
     ("options", "message"),
     [
         (["--model", "no-such-model"], "local folder with a config.json, got no-such-model"),
-        (["--model", "model/transformer"], "a router that chooses"),
+        (["--model", "model/transformer"], "has model_type 'dqvae', got 'dqtransformer'"),
         (["--model", "plain"], "a router that chooses"),
         (["--fine-ratio", "1.5"], r"\[0, 1\]"),
         (["--fine-ratio", "0.2", "0.3"], "needs 1 share"),

@@ -37,7 +37,7 @@ def run(args):
     config = vae.config
     if len(config.granularities) == 1:
         raise ValueError(
-            f"{folder} must hold a DQ-VAE whose router chooses; with one granularity it has no thresholds"
+            f"{folder} must hold a DQ-VAE with a router that chooses; one with a single granularity has no thresholds"
         )
     shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
     images, loader = read_images(args, config)
