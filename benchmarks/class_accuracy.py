@@ -54,9 +54,9 @@ def main(args):
     train, test = (ReferenceImages(pipe.vae, args.data, split) for split in ("train", "test"))
     names = [name for _, name in sorted(pipe.transformer.config.id2label.items())]
     train_labels, test_labels = (labels_of(images.dataset, args.label_column, names) for images in (train, test))
-    classify = fit(features_of(train.batches(args.batch_size)), train_labels)
+    classify = fit(features_of(images for _, images in train.batches(args.batch_size)), train_labels)
 
-    held_out = list(test.batches(args.batch_size))
+    held_out = [images for _, images in test.batches(args.batch_size)]
     sample_labels = torch.arange(len(names)).repeat_interleave(args.samples_per_class)
     shares = {
         name: class_shares(classify(features_of(batches)), labels, len(names))

@@ -21,6 +21,7 @@ from dq_hf import (
     DQVAEConfig,
     DQVAEModel,
 )
+from dq_hf.metrics import psnr
 from dq_hf.pictures import draw_grain_map, image_grid
 
 EMOJI = Path(__file__).parent / "data" / "emoji"
@@ -123,6 +124,6 @@ originals, reconstructions, samples = map(processor.post_process, (test_images[s
 maps = [draw_grain_map(image, grain_map, scale=4) for image, grain_map in zip(originals, output.grain_map)]
 rows = [[image.resize(maps[0].size) for image in row] for row in (originals, maps, reconstructions, samples)]
 image_grid(sum(rows, []), columns=len(shown)).save(args.output / "tiny.png")
-psnr = 10 * torch.log10(4 / (output.sample.clamp(-1, 1) - test_images[shown]).square().mean((1, 2, 3))).mean()
-print(f"held-out images: {psnr:.1f} dB with {output.num_codes.float().mean():.0f} codes of at most 64")
+quality = psnr(output.sample.clamp(-1, 1), test_images[shown]).mean()
+print(f"held-out images: {quality:.1f} dB with {output.num_codes.float().mean():.0f} codes of at most 64")
 print(f"{args.output / 'tiny.png'}: originals, grain maps, reconstructions, samples")

@@ -141,7 +141,10 @@ def test_options_and_files_of_a_command_exist(command):
     for path in scripts + re.findall(r"examples/configs/\S+", command):
         assert (ROOT / path).is_file()
     if words[0] == "dq-hf":
-        check_options(words, dq_hf_parser(words[1:]))
+        parser = dq_hf_parser(words[1:])
+        if script := parser.get_default("module"):
+            parser = script_parser(f"src/{script.replace('.', '/')}.py")
+        check_options(words, parser)
     elif words[-1] == "...":
         check_options(words, launch_command_parser(), *map(script_parser, scripts))
     elif scripts:

@@ -121,3 +121,15 @@ def test_ctrl_c_ends_in_one_line(tmp_path):
 def reset_interrupts():
     """Whoever starts the tests may have Ctrl-C ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("command", ["train-tokenizer", "encode", "train-generator"])
+def test_a_script_gets_all_arguments_of_its_command(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])  # which the script changes
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and f"usage: dq-hf {command}" in shown and "--output_dir" in shown
+    with pytest.raises((SystemExit, ValueError)) as stop:
+        main([command, "--output_dir", "a", "--sead", "1"])
+    assert "--sead" in f"{stop.value} {capsys.readouterr().err}"

@@ -82,8 +82,7 @@ def encode(args):
     hold = output_dir.with_name(f".{output_dir.name}.lock")
     held = together(lambda: lock(hold, output_dir) if accelerator.is_main_process else None)
     vae = load_tokenizer(args.vae).to(accelerator.device)
-    height, width = vae.config.image_height_width
-    processor = DQImageProcessor(size={"height": height, "width": width})
+    processor = DQImageProcessor.for_model(vae.config)
     collate = ImageCollator(processor, args.image_column, args.label_column)
     split_names = [name for name in (args.train_split, args.test_split) if name is not None]
     with accelerator.main_process_first():  # the others read what it has cached

@@ -197,8 +197,7 @@ def make_loaders(run, vae):
             rows_per_step = args.batch_size * run.accelerator.num_processes
             sampler = LengthBucketSampler(train_set["num_codes"][:], rows_per_step, args.seed)
     else:
-        height, width = vae.config.image_height_width
-        processor = DQImageProcessor(size={"height": height, "width": width})
+        processor = DQImageProcessor.for_model(vae.config)
         train_set, test_set = run.load_images()
         names = class_names(train_set, args.label_column) if args.label_column else []
         flip_seed = args.seed if args.horizontal_flips else None

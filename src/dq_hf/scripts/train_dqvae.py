@@ -32,6 +32,8 @@ from torch.utils.data import DataLoader
 from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
 from dq_hf.data.images import ImageCollator
 from dq_hf.data.streams import prepare_loader
+from dq_hf.loading import load_tokenizer
+from dq_hf.metrics.psnr import psnr
 from dq_hf.modeling.grain_map_dq import one_hot_gates
 from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.networks.perceptual import make_perceptual_loss
@@ -135,7 +137,7 @@ def main(arguments=None):
 def train(args):
     start = None
     if args.start_from is not None:  # trained in float32, whatever it was saved in
-        start = DQVAEModel.from_pretrained(args.start_from, dtype=torch.float32)
+        start = load_tokenizer(args.start_from, dtype=torch.float32)
     settle_sizes(args, SIZES, None if start is None else sizes_of(start.config))
     # The codebooks of all processes agree by themselves.
     run = Run(args, "dqvae", handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
@@ -333,12 +335,12 @@ def evaluate(accelerator, model, loader, processor, picture):
     psnrs, codes, shares = [], [], []
     for i, batch in enumerate(loader):
         output = model(batch["pixel_values"])
-        error = (output.sample.float().clamp(-1, 1) - batch["pixel_values"]).square().mean(dim=(1, 2, 3))
+        quality = psnr(output.sample.float().clamp(-1, 1), batch["pixel_values"])
         gates = one_hot_gates(output.grain_map, len(model.config.granularities))
-        psnr, num_codes, share = accelerator.gather_for_metrics(
-            (10 * torch.log10(4 / error), output.num_codes.float(), gates.mean((2, 3)))
+        quality, num_codes, share = accelerator.gather_for_metrics(
+            (quality, output.num_codes.float(), gates.mean((2, 3)))
         )
-        psnrs.append(psnr)
+        psnrs.append(quality)
         codes.append(num_codes)
         shares.append(share)
         if i == 0 and accelerator.is_main_process:
