@@ -11,7 +11,7 @@ import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig  # noqa: E402
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig  # noqa: E402
@@ -68,6 +68,18 @@ def make_transformer(**overrides):
         for parameter in model.parameters():
             parameter.normal_(std=0.6, generator=generator)
     return model
+
+
+def seeded(seed=0):
+    """A generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def change_weights(path, change):
+    """Rewrite a safetensors file after `change(tensors)`."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def edit_config(path, **changes):

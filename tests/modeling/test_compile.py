@@ -5,7 +5,7 @@ Without a C++ compiler: the graphs run in PyTorch, which is enough to show that 
 
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import make_transformer, make_vae, seeded
 from transformers import CompileConfig
 
 from dq_hf import DQForImageGeneration, DQGenerationPipeline, DQPipeline
@@ -34,15 +34,6 @@ def config(backend):
     return CompileConfig(backend=backend, mode="default", fullgraph=True)
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def images():
-    return torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
-
-
 @pytest.mark.parametrize(
     ("router", "options"),
     [
@@ -51,8 +42,8 @@ def images():
         ("feature", {"grain_map": torch.arange(32).view(2, 4, 4) % 2}),
     ],
 )
-def test_encoding_is_one_graph_and_gives_the_same_codes(images, router, options):
-    vae = make_vae(router=router)
+def test_encoding_is_one_graph_and_gives_the_same_codes(router, options):
+    vae, images = make_vae(router=router), torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
     compiled = torch.compile(vae.encode, fullgraph=True, backend="eager")
     with torch.no_grad():
         expected, got = vae.encode(images, **options), compiled(images, **options)
@@ -117,15 +108,10 @@ def test_both_pipelines_compile_on_request_and_give_the_same_image(tiny_vae):
     assert len(backend.graphs) == 1
 
 
-def test_another_compile_config_is_refused(tiny_transformer):
+def test_another_compile_config_and_flash_attention_are_refused(tiny_transformer):
     with pytest.raises(TypeError, match="compile_config must be a transformers.CompileConfig, got True"):
         tiny_transformer.generate(compile_config=True)
-
-
-def test_flash_attention_has_no_compiled_step():
     model = make_transformer()
     model.config._attn_implementation_internal = "flash_attention_2"  # loading with it needs the package
-    with pytest.raises(
-        ValueError, match="does not work with attn_implementation 'flash_attention_2'; load .* \"sdpa\""
-    ):
+    with pytest.raises(ValueError, match="not work with attn_implementation 'flash_attention_2'; load .* \"sdpa\""):
         model.generate(compile_config=CompileConfig())

@@ -10,9 +10,7 @@ from dq_hf.modeling.layers_dq import (
     DQMiddle,
     DQOutput,
     DQPositionEmbedding,
-    attention_block,
     downsample,
-    residual_block,
     upsample,
 )
 
@@ -54,11 +52,9 @@ def silu(x):
 @torch.no_grad()
 def slow_residual(block, x):
     """GroupNorm, SiLU, conv, GroupNorm, SiLU, conv, plus the input."""
-    hidden = F.conv2d(silu(norm(block.norm1, x)), block.conv1.weight, block.conv1.bias, padding=1)
-    hidden = F.conv2d(silu(norm(block.norm2, hidden)), block.conv2.weight, block.conv2.bias, padding=1)
-    if block.conv_shortcut is not None:
-        x = F.conv2d(x, block.conv_shortcut.weight, block.conv_shortcut.bias)
-    return x + hidden
+    hidden = conv(block.conv1, silu(norm(block.norm1, x)), padding=1)
+    hidden = conv(block.conv2, silu(norm(block.norm2, hidden)), padding=1)
+    return hidden + (x if block.conv_shortcut is None else conv(block.conv_shortcut, x))
 
 
 @torch.no_grad()
@@ -71,20 +67,13 @@ def slow_attention(block, x):
     return x + out.transpose(1, 2).reshape(x.shape)
 
 
-@pytest.mark.parametrize("out_channels", [8, 16])
-def test_residual_block(out_channels):
-    block = randomise(residual_block(8, out_channels, make_config()))
-    assert (block.conv_shortcut is not None) == (out_channels != 8)
-    torch.testing.assert_close(block(make_input(), None), slow_residual(block, make_input()), atol=1e-4, rtol=1e-4)
+def conv(layer, x, **options):
+    return F.conv2d(x, layer.weight, layer.bias, **options)
 
 
-def test_attention_block():
-    block = randomise(attention_block(8, make_config()))
-    torch.testing.assert_close(block(make_input()), slow_attention(block, make_input()), atol=1e-4, rtol=1e-4)
-
-
+@torch.no_grad()
 @pytest.mark.parametrize("attention", [False, True])
-def test_level_puts_attention_after_each_residual_block(attention):
+def test_a_level_puts_attention_after_each_residual_block(attention):
     level = randomise(DQLevel(8, 16, 2, attention, make_config()))
     expected = make_input()
     for i in range(2):
@@ -94,32 +83,20 @@ def test_level_puts_attention_after_each_residual_block(attention):
     torch.testing.assert_close(level(make_input()), expected, atol=1e-3, rtol=1e-4)
 
 
-def test_middle_is_residual_attention_residual():
-    middle = randomise(DQMiddle(8, make_config()))
-    expected = slow_attention(middle.attention, slow_residual(middle.resnet_in, make_input()))
-    expected = slow_residual(middle.resnet_out, expected)
-    torch.testing.assert_close(middle(make_input()), expected, atol=1e-3, rtol=1e-4)
-
-
-def test_output_is_norm_silu_convolution():
-    output = randomise(DQOutput(8, 3, make_config()))
-    expected = F.conv2d(silu(norm(output.norm, make_input())), output.conv.weight, output.conv.bias, padding=1)
-    torch.testing.assert_close(output(make_input()), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_downsampling_pads_right_and_bottom():
-    layer = randomise(downsample(8))
-    padded = torch.zeros(2, 8, 5, 7)
-    padded[:, :, :4, :6] = make_input()
-    weight, bias = layer.state_dict()["conv.weight"], layer.state_dict()["conv.bias"]
-    torch.testing.assert_close(layer(make_input()), F.conv2d(padded, weight, bias, stride=2), atol=1e-5, rtol=1e-5)
-
-
-def test_upsampling_repeats_cells_before_the_convolution():
-    layer = randomise(upsample(8))
-    repeated = make_input().repeat_interleave(2, 2).repeat_interleave(2, 3)
-    expected = F.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1)
-    torch.testing.assert_close(layer(make_input()), expected, atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+def test_middle_output_and_changes_of_size_are_plain_arithmetic():
+    x, middle, output = make_input(), randomise(DQMiddle(8, make_config())), randomise(DQOutput(8, 3, make_config()))
+    down, up = randomise(downsample(8)), randomise(upsample(8))
+    expected = slow_residual(middle.resnet_out, slow_attention(middle.attention, slow_residual(middle.resnet_in, x)))
+    torch.testing.assert_close(middle(x), expected, atol=1e-3, rtol=1e-4)
+    faint = 1e-3 * x  # of a variance like the eps of the norm
+    expected = conv(output.conv, silu(norm(output.norm, faint)), padding=1)
+    torch.testing.assert_close(output(faint), expected, atol=1e-4, rtol=1e-4)
+    padded = torch.zeros(2, 8, 5, 7)  # at the right and at the bottom
+    padded[:, :, :4, :6] = x
+    torch.testing.assert_close(down(x), conv(down.conv, padded, stride=2), atol=1e-5, rtol=1e-5)
+    repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(up(x), conv(up.conv, repeated, padding=1), atol=1e-5, rtol=1e-5)
 
 
 def positions(position_type, height, width):
@@ -132,40 +109,30 @@ def positions(position_type, height, width):
     return layer, added[0]
 
 
-def test_learned_positions_are_row_plus_column_on_the_trained_grid():
+def test_learned_positions_are_row_plus_column_and_interpolated_on_another_grid_from_border_to_border():
     layer, added = positions("learned", ROWS, COLUMNS)
-    expected = layer.rows.weight.T[:, :, None] + layer.columns.weight.T[:, None, :]
-    torch.testing.assert_close(added, expected.detach(), atol=1e-6, rtol=0)
-    assert not any("fourier" in name for name, _ in layer.named_parameters())
+    rows, columns = layer.rows.weight.detach().T[:, :, None], layer.columns.weight.detach().T[:, None, :]
+    torch.testing.assert_close(added, rows + columns, atol=1e-6, rtol=0)
+    _, added = positions("learned", 2 * ROWS - 1, COLUMNS)  # every second row falls on a trained one
+    torch.testing.assert_close(added[:, ::2], rows + columns, atol=1e-5, rtol=0)
+    torch.testing.assert_close(added[:, 1::2], (rows[:, :-1] + rows[:, 1:]) / 2 + columns, atol=1e-5, rtol=0)
 
 
-def test_learned_positions_are_interpolated_on_another_grid_from_border_to_border():
-    layer, added = positions("learned", 2 * ROWS - 1, COLUMNS)  # every second row falls on a trained one
-    rows, columns = layer.rows.weight.detach().T, layer.columns.weight.detach().T
-    torch.testing.assert_close(added[:, ::2], rows[:, :, None] + columns[:, None, :], atol=1e-5, rtol=0)
-    between = (rows[:, :-1] + rows[:, 1:]) / 2
-    torch.testing.assert_close(added[:, 1::2], between[:, :, None] + columns[:, None, :], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(("height", "width"), [(ROWS, COLUMNS), (3, 11), (1, 2)])
-def test_fourier_positions_are_the_sine_of_a_map_of_the_coordinates(height, width):
-    layer, added = positions("fourier", height, width)
+@pytest.mark.parametrize(
+    ("position_type", "height", "width"),
+    [("fourier", ROWS, COLUMNS), ("fourier", 3, 11), ("fourier", 1, 2), ("fourier+learned", ROWS, COLUMNS)],
+)
+def test_fourier_positions_are_the_sine_of_a_map_of_the_coordinates(position_type, height, width):
+    layer, added = positions(position_type, height, width)
     weight, bias = layer.fourier.weight.detach()[:, :, 0, 0], layer.fourier.bias.detach()
+    if position_type == "fourier+learned":
+        added = added - layer.rows.weight.detach().T[:, :, None] - layer.columns.weight.detach().T[:, None, :]
     for row in range(height):
         for column in range(width):
             x = -1 + 2 * column / max(width - 1, 1)
             y = -1 + 2 * row / max(height - 1, 1)
             expected = torch.sin(weight[:, 0] * x + weight[:, 1] * y + bias)
             torch.testing.assert_close(added[:, row, column], expected, atol=1e-5, rtol=0)
-
-
-def test_both_kinds_of_positions_add_up():
-    layer, added = positions("fourier+learned", ROWS, COLUMNS)
-    learned = layer.rows.weight.detach().T[:, :, None] + layer.columns.weight.detach().T[:, None, :]
-    layer.learned = False
-    with torch.no_grad():
-        fourier = layer(torch.zeros(1, WIDTH, ROWS, COLUMNS))[0]
-    torch.testing.assert_close(added, learned + fourier, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(ROWS, COLUMNS), (8, 3)])

@@ -3,13 +3,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import make_transformer
-from safetensors.torch import load_file, save_file
+from conftest import make_transformer, seeded
 from slow_sampling import SlowImage, SlowTransformer
-from torch.nn import functional
 
 from dq_hf.modeling.conditioning_dq import Condition
-from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.constraints_dq import StreamState
 from dq_hf.modeling.generation_dq import Draw, Greedy, Replay, next_element, random_streams
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -31,10 +28,6 @@ KINDS = {
 def models():
     """One model of each kind, for grids of 2x3 and 4x6 cells unless the kind says otherwise."""
     return {name: make_transformer(**({"grid_sizes": [[2, 3], [4, 6]]} | kind)) for name, kind in KINDS.items()}
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def own_seeds(seed, count):
@@ -103,28 +96,22 @@ def elements_of(stream, image):
 
 @pytest.mark.parametrize("fine_positions", ["fixed", "free"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sampling_with_cache_equals_the_slow_version(models, kind, fine_positions):
+def test_drawing_and_greedy_with_cache_equal_the_slow_version(models, kind, fine_positions):
     model = models[kind]
-    labels = labels_for(model, 4)
-    generated = model.generate(labels, num_images=4, generator=seeded(3), fine_positions=fine_positions)
-    assert_same_as_slow(model, generated, own_seeds(3, 4), fine_positions == "fixed")
-
-
-@pytest.mark.parametrize("fine_positions", ["fixed", "free"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_with_cache_equals_the_slow_version(models, kind, fine_positions):
-    model = models[kind]
-    count = model.config.num_classes or 1
-    generated = model.generate(
-        labels_for(model, count), num_images=count, do_sample=False, fine_positions=fine_positions
-    )
-    assert_same_as_slow(model, generated, [None] * count, fine_positions == "fixed")
+    labels, fixed = labels_for(model, 4), fine_positions == "fixed"
+    drawn = model.generate(labels, num_images=4, generator=seeded(3), fine_positions=fine_positions)
+    assert_same_as_slow(model, drawn, own_seeds(3, 4), fixed)
+    greedy = model.generate(labels, num_images=4, do_sample=False, fine_positions=fine_positions)
+    assert_same_as_slow(model, greedy, [None] * 4, fixed)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 3.0])
 def test_guided_sampling_equals_the_slow_version(models, scale):
-    generated = models["guidance"].generate([0, 1, 2], guidance_scale=scale, generator=seeded(4))
-    assert_same_as_slow(models["guidance"], generated, own_seeds(4, 3), True, guidance_scale=scale)
+    model = models["guidance"]
+    drawn = model.generate([0, 1, 2], guidance_scale=scale, generator=seeded(4))
+    assert_same_as_slow(model, drawn, own_seeds(4, 3), True, guidance_scale=scale)
+    greedy = model.generate([0, 1, 2], guidance_scale=scale, do_sample=False, fine_positions="free")
+    assert_same_as_slow(model, greedy, [None] * 3, False, guidance_scale=scale)
 
 
 class Watched(Replay):
@@ -154,11 +141,6 @@ def test_guided_logits_are_those_of_the_slow_version_at_every_element(models):
             torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_guided_greedy_equals_the_slow_version(models):
-    generated = models["guidance"].generate([0, 1, 2], guidance_scale=2, do_sample=False, fine_positions="free")
-    assert_same_as_slow(models["guidance"], generated, [None] * 3, False, guidance_scale=2)
-
-
 @pytest.mark.parametrize(
     "options", [(0.3, None, 1.0), (2.0, None, 1.0), (1.0, 2, 1.0), (1.0, None, 0.3), (0.7, 5, 0.8)]
 )
@@ -171,23 +153,6 @@ def test_temperature_top_k_and_top_p_are_separate_for_contents_and_positions(mod
     assert_same_as_slow(model, generated, own_seeds(6, 3), False, **{slow_name: options})
     plain = model.generate(num_images=3, generator=seeded(6), fine_positions="free")
     assert rows(generated, 0) != rows(plain, 0)
-
-
-@pytest.mark.parametrize("kind", ["unconditional", "three granularities"])
-def test_top_k_of_one_is_greedy(models, kind):
-    model = models[kind]
-    labels = labels_for(model, 3)
-    only_best = model.generate(labels, num_images=3, top_k=1, position_top_k=1, fine_positions="free")
-    assert_same_images(only_best, model.generate(labels, num_images=3, do_sample=False, fine_positions="free"))
-
-
-def test_top_k_above_the_vocabulary_and_top_p_of_one_restrict_nothing(models):
-    model = models["unconditional"]
-    plain = model.generate(num_images=3, generator=seeded(1))
-    wide = model.generate(
-        num_images=3, generator=seeded(1), top_k=10**6, top_p=1.0, position_top_k=10**6, position_top_p=1
-    )
-    assert_same_images(plain, wide)
 
 
 def test_draws_follow_the_softmax_of_what_is_allowed():
@@ -227,41 +192,18 @@ def test_a_seed_gives_the_same_image_alone_and_anywhere_in_a_batch(models, kind,
         assert [rows(batch, i) for i in range(len(seeds))] == [alone[seed] for seed in seeds]
 
 
-def test_image_i_takes_the_ith_draw_of_one_generator(models):
-    model = models["unconditional"]
-    whole = model.generate(num_images=4, generator=seeded(9))
-    source = seeded(9)
-    one_by_one = [model.generate(num_images=1, generator=source) for _ in range(4)]
-    assert [rows(whole, i) for i in range(4)] == [rows(image, 0) for image in one_by_one]
-    shared = seeded(9)
-    assert_same_images(model.generate(num_images=4, generator=[shared] * 4), whole)
-    assert rows(model.generate(num_images=2, generator=[seeded(9), seeded(9)]), 1) == rows(whole, 0)
-
-
-def test_without_a_generator_torchs_global_one_is_drawn_from(models):
+def test_image_i_takes_the_ith_draw_of_one_generator_and_without_one_of_torchs_own(models):
     model = models["unconditional"]
     torch.manual_seed(9)
-    unnamed = model.generate(num_images=2)
-    assert_same_images(unnamed, model.generate(num_images=2, generator=seeded(9)))
-
-
-def test_given_a_generator_the_global_one_is_left_alone(models):
-    torch.manual_seed(1)
     before = torch.get_rng_state()
-    models["unconditional"].generate(num_images=2, generator=seeded(0))
+    whole = model.generate(num_images=4, generator=seeded(9))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_images_of_a_batch_are_in_different_parts_at_the_same_step(models):
-    model = models["unconditional"]
-    seen = []
-    for state in model.generate_steps(num_images=6, generator=seeded(2)):
-        seen.append(state.granularity.tolist())
-    generated = model.generation_output(state)
-    assert any(0 in granularities and 1 in granularities for granularities in seen)
-    assert len(set(generated.lengths.tolist())) > 1
-    assert generated.contents.shape[1] == int(generated.lengths.max()) == len(seen) + 1
-    assert_same_as_slow(model, generated, own_seeds(2, 6), True)
+    assert_same_images(model.generate(num_images=4), whole)
+    source, shared = seeded(9), seeded(9)
+    one_by_one = [model.generate(num_images=1, generator=source) for _ in range(4)]
+    assert [rows(whole, i) for i in range(4)] == [rows(image, 0) for image in one_by_one]
+    assert_same_images(model.generate(num_images=4, generator=[shared] * 4), whole)
+    assert rows(model.generate(num_images=2, generator=[seeded(9), seeded(9)]), 1) == rows(whole, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,16 +218,18 @@ def test_generated_streams_unpack_to_the_generated_codes_and_pack_again(models, 
 
 
 def test_every_element_is_a_step_and_whoever_watches_may_stop(models):
-    model = models["one granularity"].train()
-    lengths = []
-    for state in model.generate_steps(generator=seeded(0)):
-        lengths.append(state.lengths.item())
+    model = models["unconditional"].train()
+    model.content_head.eval()
+    seen = []
+    for state in model.generate_steps(num_images=6, generator=seeded(2)):
+        seen.append(state.granularity.tolist())
         assert torch.is_grad_enabled()
-    assert lengths == list(range(2, 15))  # 12 codes and the end; the start is given
+    assert any(0 in granularities and 1 in granularities for granularities in seen)
+    assert len(set(state.lengths.tolist())) > 1 and int(state.lengths.max()) == len(seen) + 1
     steps = model.generate_steps(generator=seeded(0))
     next(steps)
     steps.close()
-    assert model.training and model.content_head.training
+    assert model.training and model.position_head.training and not model.content_head.training
     model.eval()
 
 
@@ -296,51 +240,11 @@ def test_one_label_serves_all_images(models):
     assert (spread.contents[:, 0] == NUM_CODES + 2 + 2).all()
 
 
-def test_training_mode_samples_without_dropout_and_stays_in_training_mode(models):
-    model = make_transformer(grid_sizes=[[2, 3], [4, 6]])
-    expected = model.generate(num_images=2, generator=seeded(0))
-    model.train()
-    model.content_head.eval()
-    assert_same_images(model.generate(num_images=2, generator=seeded(0)), expected)
-    assert model.training and model.position_transformer.layers[0].dropout.training
-    assert not model.content_head.training
-
-
-def test_sampling_in_bfloat16_gives_whole_images():
-    model = make_transformer(num_classes=3, class_dropout=0.1).to(torch.bfloat16)
-    generated = model.generate([0, 1, 2], generator=seeded(0), guidance_scale=2.0, top_p=0.9)
-    codes, _ = model.unpack(generated.contents, generated.positions, generated.lengths)
-    assert torch.equal(codes, generated.codes)
-
-
-def test_eager_attention_samples_the_same_as_sdpa(models):
-    model = models["guidance"]
-    assert model.config._attn_implementation == "sdpa"
-    expected = model.generate([0, 1, 2], generator=seeded(0), guidance_scale=2.0)
-    model.set_attn_implementation("eager")
-    try:
-        assert_same_images(model.generate([0, 1, 2], generator=seeded(0), guidance_scale=2.0), expected)
-    finally:
-        model.set_attn_implementation("sdpa")
-
-
 # Training
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_logits_are_those_of_the_slow_version_for_each_image_of_a_padded_batch(models, kind):
-    model = models[kind]
-    with torch.no_grad():
-        out = model(*toy_batch(model))
-    slow = SlowTransformer(model)
-    for image in range(4):
-        elements = elements_of(out.stream, image)
-        for logits, expected in zip((out.position_logits, out.content_logits), slow.logits(elements)):
-            torch.testing.assert_close(logits[image, : len(elements) - 1], expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_means_over_the_targets_of_all_images(models, kind):
+def test_training_logits_and_losses_are_those_of_the_slow_version_for_each_image_alone(models, kind):
     model = models[kind]
     codes, grain_map, labels = toy_batch(model)
     with torch.no_grad():
@@ -350,20 +254,22 @@ def test_losses_are_means_over_the_targets_of_all_images(models, kind):
     for image in range(4):  # each alone, without padding
         label = None if labels is None else labels[[image]]
         elements = elements_of(model.pack(codes[[image]], grain_map[[image]], label), 0)
+        assert elements == elements_of(out.stream, image)
         position_logits, content_logits = slow.logits(elements)
+        for logits, expected in ((out.position_logits, position_logits), (out.content_logits, content_logits)):
+            torch.testing.assert_close(logits[image, : len(elements) - 1], expected, atol=1e-4, rtol=1e-4)
         for i, (content, position, granularity) in enumerate(elements[1:]):
             content_losses.append(-content_logits[i].log_softmax(0)[content])
             position_losses[granularity].append(-position_logits[i].log_softmax(0)[position])
     content_loss = sum(content_losses) / len(content_losses)
-    each = [sum(losses) / len(losses) for losses in position_losses]
-    position_loss = sum(each) / len(each)
+    each = torch.stack([sum(losses) / len(losses) for losses in position_losses])
     for got, expected in (
         (out.content_loss, content_loss),
-        (out.position_loss, position_loss),
+        (out.position_loss, each.mean()),
         (out.coarse_position_loss, each[0]),
         (out.fine_position_loss, each[-1]),
-        (out.position_losses, torch.stack(each)),
-        (out.loss, content_loss + position_loss),
+        (out.position_losses, each),
+        (out.loss, content_loss + each.mean()),
     ):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -374,86 +280,13 @@ def test_loss_weights_weigh_the_two_terms():
     torch.testing.assert_close(out.loss, 0.25 * out.content_loss + 3 * out.position_loss)
 
 
-def test_losses_follow_from_the_logits_that_come_with_them(tiny_transformer):
-    out = tiny_transformer(*toy_batch(tiny_transformer))
-    targets = out.stream.contents[:, 1:].clone()
-    targets[targets == NUM_CODES] = -100  # padding
-    expected = functional.cross_entropy(out.content_logits.transpose(1, 2), targets)
-    torch.testing.assert_close(out.content_loss, expected)
-    for granularity, loss in enumerate((out.coarse_position_loss, out.fine_position_loss)):
-        targets = out.stream.positions[:, 1:].clone()
-        targets[(out.stream.granularities[:, 1:] != granularity) | (out.stream.contents[:, 1:] == NUM_CODES)] = -100
-        torch.testing.assert_close(loss, functional.cross_entropy(out.position_logits.transpose(1, 2), targets))
-
-
-def test_an_images_logits_do_not_depend_on_its_batch(tiny_transformer):
-    codes, grain_map, _ = toy_batch(tiny_transformer)
-    with torch.no_grad():
-        batch = tiny_transformer(codes, grain_map)
-        for image in range(4):
-            alone = tiny_transformer(codes[[image]], grain_map[[image]])
-            length = alone.content_logits.shape[1]
-            assert length == int(batch.stream.lengths[image]) - 1
-            torch.testing.assert_close(batch.content_logits[[image], :length], alone.content_logits)
-            torch.testing.assert_close(batch.position_logits[[image], :length], alone.position_logits)
-
-
-def test_no_logit_depends_on_what_it_predicts_or_on_anything_behind(tiny_transformer):
-    codes, grain_map, _ = toy_batch(tiny_transformer)
-    codes, grain_map = codes[[1]], grain_map[[1]]
-    changed = codes.clone()
-    changed[0, 3, 3] = (codes[0, 3, 3] + 1) % NUM_CODES  # element 2 + 1 + 3*8 + 3 of the all-fine stream
-    with torch.no_grad():
-        before, after = (tiny_transformer(version, grain_map) for version in (codes, changed))
-    element = 30
-    assert (before.stream.contents != after.stream.contents).nonzero().tolist() == [[0, element]]
-    for name in ("content_logits", "position_logits"):
-        difference = (getattr(before, name) - getattr(after, name)).abs().amax(2)[0]
-        assert difference[:element].max() == 0
-        assert difference[element:].min() > 1e-4
-
-
-def test_content_logits_know_the_position_that_they_fill(tiny_transformer):
-    codes = torch.full((2, 8, 8), 3)
-    grain_map = torch.zeros(2, 4, 4, dtype=torch.long)
-    grain_map[1, 0, 0] = 1  # its first coarse code sits at the second cell
-    with torch.no_grad():
-        out = tiny_transformer(codes, grain_map)
-    assert torch.equal(out.position_logits[0, 0], out.position_logits[1, 0])
-    assert (out.content_logits[0, 0] - out.content_logits[1, 0]).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("kind", ["unconditional", "three granularities"])
-def test_eager_attention_equals_sdpa(kind):
-    options = {"grid_sizes": [[2, 3], [4, 6]]} | KINDS[kind]
-    sdpa, eager = make_transformer(**options), make_transformer(**options)
-    eager.set_attn_implementation("eager")
-    first, second = (model(*toy_batch(model)) for model in (sdpa, eager))
-    torch.testing.assert_close(first.content_logits, second.content_logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(first.position_logits, second.position_logits, atol=1e-5, rtol=1e-5)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients():
-    no_dropout = dict(embedding_dropout=0, residual_dropout=0, attention_dropout=0)
-    plain, checkpointed = make_transformer(**no_dropout).train(), make_transformer(**no_dropout).train()
-    checkpointed.gradient_checkpointing_enable()
-    assert checkpointed.content_transformer.layers[0].gradient_checkpointing
-    for model in (plain, checkpointed):
-        model(*toy_batch(model)).loss.backward()
-    for (name, first), second in zip(plain.named_parameters(), checkpointed.parameters()):
-        torch.testing.assert_close(first.grad, second.grad, msg=name)
-
-
-def test_every_weight_gets_a_gradient(tiny_transformer_class):
-    model = tiny_transformer_class
-    gradients = torch.autograd.grad(model(*toy_batch(model)).loss, list(model.parameters()))
+def test_every_weight_gets_a_gradient_and_dropout_is_active_in_training_only():
+    model = make_transformer(num_classes=3, class_dropout=0.2)
+    batch = toy_batch(model)
+    out = model(*batch)
+    assert torch.equal(model(*batch).content_logits, out.content_logits)
+    gradients = torch.autograd.grad(out.loss, list(model.parameters()))
     assert all(gradient.abs().max() > 0 for gradient in gradients)
-
-
-def test_dropout_is_active_in_training_only(tiny_transformer):
-    batch = toy_batch(tiny_transformer)
-    model = make_transformer()
-    assert torch.equal(model(*batch).content_logits, model(*batch).content_logits)
     model.train()
     assert not torch.equal(model(*batch).content_logits, model(*batch).content_logits)
 
@@ -483,53 +316,11 @@ def test_class_dropout_hides_the_class_in_training_only():
     torch.testing.assert_close(out.content_logits[image, : len(elements) - 1], logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_transformer_of_three_granularities_learns_a_pattern_a_class():
-    torch.manual_seed(0)
-    config = DQTransformerConfig(
-        grid_sizes=[[2, 2], [4, 4], [8, 8]],
-        codebook_size=NUM_CODES,
-        num_classes=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_position_layers=1,
-        num_content_layers=1,
-        embedding_dropout=0,
-        residual_dropout=0,
-        attention_dropout=0,
-    )
-    model = DQTransformerForImageGeneration(config).train()
-    grain_map = torch.tensor([[[0, 1], [2, 0]], [[2, 0], [1, 1]]])
-    fine = torch.arange(64).view(8, 8) * torch.tensor([[[3]], [[5]]]) % NUM_CODES
-    side = 2 ** (2 - grain_map).repeat_interleave(4, 1).repeat_interleave(4, 2)  # of the code at a cell
-    place = torch.arange(8)
-    image = torch.arange(2)[:, None, None]
-    codes = fine[image, place[:, None] // side * side, place // side * side]
-    labels = torch.tensor([0, 1])
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(150):
-        loss = model(codes, grain_map, labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(config.content_vocab_size) + math.log(68), rel=0.05)
-    assert losses[-1] < 0.05
-    for fine_positions in ("fixed", "free"):
-        generated = model.generate(
-            [1, 0, 1], generator=seeded(0), top_k=3, position_top_p=0.9, fine_positions=fine_positions
-        )
-        assert torch.equal(generated.codes, codes[[1, 0, 1]])
-        assert torch.equal(generated.grain_map, grain_map[[1, 0, 1]])
-
-
 # Saving and loading
 
 
 def test_saved_and_loaded_again_it_is_the_same_model(tiny_transformer_class, tmp_path):
     tiny_transformer_class.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     loaded = DQTransformerForImageGeneration.from_pretrained(tmp_path)
     assert not loaded.training
     assert loaded.config.to_diff_dict() == tiny_transformer_class.config.to_diff_dict()
@@ -544,99 +335,24 @@ def test_saved_and_loaded_again_it_is_the_same_model(tiny_transformer_class, tmp
     )
 
 
-KEY = "content_transformer.layers.1.mlp.fc2.bias"
-
-
-def spoil(folder, change):
-    """Rewrite a folder's weight file after `change(tensors)`."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (lambda tensors: tensors.pop(KEY), KEY),
-        (lambda tensors: tensors.update(surplus_weight=torch.zeros(2)), "surplus_weight"),
-        (lambda tensors: tensors[KEY].__setitem__(3, math.nan), KEY),
-        (lambda tensors: tensors[KEY].__setitem__(3, math.inf), KEY),
-        (lambda tensors: tensors.update({KEY: torch.zeros(5)}), KEY),
-    ],
-    ids=["missing", "unexpected", "nan", "infinite", "another shape"],
-)
-def test_wrong_weights_are_an_error_that_names_file_and_key(tiny_transformer, tmp_path, change, key):
-    tiny_transformer.save_pretrained(tmp_path)
-    spoil(tmp_path, change)
-    with pytest.raises(ValueError) as error:
-        DQTransformerForImageGeneration.from_pretrained(tmp_path)
-    assert key in str(error.value)
-    assert str(tmp_path / "model.safetensors") in str(error.value)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_weight_file_is_an_error_that_names_it(tiny_transformer, tmp_path, share):
-    tiny_transformer.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(OSError, match="model.safetensors"):
-        DQTransformerForImageGeneration.from_pretrained(tmp_path)
-
-
-def test_a_folder_without_weights_is_an_error(tiny_transformer, tmp_path):
-    tiny_transformer.config.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="model.safetensors"):
-        DQTransformerForImageGeneration.from_pretrained(tmp_path)
-
-
 # What is refused
-
-
-def change_tensor(values, index, value):
-    values = values.clone()
-    values[index] = value
-    return values
 
 
 @pytest.mark.parametrize(
     ("argument", "change", "error", "message"),
     [
         ("codes", lambda codes: codes[:, :-1], ValueError, r"codes must have shape \(any, 8, 8\), got \(4, 7, 8\)"),
-        ("codes", lambda codes: codes[0], ValueError, r"codes must have shape \(any, 8, 8\), got \(8, 8\)"),
         ("codes", lambda codes: codes[:0], ValueError, "at least one image"),
-        ("codes", lambda codes: codes.float(), TypeError, "codes must be a tensor of integers, got torch.float32"),
+        ("codes", lambda codes: codes + 16, ValueError, "codes must lie in 0 ... 15"),
+        ("codes", lambda codes: codes - 1, ValueError, "codes must lie in 0 ... 15, got values from -1"),
         ("codes", lambda codes: codes.tolist(), TypeError, "codes must be a tensor of integers, got list"),
-        (
-            "codes",
-            lambda codes: change_tensor(codes, (0, 0, 0), 16),
-            ValueError,
-            r"codes must lie in 0 ... 15.* to 16",
-        ),
-        ("codes", lambda codes: change_tensor(codes, (0, 0, 0), -1), ValueError, "codes must lie in 0 ... 15"),
-        (
-            "grain_map",
-            lambda grains: grains[:, :2],
-            ValueError,
-            r"grain_map must have shape \(4, 4, 4\), got \(4, 2, 4\)",
-        ),
-        (
-            "grain_map",
-            lambda grains: grains[:1],
-            ValueError,
-            r"grain_map must have shape \(4, 4, 4\), got \(1, 4, 4\)",
-        ),
-        ("grain_map", lambda grains: grains > 0, TypeError, "grain_map must be a tensor of integers, got torch.bool"),
+        ("codes", lambda codes: codes.float(), TypeError, "codes must be a tensor of integers, got torch.float32"),
+        ("grain_map", lambda grains: grains[:1], ValueError, r"grain_map must have shape \(4, 4, 4\), got \(1, "),
         ("grain_map", lambda grains: grains + 1, ValueError, "grain_map must lie in 0 ... 1"),
-        ("grain_map", lambda grains: None, TypeError, "grain_map must be a tensor of integers, got NoneType"),
+        ("grain_map", lambda grains: grains > 0, TypeError, "grain_map must be a tensor of integers, got torch.bool"),
         ("class_labels", lambda labels: None, ValueError, "class-conditional: give class_labels"),
         ("class_labels", lambda labels: labels + 1, ValueError, "class_labels must lie in 0 ... 2"),
-        ("class_labels", lambda labels: labels - 1, ValueError, "class_labels must lie in 0 ... 2"),
         ("class_labels", lambda labels: labels[:3], ValueError, "one label or one for each of 4 images, got 3"),
-        ("class_labels", lambda labels: labels.float(), TypeError, "class_labels must be a tensor of integers"),
-        ("class_labels", lambda labels: labels[None], ValueError, "class_labels must have shape"),
-        ("class_labels", lambda labels: labels[:0], ValueError, "at least one label"),
     ],
 )
 def test_training_refuses(tiny_transformer_class, argument, change, error, message):
@@ -657,55 +373,44 @@ def test_unconditional_models_refuse_labels(tiny_transformer):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "class-conditional: give class_labels"),
+        (dict(class_labels=None), ValueError, "class-conditional: give class_labels"),
         (dict(class_labels=3), ValueError, "class_labels must lie in 0 ... 2"),
         (dict(class_labels=-1), ValueError, "class_labels must lie in 0 ... 2"),
         (dict(class_labels="moon"), TypeError, "class_labels must be integers, got 'moon'"),
-        (dict(class_labels=["moon"]), TypeError, "class_labels must be integers"),
         (dict(class_labels=[0, None]), TypeError, "class_labels must be integers"),
         (dict(class_labels=1.0), TypeError, "class_labels must be a tensor of integers"),
         (dict(class_labels=True), TypeError, "class_labels must be a tensor of integers"),
         (dict(class_labels=[]), ValueError, "at least one label"),
         (dict(class_labels=[[0, 1]]), ValueError, "class_labels must have shape"),
         (dict(class_labels=[0, 1], num_images=3), ValueError, "one label or one for each of 3 images, got 2"),
-        (dict(class_labels=0, num_images=0), ValueError, "num_images must be at least 1, got 0"),
-        (dict(class_labels=0, num_images=-2), ValueError, "num_images must be at least 1, got -2"),
-        (dict(class_labels=0, num_images=2.0), TypeError, "num_images must be a whole number"),
-        (dict(class_labels=0, num_images=True), TypeError, "num_images must be a whole number"),
-        (dict(class_labels=0, temperature=0), ValueError, "^temperature must be above 0.*do_sample=False"),
-        (dict(class_labels=0, temperature=-1.0), ValueError, "^temperature must be above 0"),
-        (dict(class_labels=0, temperature=math.nan), ValueError, "^temperature must be above 0"),
-        (dict(class_labels=0, temperature=math.inf), ValueError, "^temperature must be above 0 and finite"),
-        (dict(class_labels=0, temperature="hot"), TypeError, "^temperature must be a number"),
-        (dict(class_labels=0, position_temperature=0), ValueError, "position_temperature must be above 0"),
-        (dict(class_labels=0, top_k=0), ValueError, "^top_k must be at least 1, or None"),
-        (dict(class_labels=0, top_k=2.5), TypeError, "^top_k must be a number"),
-        (dict(class_labels=0, position_top_k=-1), ValueError, "position_top_k must be at least 1"),
-        (dict(class_labels=0, top_p=0), ValueError, r"^top_p must lie in \(0, 1\], got 0"),
-        (dict(class_labels=0, top_p=1.1), ValueError, r"^top_p must lie in \(0, 1\], got 1.1"),
-        (dict(class_labels=0, position_top_p=-0.1), ValueError, r"position_top_p must lie in \(0, 1\]"),
-        (dict(class_labels=0, do_sample=False, top_k=5), ValueError, "no effect with do_sample=False"),
-        (
-            dict(class_labels=0, do_sample=False, position_temperature=0.5),
-            ValueError,
-            "no effect with do_sample=False",
-        ),
-        (dict(class_labels=0, guidance_scale=-1), ValueError, "guidance_scale must be finite and 0 or more"),
-        (dict(class_labels=0, guidance_scale=math.inf), ValueError, "guidance_scale must be finite"),
-        (dict(class_labels=0, guidance_scale="2"), TypeError, "guidance_scale must be a number"),
-        (dict(class_labels=0, fine_positions="loose"), ValueError, '"fixed" or "free", got \'loose\''),
-        (dict(class_labels=0, generator=7), TypeError, "generator must be a torch.Generator or a list of them"),
-        (
-            dict(class_labels=[0, 1], generator=[torch.Generator()]),
-            ValueError,
-            "one or a list of 2, one for each image; got 1",
-        ),
-        (dict(class_labels=0, seed=7), TypeError, "seed"),
+        (dict(num_images=0), ValueError, "num_images must be at least 1, got 0"),
+        (dict(num_images=2.0), TypeError, "num_images must be a whole number"),
+        (dict(num_images=True), TypeError, "num_images must be a whole number"),
+        (dict(temperature=0), ValueError, "^temperature must be above 0.*do_sample=False"),
+        (dict(temperature=math.nan), ValueError, "^temperature must be above 0"),
+        (dict(temperature=math.inf), ValueError, "^temperature must be above 0 and finite"),
+        (dict(temperature="hot"), TypeError, "^temperature must be a number"),
+        (dict(position_temperature=-1.0), ValueError, "position_temperature must be above 0"),
+        (dict(top_k=0), ValueError, "^top_k must be at least 1, or None"),
+        (dict(top_k=2.5), TypeError, "^top_k must be a number"),
+        (dict(position_top_k=-1), ValueError, "position_top_k must be at least 1"),
+        (dict(top_p=0), ValueError, r"^top_p must lie in \(0, 1\], got 0"),
+        (dict(top_p=1.1), ValueError, r"^top_p must lie in \(0, 1\], got 1.1"),
+        (dict(position_top_p=-0.1), ValueError, r"position_top_p must lie in \(0, 1\]"),
+        (dict(do_sample=False, top_k=5), ValueError, "no effect with do_sample=False"),
+        (dict(do_sample=False, position_temperature=0.5), ValueError, "no effect with do_sample=False"),
+        (dict(guidance_scale=-1), ValueError, "guidance_scale must be finite and 0 or more"),
+        (dict(guidance_scale=math.inf), ValueError, "guidance_scale must be finite"),
+        (dict(guidance_scale="2"), TypeError, "guidance_scale must be a number"),
+        (dict(fine_positions="loose"), ValueError, '"fixed" or "free", got \'loose\''),
+        (dict(generator=7), TypeError, "generator must be a torch.Generator or a list of them"),
+        (dict(generator=[seeded(), seeded()]), ValueError, "one or a list of 1, one for each image; got 2"),
+        (dict(seed=7), TypeError, "seed"),
     ],
 )
 def test_generate_refuses(tiny_transformer_class, arguments, error, message):
     with pytest.raises(error, match=message):
-        tiny_transformer_class.generate(**arguments)
+        tiny_transformer_class.generate(**({"class_labels": 0} | arguments))
 
 
 def test_guidance_needs_a_model_that_knows_the_hidden_class(models):
@@ -737,13 +442,13 @@ def test_unpack_refuses(tiny_transformer_class, argument, change, error, message
 
 def test_sampling_defaults_stand_for_arguments_that_are_not_given(tiny_transformer_class):
     def draw(**arguments):
-        return tiny_transformer_class.generate([0, 1, 2], generator=torch.Generator().manual_seed(0), **arguments)
+        return tiny_transformer_class.generate([0, 1, 2], generator=seeded(), **arguments)
 
     neutral, explicit = draw(), draw(temperature=0.3, position_top_k=2)
     tiny_transformer_class.config.sampling_defaults = {"temperature": 0.3, "position_top_k": 2}
     try:
         assert torch.equal(draw().contents, explicit.contents)
-        no_restriction = draw(temperature=1.0, position_top_k=10_000)
+        no_restriction = draw(temperature=1.0, top_k=10_000, top_p=1, position_top_k=10_000)
         greedy = draw(do_sample=False)  # nothing is drawn, so nothing is warped
     finally:
         tiny_transformer_class.config.sampling_defaults = {}

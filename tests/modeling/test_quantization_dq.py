@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import seeded
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.quantization_dq import DQQuantizer
@@ -22,7 +23,7 @@ def make_quantizer(**changes):
 
 
 def make_features(seed, batch_size=2):
-    return torch.randn(batch_size, DIM, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch_size, DIM, SIDE, SIDE, generator=seeded(seed))
 
 
 def quantize(quantizer, features, cell_weights=None):
@@ -56,20 +57,15 @@ def test_each_vector_gets_its_nearest_code():
     expected = quantizer.codebook.numpy()[codes].transpose(0, 3, 1, 2)
     np.testing.assert_allclose(output.quantized.numpy(), expected, atol=1e-6)
     assert torch.equal(quantizer.lookup(output.codes), torch.from_numpy(expected))
-
-
-def test_a_coarse_code_is_looked_up_in_its_first_cell_only():
-    quantizer, features = make_quantizer().eval(), make_features(1)
     top_left = torch.tensor([[0, 0, 2, 2], [0, 0, 2, 2], [8, 8, 10, 10], [8, 8, 10, 10]]).expand(2, -1, -1)
-    codes = quantizer(features, torch.ones(2, 1, SIDE, SIDE), top_left).codes.numpy()
-    expected = slow_codes(features, quantizer.codebook)[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)
-    assert np.array_equal(codes, expected)
+    coarse = quantizer(features, torch.ones(2, 1, SIDE, SIDE), top_left).codes.numpy()  # looked up in its first cell
+    assert np.array_equal(coarse, codes[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
 def test_loss_weighs_cells_and_scales_only_the_commitment_term_by_beta(beta):
     quantizer, features = make_quantizer(commitment_beta=beta).eval(), make_features(1)
-    weights = torch.rand(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    weights = torch.rand(2, 1, SIDE, SIDE, generator=seeded(5))
     nearest = quantizer.codebook.double().numpy()[slow_codes(features, quantizer.codebook)].transpose(0, 3, 1, 2)
     error = np.mean((nearest - features.double().numpy()) ** 2 * weights.double().numpy())
 
