@@ -1,8 +1,6 @@
 """The benchmark of class accuracy: its classifier and its shares, and a whole run on a small model."""
 
-import sys
-from pathlib import Path
-
+import class_accuracy
 import datasets
 import numpy as np
 import pytest
@@ -14,14 +12,6 @@ from scipy.optimize import minimize
 from dq_hf import DQForImageGeneration
 
 NAMES = ["sun", "moon", "star"]
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    import class_accuracy
-
-    return class_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +31,7 @@ def place(tmp_path_factory):
     return place
 
 
-def test_the_classifier_is_logistic_regression(benchmark):
+def test_the_classifier_is_logistic_regression():
     source = np.random.default_rng(0)
     labels = source.integers(3, size=60)
     features = source.normal(size=(60, 2)) + 1.5 * np.eye(3, 2)[labels]
@@ -54,31 +44,28 @@ def test_the_classifier_is_logistic_regression(benchmark):
         weight, bias = parameters[:6].reshape(2, 3), parameters[6:]
         logits = scale(features) @ weight + bias
         likelihood = logits[np.arange(60), labels] - np.log(np.exp(logits).sum(1))
-        return (weight**2).sum() * benchmark.PENALTY - likelihood.mean()
+        return (weight**2).sum() * class_accuracy.PENALTY - likelihood.mean()
 
     best = minimize(loss, np.zeros(9), tol=1e-10).x
     expected = (scale(others) @ best[:6].reshape(2, 3) + best[6:]).argmax(1)
-    classify = benchmark.fit(torch.tensor(features).float(), torch.tensor(labels))
+    classify = class_accuracy.fit(torch.tensor(features).float(), torch.tensor(labels))
     assert (classify(torch.tensor(others).float()).numpy() == expected).mean() > 0.98  # but for those on a border
 
 
-def test_shares_are_of_each_class(benchmark):
-    predicted, labels = torch.tensor([0, 1, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 1])
-    assert benchmark.class_shares(predicted, labels, 2).tolist() == pytest.approx([1 / 2, 2 / 3])
-
-
-def test_a_run_knows_real_images_by_the_names_of_their_classes(benchmark, place):
-    args = benchmark.Arguments(
+def test_a_run_knows_real_images_by_the_names_of_their_classes(place):
+    args = class_accuracy.Arguments(
         model=str(place / "model"), data=str(place / "images"), samples_per_class=2, output=str(place / "page.md")
     )
-    benchmark.main(args)
+    class_accuracy.main(args)
     rows = [line.split("|")[1:-1] for line in (place / "page.md").read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in rows[2:]]
     assert [row[:3] for row in cells[:3]] == [[name, "2", "1.00"] for name in NAMES]
     assert cells[3][2] == "1.00" and 0 <= float(cells[3][4]) <= 1
+    predicted, labels = torch.tensor([0, 1, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 1])
+    assert class_accuracy.class_shares(predicted, labels, 2).tolist() == pytest.approx([1 / 2, 2 / 3])
 
 
-def test_images_of_other_classes_are_refused(benchmark, place):
+def test_images_of_other_classes_are_refused(place):
     images = datasets.load_dataset(str(place / "images"), split="test")
     with pytest.raises(ValueError, match="must be the model's, sun, comet; got moon, star, sun"):
-        benchmark.labels_of(images, "label", ["sun", "comet"])
+        class_accuracy.labels_of(images, "label", ["sun", "comet"])

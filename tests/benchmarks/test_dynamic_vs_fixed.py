@@ -4,25 +4,19 @@ import itertools
 import json
 import math
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
+import conditions
+import evidence
 import numpy as np
+import photographs
 import pytest
+import run
 import torch
 from PIL import Image
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
-
-sys.path[:0] = [str(Path(__file__).parents[2] / "benchmarks" / "dynamic_vs_fixed")]
-import conditions  # noqa: E402
-import evidence  # noqa: E402
-import photographs  # noqa: E402
-import run  # noqa: E402
-import stage_1  # noqa: E402
-import stage_2  # noqa: E402
 
 TOKENIZERS = ("fixed-64", "fixed-128", "fixed-256", "all-fine", "random", "entropy", "feature", "triple")
 GENERATORS = ("dq-transformer", "raster-256", "raster-128")
@@ -99,10 +93,6 @@ def test_weights_of_other_settings_are_refused(smoke, tmp_path):
     args = smoke_arguments(smoke, steps=3, results_dir=str(tmp_path), conditions=["fixed-64"])
     with pytest.raises(ValueError, match="fixed-64-seed0.safetensors must be of a run with .*'steps': 3"):
         run.main(args)
-
-
-@pytest.mark.slow
-def test_a_generator_without_its_tokenizer_is_refused(smoke, tmp_path):
     folders = dict(work_dir=str(tmp_path), results_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run stage 1 of fixed-256, seed 0 first"):
         run.main(smoke_arguments(smoke, **folders, conditions=["raster-256"]))
@@ -116,24 +106,15 @@ def test_what_is_not_there_to_run_is_refused(changes):
         run.main(run.Arguments(**changes))
 
 
-def test_all_tokenizers_have_equally_many_parameters():
-    counts = {
-        name: sum(parameter.numel() for parameter in conditions.make_model(condition).parameters())
-        for name, condition in conditions.CONDITIONS.items()
-    }
-    assert set(counts) == set(TOKENIZERS)
-    assert max(counts.values()) < 1.01 * min(counts.values())
-
-
-def test_dynamic_tokenizers_have_128_codes_on_average():
-    for name in ("random", "entropy", "feature", "triple"):
-        condition = conditions.CONDITIONS[name]
-        regions = (64 // condition.granularities[0]) ** 2
-        shares = [1 - sum(condition.shares), *condition.shares]
-        assert regions * sum(4**g * share for g, share in enumerate(shares)) == pytest.approx(128)
-
-
-def test_random_regions_have_the_wanted_share_and_differ():
+def test_tokenizers_have_equally_many_parameters_and_dynamic_ones_128_codes_on_average():
+    counts = []
+    for name, condition in conditions.CONDITIONS.items():
+        counts.append(sum(parameter.numel() for parameter in conditions.make_model(condition).parameters()))
+        if name in ("random", "entropy", "feature", "triple"):
+            shares = [1 - sum(condition.shares), *condition.shares]
+            regions = (64 // condition.granularities[0]) ** 2
+            assert regions * sum(4**g * share for g, share in enumerate(shares)) == pytest.approx(128)
+    assert len(counts) == len(TOKENIZERS) and max(counts) < 1.01 * min(counts)
     grain_maps = conditions.random_grain_map(conditions.CONDITIONS["random"], 500, torch.Generator().manual_seed(0))
     assert grain_maps.flatten(1).sum(1).tolist() == [21] * 500  # of 64 regions
     hits = grain_maps.sum(0)
@@ -157,49 +138,6 @@ def test_a_grid_of_strides_two_is_the_library_model():
     assert torch.equal(a.loss, b.loss) and torch.equal(a.num_codes, b.num_codes)
 
 
-def test_an_anisotropic_grid_sees_every_part_of_the_image_in_its_place():
-    torch.manual_seed(0)
-    model = conditions.make_model(conditions.CONDITIONS["fixed-128"]).eval()
-    features = []
-    model.quant_conv.register_forward_hook(lambda module, inputs, output: features.append(output))
-    pixel_values = images(1)
-    for rows, columns in ((slice(0, 16), slice(0, 16)), (slice(40, 56), slice(0, 16)), (slice(0, 16), slice(40, 56))):
-        changed = pixel_values.clone()
-        changed[:, :, rows, columns] *= -1
-        model.encode(pixel_values), model.encode(changed)
-        difference = (features.pop() - features.pop()).square().sum(1)[0]
-        assert difference.shape == (8, 16)
-        inside = difference[rows.start // 8 : rows.stop // 8, columns.start // 4 : columns.stop // 4]
-        assert inside.mean() > 2 * difference.mean()
-
-
-def test_batches_are_whole_epochs_in_the_same_order_for_a_seed():
-    first, again, other = (
-        [rows.tolist() for rows in itertools.islice(stage_1.batches_of_rows(11, 4, seed), 6)] for seed in (0, 0, 1)
-    )
-    assert first == again != other
-    for epoch in range(3):
-        rows = [row for batch in first[2 * epoch : 2 * epoch + 2] for row in batch]
-        assert len(set(rows)) == 8 and set(rows) <= set(range(11))
-
-
-def test_nats_count_what_sampling_draws():
-    torch.manual_seed(0)
-    grain_map = torch.zeros(2, 2, 2, dtype=torch.long)
-    grain_map[1, 0, 1] = 1
-    model = stage_2.make_model(torch.zeros(2, 4, 4), grain_map, codebook_size=10).eval()
-    model.content_head.projection.weight.data.zero_()
-    model.position_head.projection.weight.data.zero_()
-    nats = stage_2.nats_per_image(model, torch.zeros(2, 4, 4, dtype=torch.long), grain_map)
-    content, position = math.log(10 + 3), math.log(16 + 3)  # pad, end and start have logits too
-    # Four coarse codes, or three and four fine ones; positions of the coarse codes and of their end.
-    assert nats.tolist() == pytest.approx([4 * content + 5 * position, 7 * content + 4 * position])
-    raster = stage_2.make_model(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4), codebook_size=10).eval()
-    raster.content_head.projection.weight.data.zero_()
-    codes = torch.zeros(1, 4, 4, dtype=torch.long)
-    assert stage_2.nats_per_image(raster, codes, codes).tolist() == pytest.approx([16 * content])
-
-
 def test_bootstrap_agrees_with_all_draws_there_are():
     differences = np.array([[0.0, 1.0, 2.0, 5.0, -3.0], [1.0, 1.5, 4.0, 2.0, -1.0]])
     groups = np.array([7, 7, 2, 9, 2])
@@ -214,15 +152,6 @@ def test_bootstrap_agrees_with_all_draws_there_are():
     assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5], method="inverted_cdf"), abs=1e-9)
 
 
-def test_bootstrap_of_many_independent_images_is_the_normal_interval():
-    differences = np.random.default_rng(0).normal(0.3, 2.0, size=(1, 2000))
-    low, high = evidence.bootstrap(differences, np.arange(2000))
-    error = differences.std() / math.sqrt(2000)
-    assert (low, high) == pytest.approx(
-        (differences.mean() - 1.96 * error, differences.mean() + 1.96 * error), abs=0.01
-    )
-
-
 def test_the_fixed_length_curve_is_linear_in_the_logarithm():
     values = [np.array([1.0, 10.0]), np.array([3.0, 20.0]), np.array([4.0, 0.0])]
     for rate, expected in (
@@ -235,15 +164,6 @@ def test_the_fixed_length_curve_is_linear_in_the_logarithm():
         (512, [5, -20]),
     ):
         assert evidence.interpolate(rate, [64, 128, 256], values).tolist() == pytest.approx(expected)
-
-
-def test_verdicts_follow_the_direction_of_the_measure():
-    assert [evidence.verdict(*interval, True) for interval in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
-        "better",
-        "worse",
-        "open",
-    ]
-    assert [evidence.verdict(*interval, False) for interval in ((0.1, 0.2), (-0.2, -0.1))] == ["worse", "better"]
 
 
 def result(name, seed, psnr, codes, bits, way="own", steps=5):
@@ -286,60 +206,38 @@ def test_report_says_what_is_measured_and_what_is_missing(tmp_path):
     assert "+0.0000 [+0.0000, +0.0000] open" in report
     assert re.search(r"^\| dq-transformer \| entropy \| not yet \|.*\| 0 of 3 \|$", report, flags=re.MULTILINE)
     assert "2 held-out images in 2 independent groups" in report
-
-
-def test_runs_of_different_settings_are_not_put_into_one_table():
     with pytest.raises(ValueError, match="must have the same settings, got .*'steps': 5.* and .*'steps': 6"):
-        evidence.describe([result("random", 0, [1.0], 1.0, 1.0), result("random", 1, [1.0], 1.0, 1.0, steps=6)], [0])
-
-
-def encoded(image, kind):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    return buffer.getvalue()
+        evidence.describe([finished[0], finished[1] | {"steps": 6}], [0, 1])
 
 
 def test_photographs_become_tiles_of_one_split_each(tmp_path):
     source = np.random.default_rng(0)
     pictures = [Image.fromarray(source.integers(0, 256, (256, 400, 3), dtype=np.uint8)) for _ in range(20)]
-    files = [encoded(picture, "WEBP") for picture in pictures[:10]] + [encoded(p, "PNG") for p in pictures[10:]]
-    package = tmp_path / "package"
+    package, files = tmp_path / "package", []
     package.mkdir()
+    for number, picture in enumerate(pictures):  # half of them inside of a file of resources
+        buffer = io.BytesIO()
+        picture.save(buffer, "WEBP" if number < 10 else "PNG", lossless=True)
+        files.append(buffer.getvalue())
+        if number >= 10:
+            (package / f"{number}.png").write_bytes(files[-1])
     no_webp = b"RIFF\x04\x00\x00\x00WAVE"
     (package / "pictures.rcc").write_bytes(b"qres" + no_webp + b"\0".join(files[:10]) + b"end")
-    for number, content in enumerate(files[10:]):
-        (package / f"{number}.png").write_bytes(content)
     found = photographs.find_pictures(package)
     hashes = [hashlib.sha256(content).hexdigest() for content in files]
     assert set(found) == set(hashes)
 
-    rows = [{"package": "p", "version": "1", "name": "n", "sha256": sha256} for sha256 in hashes]
+    rows = [{"package": "p", "version": "1.2", "name": "tower.jpg", "sha256": sha256} for sha256 in hashes]
+    with pytest.raises(ValueError, match="expected 1 listed pictures, got 0: missing are tower.jpg of p 1.2"):
+        photographs.build(rows[:1], {}, tmp_path)
     counts = photographs.build(rows, found, tmp_path / "tiles")
     tiles = {split: sorted((tmp_path / "tiles" / split).iterdir()) for split in ("train", "test")}
     assert counts == {split: len(paths) for split, paths in tiles.items()}
-    per_picture = Counter(path.name.split("-")[0] for paths in tiles.values() for path in paths)
-    assert per_picture == {sha256[:16]: 4 * 6 for sha256 in hashes}
     for split, paths in tiles.items():
-        assert {path.name[:16] for path in paths} == {
-            h[:16] for h in hashes if (int(h, 16) % 8 == 0) == (split == "test")
-        }
+        own = {sha256[:16] for sha256 in hashes if (int(sha256, 16) % 8 == 0) == (split == "test")}
+        assert Counter(path.name[:16] for path in paths) == {name: 4 * 6 for name in own}
     # 256 rows of 400 columns stay as they are; six columns of tiles leave 16 pixels over, half of them on the left.
-    split = "test" if int(hashes[0], 16) % 8 == 0 else "train"
-    tile = Image.open(tmp_path / "tiles" / split / f"{hashes[0][:16]}-07.png")
-    assert np.array_equal(tile, np.asarray(pictures[0])[64:128, 8 + 64 : 8 + 128])
-
+    (tile,) = (tmp_path / "tiles").glob(f"*/{hashes[0][:16]}-07.png")
+    assert np.array_equal(Image.open(tile), np.asarray(pictures[0])[64:128, 8 + 64 : 8 + 128])
     loaded, groups = run.load_split(tmp_path / "tiles", "train")
-    assert Counter(Counter(groups).values()) == {24: len({path.name[:16] for path in tiles["train"]})}
-    assert loaded.shape == (counts["train"], 3, 64, 64)
-
-
-def test_a_photograph_that_is_missing_is_an_error(tmp_path):
-    rows = [{"package": "p", "version": "1.2", "name": "tower.jpg", "sha256": "0" * 64}]
-    with pytest.raises(ValueError, match="expected 1 listed pictures, got 0: missing are tower.jpg of p 1.2"):
-        photographs.build(rows, {}, tmp_path)
-
-
-def test_listed_photographs_are_distinct_and_split():
-    rows = photographs.read_list()
-    assert len({row["sha256"] for row in rows}) == len(rows) == 147
-    assert sum(photographs.split_of(row["sha256"]) == "test" for row in rows) == 28
+    assert set(Counter(groups).values()) == {24} and loaded.shape == (counts["train"], 3, 64, 64)

@@ -3,21 +3,12 @@
 import io
 import math
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import rate_control
 from conftest import make_vae
 from PIL import Image
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    import rate_control
-
-    return rate_control
 
 
 def photograph(seed, side=32):
@@ -32,69 +23,66 @@ def pixels(file):
 
 
 @pytest.mark.parametrize("quality", [1, 20, 90])
-def test_the_scan_alone_gives_the_image_back_behind_the_head_of_another_file(benchmark, quality):
+def test_the_scan_alone_gives_the_image_back_behind_the_head_of_another_file(quality):
     """So nothing that it leaves out depends on the image."""
-    files = [benchmark.save(photograph(seed), format="JPEG", quality=quality) for seed in (0, 1)]
-    scans = [benchmark.jpeg_scan(file) for file in files]
+    files = [rate_control.save(photograph(seed), format="JPEG", quality=quality) for seed in (0, 1)]
+    scans = [rate_control.jpeg_scan(file) for file in files]
     heads = [file[: -len(scan) - 2] for file, scan in zip(files, scans)]
     assert scans[0] != scans[1] and len(heads[0]) > 500
     assert (pixels(heads[1] + scans[0] + b"\xff\xd9") == pixels(files[0])).all()
 
 
 @pytest.mark.parametrize("quality", [1, 20, 90])
-def test_the_vp8_stream_gives_the_image_back_in_a_container_of_its_length(benchmark, quality):
-    file = benchmark.save(photograph(0), format="WEBP", quality=quality)
-    stream = benchmark.vp8_stream(file)
+def test_the_vp8_stream_gives_the_image_back_in_a_container_of_its_length(quality):
+    file = rate_control.save(photograph(0), format="WEBP", quality=quality)
+    stream = rate_control.vp8_stream(file)
     frame = stream[:3] + b"\x9d\x01\x2a" + 2 * (32).to_bytes(2, "little") + stream[3:]
     frame += b"\0" * (len(frame) % 2)
     chunk = b"VP8 " + len(frame).to_bytes(4, "little") + frame
     rebuilt = b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
     assert (pixels(rebuilt) == pixels(file)).all()
     assert len(file) - len(stream) in (27, 28)  # RIFF 12, chunk 8, start code 3, sides 4; and what makes it even
-
-
-def test_a_lossless_webp_file_has_no_vp8_stream(benchmark):
     with pytest.raises(ValueError, match="lossy"):
-        benchmark.vp8_stream(benchmark.save(photograph(0), format="WEBP", lossless=True))
+        rate_control.vp8_stream(rate_control.save(photograph(0), format="WEBP", lossless=True))
 
 
 @pytest.mark.parametrize(("codec", "kind"), [("code_jpeg", "JPEG"), ("code_webp", "WEBP")])
-def test_files_are_counted_whole(benchmark, codec, kind):
+def test_files_are_counted_whole(codec, kind):
     image = photograph(2)
-    decoded, file, bare = getattr(benchmark, codec)(image, 30, "4:4:4")
+    decoded, file, bare = getattr(rate_control, codec)(image, 30, "4:4:4")
     options = {"subsampling": 0, "optimize": True} if kind == "JPEG" else {"method": 6}
-    written = benchmark.save(image, format=kind, quality=30, **options)
+    written = rate_control.save(image, format=kind, quality=30, **options)
     assert file == 8 * len(written) and 0 < bare < file
     assert (np.asarray(decoded) == pixels(written)).all()  # Huffman tables change the length only
 
 
-def test_three_granularities_go_from_all_coarse_to_all_fine(benchmark):
-    assert benchmark.fine_shares(0.3, 2) == [0.3]
-    assert benchmark.fine_shares(0, 3) == [0, 0] and benchmark.fine_shares(1, 3) == [0, 1]
-    assert benchmark.fine_shares(0.25, 3) == pytest.approx([2 * 0.25 * 0.75, 0.0625])
+def test_three_granularities_go_from_all_coarse_to_all_fine():
+    assert rate_control.fine_shares(0.3, 2) == [0.3]
+    assert rate_control.fine_shares(0, 3) == [0, 0] and rate_control.fine_shares(1, 3) == [0, 1]
+    assert rate_control.fine_shares(0.25, 3) == pytest.approx([2 * 0.25 * 0.75, 0.0625])
     with pytest.raises(ValueError, match="two granularities"):
-        benchmark.fine_shares(0.5, 1)
+        rate_control.fine_shares(0.5, 1)
 
 
-def test_between_two_settings_bits_count_in_logarithms(benchmark):
+def test_between_two_settings_bits_count_in_logarithms():
     curve = [{"bits": 100, "PSNR": 20.0, "D": 0.5}, {"bits": 400, "PSNR": 26.0, "D": 0.1}]
-    assert benchmark.at_equal(curve, "bits", 200, "PSNR") == pytest.approx(23)
-    assert benchmark.at_equal(curve, "bits", 200, "D") == pytest.approx(0.3)
-    assert benchmark.at_equal(curve, "PSNR", 24, "bits") == pytest.approx(100 * 4 ** (2 / 3))
-    assert benchmark.at_equal(curve, "bits", 400, "PSNR") == 26
+    assert rate_control.at_equal(curve, "bits", 200, "PSNR") == pytest.approx(23)
+    assert rate_control.at_equal(curve, "bits", 200, "D") == pytest.approx(0.3)
+    assert rate_control.at_equal(curve, "PSNR", 24, "bits") == pytest.approx(100 * 4 ** (2 / 3))
+    assert rate_control.at_equal(curve, "bits", 400, "PSNR") == 26
     for beyond in (99, 401):
-        assert math.isnan(benchmark.at_equal(curve, "bits", beyond, "PSNR"))
+        assert math.isnan(rate_control.at_equal(curve, "bits", beyond, "PSNR"))
 
 
-def test_a_small_run_writes_tables_whose_figures_add_up(benchmark, tmp_path):
+def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
     (tmp_path / "images").mkdir()
     for seed in range(3):
         photograph(seed, side=16).save(tmp_path / "images" / f"{seed}.png")
     make_vae(entropy_thresholds=[3.0]).save_pretrained(tmp_path / "vae")
     output, plot = tmp_path / "evidence.md", tmp_path / "plot.png"
     output.write_text("# Evidence\n\nBefore.\n")
-    benchmark.main(
-        benchmark.Arguments(
+    rate_control.main(
+        rate_control.Arguments(
             model=str(tmp_path / "vae"),
             data=str(tmp_path / "images"),
             split="train",
