@@ -3,6 +3,7 @@ import math
 import os
 import resource
 from contextlib import contextmanager
+from datetime import timedelta
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # and torch, here and in the processes that tests start: they compare bit for bit
@@ -10,6 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and torch, here and in the processes that
 import datasets  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -96,6 +99,22 @@ def full_disk(num_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def in_two_processes(folder, target, *arguments):
+    """What `target(rank, *arguments)` returns in each of two processes that torch.distributed joins.
+
+    Forked, because new processes would take seconds to import everything.
+    """
+    mp.start_processes(as_rank, args=(str(folder), target, arguments), nprocs=2, start_method="fork")
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in (0, 1)]
+
+
+def as_rank(rank, folder, target, arguments):
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    torch.save(target(rank, *arguments), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

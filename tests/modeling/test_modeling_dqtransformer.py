@@ -9,7 +9,6 @@ from slow_sampling import SlowImage, SlowTransformer
 from dq_hf.modeling.conditioning_dq import Condition
 from dq_hf.modeling.constraints_dq import StreamState
 from dq_hf.modeling.generation_dq import Draw, Greedy, Replay, next_element, random_streams
-from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
 
 NUM_CODES = 16
@@ -314,25 +313,6 @@ def test_class_dropout_hides_the_class_in_training_only():
     elements = elements_of(out.stream, image)
     logits = SlowTransformer(model).logits(elements)[1]
     torch.testing.assert_close(out.content_logits[image, : len(elements) - 1], logits, atol=1e-4, rtol=1e-4)
-
-
-# Saving and loading
-
-
-def test_saved_and_loaded_again_it_is_the_same_model(tiny_transformer_class, tmp_path):
-    tiny_transformer_class.save_pretrained(tmp_path)
-    loaded = DQTransformerForImageGeneration.from_pretrained(tmp_path)
-    assert not loaded.training
-    assert loaded.config.to_diff_dict() == tiny_transformer_class.config.to_diff_dict()
-    assert loaded.config.id2label == {0: "sun", 1: "moon", 2: "star"}
-    expected = tiny_transformer_class.state_dict()
-    assert loaded.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
-    options = dict(class_labels=[0, 1, 2], guidance_scale=1.5)
-    assert_same_images(
-        loaded.generate(generator=seeded(0), **options),
-        tiny_transformer_class.generate(generator=seeded(0), **options),
-    )
 
 
 # What is refused

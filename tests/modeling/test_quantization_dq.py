@@ -1,13 +1,9 @@
 """The quantiser: look-up, losses, gradients, and a codebook that learns alike in one process and in several."""
 
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import seeded
+from conftest import in_two_processes, seeded
 
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.quantization_dq import DQQuantizer
@@ -173,22 +169,18 @@ def train_on(quantizer, rank, joint=False):
     return states
 
 
-def run_process(rank, folder):
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=2))
-    results = {}
+def train_both_ways(rank):
+    """The states of a codebook without restarts and of one with them."""
+    states = []
     for restart in (False, True):
         quantizer = make_quantizer(restart_dead_codes=restart)
         torch.manual_seed(rank)  # restarts must not depend on each process's own random stream
-        results[restart] = train_on(quantizer, rank)
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+        states.append(train_on(quantizer, rank))
+    return states
 
 
 def test_two_processes_keep_one_codebook_that_of_the_joint_batch(tmp_path):
-    # Forked, because new processes would take seconds to import everything.
-    mp.start_processes(run_process, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    ranks = in_two_processes(tmp_path, train_both_ways)
     for restart in (False, True):
         for step in range(NUM_STEPS):
             for name in STATE:
