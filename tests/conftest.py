@@ -78,7 +78,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def change_weights(path, change):
+def edit_weights(path, change):
     """Rewrite a safetensors file after `change(tensors)`."""
     tensors = load_file(path)
     change(tensors)

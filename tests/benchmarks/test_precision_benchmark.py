@@ -7,7 +7,7 @@ import numpy as np
 import precision
 import pytest
 import torch
-from conftest import change_weights, make_transformer, make_vae, seeded
+from conftest import edit_weights, make_transformer, make_vae, seeded
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig
@@ -66,7 +66,7 @@ def test_an_int8_model_samples_is_saved_in_int8_and_loads_again_by_every_door(mo
     assert torch.equal(pipe(class_labels=[0, 1, 2], generator=seeded()).codes, codes)
     again = DQForImageGeneration.from_pretrained(tmp_path / "int8").generate([0, 1, 2], generator=seeded())
     assert torch.equal(again.codes, codes)
-    change_weights(folder / "transformer" / "model.safetensors", lambda weights: weights[KEY][2].fill_(math.nan))
+    edit_weights(folder / "transformer" / "model.safetensors", lambda weights: weights[KEY][2].fill_(math.nan))
     with pytest.raises(ValueError, match=f"weights are not finite: {KEY}"):
         DQForImageGeneration.from_pretrained(folder, quantization_config=INT8)
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import change_weights, edit_config, make_transformer, make_vae, seeded
+from conftest import edit_config, edit_weights, make_transformer, make_vae, seeded
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -248,10 +248,10 @@ def test_a_missing_file_is_named(folder, part, name):
 )
 def test_bad_weights_are_refused_by_file_and_key(folder, part, key):
     path = folder / part / "model.safetensors"
-    change_weights(path, lambda weights: weights[key].view(-1)[:1].fill_(torch.nan))
+    edit_weights(path, lambda weights: weights[key].view(-1)[:1].fill_(torch.nan))
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*not finite.*{key}"):
         DQForImageGeneration.from_pretrained(folder)
-    change_weights(path, lambda weights: weights.pop(key))
+    edit_weights(path, lambda weights: weights.pop(key))
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} .*missing.*{key}"):
         DQForImageGeneration.from_pretrained(folder)
     path.write_bytes(path.read_bytes()[:-9])

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import change_weights, make_transformer, make_vae, seeded
+from conftest import edit_weights, make_transformer, make_vae, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, pipeline
@@ -347,7 +347,7 @@ def test_a_missing_folder_is_named(name):
 def test_damaged_weights_are_refused_by_every_door(model, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "vae" / "model.safetensors"
-    change_weights(path, lambda weights: weights["quantizer.codebook"][0].fill_(torch.nan))
+    edit_weights(path, lambda weights: weights["quantizer.codebook"][0].fill_(torch.nan))
     for door in (DQPipeline.from_pretrained, AutoModel.from_pretrained, lambda path: pipeline("dq-generation", path)):
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} .*not finite: quantizer.codebook"):
             door(str(tmp_path))
