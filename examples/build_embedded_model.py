@@ -21,11 +21,11 @@ from transformers import HfArgumentParser
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, load_images
+from dq_hf.hub.card import write_model_card
+from dq_hf.hub.folders import partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.psnr import psnr
-from dq_hf.modeling.model_card_dq import write_model_card
 from dq_hf.pictures import draw_grain_map, image_grid
-from dq_hf.training.checkpoints import put_in_place
 
 SUMMARY = """\
 The model that dq_hf carries with it: a DQ-VAE and a class-conditional DQ-Transformer ({vae_parameters:,} and
@@ -80,7 +80,7 @@ class Arguments:
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     output_dir = Path(args.output_dir)
-    folder = output_dir.with_name(f"partial-{output_dir.name}")  # what was there stays until the new one is whole
+    folder = partial_of(output_dir)  # what was there stays until the new one is whole
     shutil.rmtree(folder, ignore_errors=True)
     model = DQForImageGeneration.from_pretrained(args.model)
     if args.checkpoint is not None:
@@ -126,7 +126,7 @@ def main():
             "reconstructions.png": RECONSTRUCTIONS,
         },
     )
-    put_in_place(folder, output_dir)
+    put_in_place(output_dir)
     size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
 

@@ -10,7 +10,7 @@ import math
 import sys
 from pathlib import Path
 
-from dq_hf.modeling.model_card_dq import TERMS, term
+from dq_hf.hub.card_text import TERMS, term
 from dq_hf.training.progress import RunLog
 
 # Held-out figures that are not called test_<what training logs>, and their panels.

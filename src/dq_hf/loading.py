@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from .modeling.hub_dq import loading_from, pin_revision
+from .hub.download import local_folder
+from .hub.folders import read_json_object
 from .public import DQConfig, DQPipeline, DQVAEModel
 
 
-def load_config(model, revision=None):
-    """The configuration that a folder or repository begins with, and the commit that it is of (None: a folder)."""
-    with loading_from(model, revision=revision):
-        revision = pin_revision(model, revision=revision)
-        return AutoConfig.from_pretrained(model, revision=revision), revision
+def look_into(model, revision=None):
+    """Whether a folder or repository holds a generator beside the tokenizer, and the commit looked at (None: a folder)."""
+    with local_folder(model, ["config.json"], revision=revision) as folder:
+        holds_both = read_json_object(folder / "config.json").get("model_type") == DQConfig.model_type
+    return holds_both, None if Path(model).is_dir() else folder.name
 
 
 def load_tokenizer(model, revision=None, **options):
@@ -26,9 +25,8 @@ def load_tokenizer(model, revision=None, **options):
     Raises:
         OSError, ValueError: as `DQVAEModel.from_pretrained`.
     """
-    config, revision = load_config(model, revision)
-    subfolder = "vae" if isinstance(config, DQConfig) else ""
-    return DQVAEModel.from_pretrained(model, revision=revision, subfolder=subfolder, **options)
+    holds_both, revision = look_into(model, revision)
+    return DQVAEModel.from_pretrained(model, revision=revision, subfolder="vae" if holds_both else "", **options)
 
 
 def load_pipeline(model, revision=None):
@@ -39,8 +37,8 @@ def load_pipeline(model, revision=None):
 
 def load_models(model):
     """(`DQVAEModel`, `DQPipeline`) of a folder or repository; (`DQVAEModel`, None) where it holds a tokenizer alone."""
-    config, revision = load_config(model)
-    if not isinstance(config, DQConfig):
+    holds_both, revision = look_into(model)
+    if not holds_both:
         return DQVAEModel.from_pretrained(model, revision=revision).eval(), None
     pipe = load_pipeline(model, revision)
     return pipe.vae, pipe

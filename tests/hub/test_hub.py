@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.modeling.hub_dq import stale_weights
-from dq_hf.modeling.model_card_dq import MARK, write_model_card
+from dq_hf.hub.card import MARK, write_model_card
+from dq_hf.hub.weights import stale_weights
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 CUTS = {  # an upload's connection breaks: method, path, bytes of the body, and whether the client itself tries again
@@ -30,7 +30,7 @@ CUTS = {  # an upload's connection breaks: method, path, bytes of the body, and 
     "in the commit": ("POST", "/user/cut/commit/", 2000),
 }
 BREAKS = {  # a download's connection breaks: file, bytes of the answer
-    "in the configuration": ("resolve/main/config.json", 100),
+    "in the configuration": ("resolve/[0-9a-f]*/config.json", 100),
     "in the header of the weights": ("vae/model.safetensors", 100),
     "in the weights": ("vae/model.safetensors", 100_000),
     "in the second weights": ("transformer/model.safetensors", 50_000),
@@ -380,15 +380,21 @@ def test_all_files_of_a_model_are_of_one_commit(hub, met):
         ("repository of a processor", "OSError: user/missing is no local folder, and there is no such repository"),
         ("revision", "OSError: user/joint has no revision 'nope': see its branches at http.*/user/joint$"),
         ("revision of a pipeline", "OSError: user/joint has no revision 'nope'"),
-        ("sub-folder", "OSError: user/joint has no file nope/config.json at revision 'main'"),
+        ("sub-folder", "FileNotFoundError: user/joint has no file nope/config.json at revision 'main'"),
         (
             "weights",
-            "OSError: user/no-weights, revision '.*', sub-folder transformer: .*no.* file named .*model.safetensors",
+            "OSError: user/no-weights, revision 'main': .*/transformer has no file named model.safetensors",
         ),
-        ("weights of a pipeline", "OSError: .*no file named model.safetensors.*user--no-weights/.*/transformer"),
-        ("shard", "OSError: user/no-shard.* vae.*model-00002-of-0000\\d.safetensors"),
-        ("index", "OSError: user/vae, revision 'main': there is no file model_index.json"),
-        ("processor", "OSError: user/transformer has no file preprocessor_config.json at revision 'main'"),
+        (
+            "weights of a pipeline",
+            "FileNotFoundError: .*user--no-weights/.*/transformer has no file named model.safetensors",
+        ),
+        ("shard", "OSError: user/no-shard.*/vae/model-00002-of-0000\\d.safetensors is not there"),
+        (
+            "index",
+            "OSError: .*user--vae.* has no file model_index.json; a pipeline needs the tokenizer and the generator",
+        ),
+        ("processor", "FileNotFoundError: user/transformer has no file preprocessor_config.json at revision 'main'"),
         ("name", 'OSError: no name is no local folder, and no repository can have this name; expected "user/name"'),
         (
             "right",
@@ -441,7 +447,7 @@ def test_offline_mode_is_named_where_something_is_missing(offline):
     warnings = re.findall(r"(?:no card|\S+\.png) of user/.*", offline["stderr"])
     assert set(warnings) == {
         "no card of user/task is in the cache; where this model is saved, it will have a new one",
-        "samples.png of user/saved is not in the cache; where this model is saved, it will be missing",
+        "samples.png of user/saved is not there; where this model is saved, it will be missing",
     }
 
 

@@ -102,7 +102,7 @@ def test_a_folder_with_only_a_pickle_is_refused_with_reason_and_remedy(folder, n
     for load in (lambda: DQVAEModel.from_pretrained(folder / "vae", **options), lambda: load_both(folder, **options)):
         with pytest.raises(OSError) as error:
             load()
-        parts = [f"{folder / 'vae'} has no weights in safetensors (only {name})", "can run code", "dq-hf convert"]
+        parts = [f"{folder / 'vae'} has no weights in safetensors, only {name}", "can run code", "dq-hf convert"]
         assert all(part in str(error.value) for part in [*parts, "use_safetensors=False"])
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor
-from dq_hf.modeling.hub_dq import check_push
-from dq_hf.modeling.model_card_dq import write_model_card
+from dq_hf.hub.card import write_model_card
+from dq_hf.hub.upload import check_push
 from dq_hf.training.publish import command_line, machine_facts, push_folder
 
 
@@ -83,7 +83,7 @@ def test_the_hub_of_these_tests_serves_parts_of_files(hub):
 PUSH = """
 import os
 from huggingface_hub import HfApi, constants
-from dq_hf.modeling.hub_dq import check_push
+from dq_hf.hub.upload import check_push
 from dq_hf.training.publish import push_folder
 
 def error_of(function, *arguments, **options):

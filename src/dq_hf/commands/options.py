@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from .. import DEFAULT_MODEL
-from ..files import whole_file
 from ..modeling.sampling_options_dq import DEFAULT_NAMES, OPTION_NAMES, SamplingOptions
 from ..pipelines.seeds import check_seed
 
@@ -100,6 +99,8 @@ def check_writable(path, folder):
 
 def save_image(image, path, **options):
     """Write through a temporary file, so that what was there is lost only once the new image is whole."""
+    from ..hub.folders import whole_file
+
     with whole_file(path) as partial:
         image.save(partial, **options)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..data.fingerprint import fingerprint
-from ..files import whole_file
+from ..hub.folders import whole_file
 from ..networks.extractors import make_extractor
 from .frechet_distance import FrechetDistance
 from .inception_score import InceptionScore

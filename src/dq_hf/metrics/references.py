@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data.images import ImageCollator, class_names, load_images
-from ..files import whole_file
+from ..hub.folders import whole_file
 from ..modeling.image_processing_dq import DQImageProcessor, to_bytes
 from .streaming import gather
 

@@ -1,7 +1,6 @@
 """What the three configurations share: typed fields, no unknown keys, impossible combinations refused."""
 
 import difflib
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
-from .remote_code_dq import without_remote_code
+from .hub_dq import read_json_object, without_remote_code
 
 # Keys without a dataclass field that transformers itself hands to a configuration or writes into its file.
 LIBRARY_KEYS = frozenset(
@@ -168,14 +167,3 @@ def require_probability(config, *names):
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
-
-
-def read_json_object(path):
-    """The dictionary that a JSON file holds; raises OSError if it is damaged or holds something else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} is damaged and no JSON file ({error}); download or save it again") from error
-    if not isinstance(content, dict):
-        raise OSError(f"{path} must hold a JSON object, got {type(content).__name__}; download or save it again")
-    return content

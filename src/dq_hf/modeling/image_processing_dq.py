@@ -7,17 +7,15 @@ import torch
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .configuration_utils_dq import MOST_WIDTH, read_json_object
-from .hub_dq import HUB_ARGUMENTS, PushMixin, loading_from, pin_revision
-from .remote_code_dq import without_remote_code
+from .configuration_utils_dq import MOST_WIDTH
+from .hub_dq import ProcessorHubMixin, read_json_object, without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
 
 
-class DQImageProcessor(PushMixin, BaseImageProcessor):
+class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
     """PIL images, numpy arrays or torch tensors, one or a list, to `pixel_values` in [-1, 1], and back.
 
     Args:
@@ -70,18 +68,6 @@ class DQImageProcessor(PushMixin, BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack(tensors) * 2 - 1})
 
     preprocess = __call__
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from a folder or a repository of the Hub; arguments and errors as for a model."""
-        place = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        with loading_from(pretrained_model_name_or_path, **place):
-            kwargs["revision"] = pin_revision(pretrained_model_name_or_path, file=IMAGE_PROCESSOR_NAME, **place)
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    def write_folder(self, folder, title=None, repository=None):
-        """Write its file; a processor has no card."""
-        self.save_pretrained(folder)
 
     @classmethod
     def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):

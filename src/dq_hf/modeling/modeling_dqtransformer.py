@@ -16,7 +16,7 @@ from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
 from .hub_dq import HubMixin
 from .layers_dqtransformer import DQHead, DQStack
-from .modeling_utils_dq import StrictLoadingMixin, check_indices
+from .modeling_utils_dq import TorchInitMixin, check_indices
 from .sequence_dq import DQStream, StreamLayout
 
 
@@ -68,7 +68,7 @@ class DQLogProbOutput(ModelOutput):
         return -(self.position_log_probs + self.content_log_probs).sum(1)
 
 
-class DQTransformerForImageGeneration(HubMixin, StrictLoadingMixin, DQSamplingMixin, PreTrainedModel):
+class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin, PreTrainedModel):
     """The generator: Position-Transformer and Content-Transformer (arXiv 2305.11718, section 3.2).
 
     Differs: from the paper's two granularities to any number; from the release as `sequence_dq` says.

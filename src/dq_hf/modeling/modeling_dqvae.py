@@ -1,7 +1,6 @@
 """DQ-VAE: an image tokenizer that spends codes where the picture needs them (paper section 3.1, figure 3)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from .layers_dq import (
     downsample,
     upsample,
 )
-from .modeling_utils_dq import StrictLoadingMixin, check_indices
+from .modeling_utils_dq import TorchInitMixin, check_indices
 from .quantization_dq import DQQuantizer
 from .routing_dq import ROUTERS, mix_features
 
@@ -156,7 +155,17 @@ class DQVAEDecoder(nn.Module):
         return self.output(hidden_states)
 
 
-class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
+class ThresholdsMixin:
+    """Stands before `PreTrainedModel`: `entropy_thresholds` of a configuration go before those of the weights."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.router.finish_loading(model.config)
+        return (model, info) if output_loading_info else model
+
+
+class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
     """The tokenizer: encoder, router, quantiser, decoder (arXiv 2305.11718, section 3.1).
 
     Any image size that the coarsest granularity divides is accepted, square or not.
@@ -183,18 +192,6 @@ class DQVAEModel(HubMixin, StrictLoadingMixin, PreTrainedModel):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
         self.decoder = DQVAEDecoder(config)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As for every model; `entropy_thresholds` of the configuration go before those of the weights."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        try:
-            model.router.finish_loading(model.config)
-        except ValueError as error:
-            raise ValueError(
-                f"{Path(pretrained_model_name_or_path, kwargs.get('subfolder') or '')}: {error}"
-            ) from None
-        return (model, info) if output_loading_info else model
 
     def region_scores(self, pixel_values):
         """How much each region of images (B, 3, height, width) deserves finer codes, (B, h, w) float32: the router's score."""

@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import snapshot_download
 from PIL import Image
 
-from ..modeling.configuration_utils_dq import read_json_object
-from ..modeling.hub_dq import loading_from
+from ..hub.download import HUB_ARGUMENTS, local_folder
+from ..hub.folders import read_json_object
 from ..modeling.image_processing_dq import DQImageProcessor
-from ..modeling.model_card_dq import find_file, pictures_of
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
@@ -185,18 +183,11 @@ class DQPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name, **kwargs):
         """Fetch a repository, its code files excepted, and return its folder in the cache; errors as for a model."""
-        known = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        options = {key: value for key, value in kwargs.items() if key in known}
-        with loading_from(pretrained_model_name, **options):
-            patterns = ["*.json", "*.safetensors", "README.md"]
-            folder = Path(snapshot_download(pretrained_model_name, allow_patterns=patterns, **options))
-            if not (folder / "model_index.json").is_file():
-                raise OSError(f"there is no file model_index.json; {NEEDS_BOTH}")
-            if (folder / "README.md").is_file():
-                options["revision"] = folder.name  # of the same commit
-                for picture in pictures_of((folder / "README.md").read_text("utf-8", "replace")):
-                    find_file(pretrained_model_name, picture, **options)
-        return str(folder)
+        options = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        with local_folder(
+            pretrained_model_name, DQForImageGeneration.files(kwargs.get("variant")), **options
+        ) as folder:
+            return str(folder)
 
 
 def check_index(file):

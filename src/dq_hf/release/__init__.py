@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..hub.weights import weights_of
 from ..modeling.configuration_dqvae import DQVAEConfig
-from ..modeling.hub_dq import weights_of
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel

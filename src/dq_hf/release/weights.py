@@ -4,9 +4,9 @@ import re
 
 import torch
 
+from ..hub.weights import optional_weights
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from ..modeling.modeling_utils_dq import optional_weights
 from .checkpoint import StoredTensor, describe
 from .config import GRAINS
 from .text import cut, listed

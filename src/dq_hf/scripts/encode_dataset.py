@@ -31,8 +31,9 @@ from tqdm.auto import tqdm
 from dq_hf import DEFAULT_MODEL, DQImageProcessor
 from dq_hf.data.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
 from dq_hf.data.images import ImageCollator, class_names, drop_broken_images, first_rows, load_images
+from dq_hf.hub.folders import partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
-from dq_hf.training.checkpoints import put_in_place, together
+from dq_hf.training.checkpoints import together
 from dq_hf.training.options import EMOJI, check_data, option, require, require_share, run_script
 from dq_hf.training.run import lock
 
@@ -90,7 +91,7 @@ def encode(args):
     names = class_names(splits[args.train_split], args.label_column) if args.label_column else []
     schema = code_features(vae.config, names).arrow_schema
 
-    partial = output_dir.with_name(f"partial-{output_dir.name}")
+    partial = partial_of(output_dir)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -109,7 +110,7 @@ def encode(args):
     if accelerator.is_main_process:
         origin = {"data": args.data, "horizontal_flips": args.horizontal_flips, "command": shlex.join(sys.argv)}
         write_index(partial, vae, args.vae, names, num_rows, **origin)
-        put_in_place(partial, output_dir)
+        put_in_place(output_dir)
         hold.unlink()
         held.close()
     accelerator.print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..files import whole_file
-from ..modeling.configuration_utils_dq import read_json_object
+from ..hub.folders import read_json_object, whole_file
 from ..modeling.generation_dq import evaluation_mode
 from ..modeling.grain_map_dq import check_shares
 

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import RNG_STATE_NAME, broadcast_object_list, gather_object, load
 from safetensors import SafetensorError
 
+from ..hub.folders import partial_of, put_in_place, recover
+
 PREFIX = "checkpoint-"
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
     if not accelerator.sync_gradients:
         raise ValueError("gradients are being accumulated; save after an optimizer step (accelerator.sync_gradients)")
     run_dir = Path(run_dir)
-    final, partial = run_dir / f"{PREFIX}{step}", run_dir / f"partial-{PREFIX}{step}"
+    final = run_dir / f"{PREFIX}{step}"
+    partial = partial_of(final)
 
     def prepare():
         if accelerator.is_main_process:
@@ -47,7 +50,7 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
 
     def publish():
         if accelerator.is_main_process:
-            put_in_place(partial, final)
+            put_in_place(final)
             for old in list_checkpoints(run_dir)[:-keep]:
                 shutil.rmtree(old.rename(run_dir / f"partial-{old.name}"))
 
@@ -216,41 +219,8 @@ def describe(error):
     return shorten(f"{type(error).__name__}: {error}", 500)
 
 
-def put_in_place(partial, folder):
-    """Rename a finished folder; one that already has the name is deleted only then.
-
-    Killed at any moment, also by a power cut, it leaves one of the two whole: the old one as `folder` or, beside it, as
-    `replaced-<name>`.
-    """
-    replaced = folder.with_name(f"replaced-{folder.name}")
-    sync(partial)
-    if folder.exists():
-        if replaced.exists():  # a whole one took its place before a crash
-            shutil.rmtree(replaced)
-        folder.rename(replaced)
-    partial.rename(folder)
-    sync(folder.parent, recursive=False)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
 def tidy(run_dir):
     """Undo what an earlier crash left half done."""
-    for replaced in run_dir.glob("replaced-*"):
-        final = run_dir / replaced.name.removeprefix("replaced-")
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(final)
+    recover(run_dir)
     for partial in run_dir.glob(f"partial-{PREFIX}*"):
         shutil.rmtree(partial)
-
-
-def sync(path, recursive=True):
-    """Wait until a folder, and all that is in it, is on the disk."""
-    for part in [*(path.rglob("*") if recursive else ()), path]:
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -13,7 +13,8 @@ from accelerate.utils import find_batch_size, gather_object
 from tqdm.auto import tqdm
 
 from ..data.streams import EndlessLoader
-from .checkpoints import last_good, sync, writing
+from ..hub.folders import whole_file
+from .checkpoints import last_good, writing
 
 
 @dataclass
@@ -186,11 +187,8 @@ class RunLog:
         if step is None or not self.path.exists():
             return
         rows = [row for row in self.read() if row["step"] <= step]
-        partial = self.path.with_name(f"partial-{self.path.name}")
-        with writing(self.path, self.path.parent):
+        with writing(self.path, self.path.parent), whole_file(self.path) as partial:
             partial.write_text("".join(map(line_of, rows)))
-            sync(partial)
-            os.replace(partial, self.path)
 
     def write(self, step, values):
         """Add a row: the step, and a dictionary of numbers."""

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 from .. import __version__
-from ..modeling.hub_dq import check_push, upload
+from ..hub.upload import check_push, upload
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "huggingface_hub")
 

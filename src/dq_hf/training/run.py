@@ -20,13 +20,13 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from ..data.streams import load_train_and_test
-from ..modeling.hub_dq import check_push
-from ..modeling.model_card_dq import write_model_card
+from ..hub.card import write_model_card
+from ..hub.folders import whole_folder
+from ..hub.upload import check_push
 from .checkpoints import (
     CheckpointError,
     check_writable,
     find_checkpoint,
-    put_in_place,
     resume,
     save_checkpoint,
     together,
@@ -247,12 +247,10 @@ class Run:
 
     def save_model(self, *parts):
         """Save models or processors as `model/`, from one process; what was there is lost only once that is done."""
-        folder, partial = self.dir / "model", self.dir / "partial-model"
-        with writing(folder, self.dir):
-            shutil.rmtree(partial, ignore_errors=True)
+        folder = self.dir / "model"
+        with writing(folder, self.dir), whole_folder(folder) as partial:
             for part in parts:
                 part.save_pretrained(partial)
-            put_in_place(partial, folder)
 
     def publish(self, config, measured, metrics, losses, picture, dataset, data, training, sources=None):
         """From one process: put the card into `model/`, and push it if asked to.

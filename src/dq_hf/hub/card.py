@@ -1,0 +1,361 @@
+"""Model cards: what a folder says of its model, from facts alone, and the cards that travel with loaded models.
+
+A card that ends in `MARK` is rewritten when another model is saved or pushed over it. Without that line it belongs to its
+owner, and stays.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from .card_text import CITATION, KINDS, NOUNS, PICTURES, figures, known_limits, model_facts, section, table, term
+from .download import check_model_links, repository_of
+
+logger = logging.get_logger(__name__)
+
+MARK = "<!-- Written by dq_hf. Without this line the card stays when a model is saved or pushed over this one. -->"
+UNNAMED = "path/to/this/folder"  # in the code of a card whose model has no repository yet
+
+MAX_CARD = 2**20  # bytes that are read
+MAX_PICTURE = 2**24  # bytes
+MAX_HEADER = 2**16  # characters
+MAX_BRACKETS = 1000  # the YAML reader's time grows with the square of nested ones
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """The card that a loaded model came with.
+
+    Args:
+        text: of its README.md.
+        pictures: {name: bytes} of those of `PICTURES` that it shows.
+        repository: "user/name", None for a local folder.
+        part: sub-folder of the model in what the card describes, "" if it describes this model alone.
+        state: `model_state` of the model as it was loaded.
+    """
+
+    text: str
+    pictures: dict
+    repository: str | None
+    part: str
+    state: dict
+
+    @property
+    def title(self):
+        found = re.search(r"^# (.{1,200})", self.text, re.MULTILINE)
+        return found[1].strip() if found else self.repository or "another model"
+
+    def still_describes(self, model):
+        """Whether the model's weights and configuration are those that were loaded, up to their dtype."""
+        state = model_state(model)
+        return state.keys() == self.state.keys() and all(map(is_same, self.state.values(), state.values()))
+
+
+def model_state(model):
+    """What a change of the model would change: its configuration, and up to 1,024 values of each of its weights."""
+    state = {f"config.{name}": getattr(model.config, name) for name in sorted(model.config.own_field_names())}
+    for name, value in model.state_dict().items():
+        readable = type(value) is torch.Tensor and not value.is_meta  # else it was quantised, sharded or put away
+        state[name] = value.flatten()[:: math.ceil(value.numel() / 1024) or 1].cpu().clone() if readable else None
+    return state
+
+
+def is_same(before, after):
+    """Whether two values of `model_state` are equal; None is a weight that cannot be told."""
+    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        return before.shape == after.shape and torch.equal(before.to(after.dtype), after)
+    return before == after and not isinstance(before, torch.Tensor)
+
+
+# Reading
+
+
+def read_source_card(model, folder):
+    """The `SourceCard` of a model just loaded from this folder, or None if that has no card.
+
+    It lies beside the model's configuration or, for a part of a pipeline, in the pipeline's folder.
+    """
+    folder = Path(folder).absolute()
+    place, part = folder, ""
+    if not (folder / "README.md").is_file() and (folder.parent / "model_index.json").is_file():
+        place, part = folder.parent, folder.name
+    text = read_card(place)
+    if text is None:
+        if repository_of(folder) and is_offline_mode():
+            logger.warning_once(
+                f"no card of {repository_of(folder)} is in the cache; where this model is saved, it will have a new one"
+            )
+        return None
+    pictures = {name: place / name for name in PICTURES if f"]({name})" in text}
+    check_model_links(place)
+    for name in [name for name, path in pictures.items() if not is_picture(path)]:
+        del pictures[name]
+        whose = repository_of(folder) or place
+        logger.warning_once(f"{name} of {whose} is not there; where this model is saved, it will be missing")
+    pictures = {name: path.read_bytes() for name, path in pictures.items()}
+    return SourceCard(text, pictures, repository_of(folder), part, model_state(model))
+
+
+def read_card(folder):
+    """Text of a folder's README.md, its first `MAX_CARD` bytes; None if there is none."""
+    check_model_links(folder)
+    if not (folder / "README.md").is_file():
+        return None
+    with open(folder / "README.md", "rb") as file:
+        content = file.read(MAX_CARD + 1)
+    cut = "\n\n(Cut off here: the card is longer.)\n" if len(content) > MAX_CARD else ""
+    return content[:MAX_CARD].decode("utf-8", errors="replace") + cut
+
+
+def is_picture(path):
+    """Whether this is a file that is small enough to travel with a card."""
+    return path.is_file() and path.stat().st_size <= MAX_PICTURE
+
+
+def split_card(text):
+    """Header (a dictionary, empty if there is none that can be read) and body."""
+    match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
+    header = read_header(match[1]) if match else None
+    return (header, match[2]) if isinstance(header, dict) else ({}, text)
+
+
+def read_header(text):
+    """What the YAML of a card's header holds; None if it is none, or one that could take long to read."""
+    if len(text) > MAX_HEADER or text.count("[") + text.count("{") > MAX_BRACKETS:
+        return None
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            return None  # a few lines of them may stand for more than memory holds
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+
+
+# Writing
+
+
+def travelling_card(parts):
+    """The one card with which all parts of a model, {sub-folder: model}, were loaded, if it is still true; else None."""
+    cards = {name: part.source_card for name, part in parts.items()}
+    if any(card is None or card.part != name for name, card in cards.items()):
+        return None
+    if len({card.text for card in cards.values()}) > 1:
+        return None
+    true = all(card.still_describes(parts[name]) for name, card in cards.items())
+    return next(iter(cards.values())) if true else None
+
+
+def save_card(folder, config, parts, title, repository=None):
+    """Write `README.md` into a folder that a model was just saved to: the card it came with, or a new one.
+
+    Args:
+        folder: of the model's files.
+        config: the model's configuration.
+        parts: {sub-folder: model}, {"": model} for a single one.
+        title: of a new card.
+        repository: "user/name", where the folder goes, if it is known.
+    """
+    card = travelling_card(parts)
+    if card is None:
+        write_model_card(folder, config, parts, title=title, repository=repository)
+        return
+    text = card.text
+    for name in (UNNAMED, card.repository) if repository else ():
+        text = text.replace(f'"{name}"', f'"{repository}"')  # in its code
+    write_files(folder, {"README.md": text.encode()} | card.pictures)
+
+
+def write_model_card(
+    folder,
+    config,
+    parts=None,
+    *,
+    title,
+    summary=None,
+    repository=None,
+    dataset=None,
+    test_split=None,
+    metrics=None,
+    losses=None,
+    data=None,
+    training=None,
+    command=None,
+    limits=None,
+    license=None,
+    captions=None,
+):
+    """Write `README.md` into a model's folder and return its path. What is not known is left out.
+
+    Args:
+        folder: of a DQ-VAE, a DQ-Transformer or both; it may hold `PICTURES`.
+        config: the model's configuration, for size, granularities, router, classes.
+        parts: {sub-folder: model} of the models whose own cards are to be told: those that they were loaded with.
+        title, summary: a line and a paragraph.
+        repository: "user/name", for the code that shows how to load the model.
+        dataset: images that it was trained on: a local folder, or a Hub id, which the header then names.
+        test_split: where `metrics` were measured.
+        metrics: {name: value} on held-out images; `TERMS` gives names of the scripts a text and a unit.
+        losses: {name: value} of the last training steps, likewise.
+        data, training: {text: value} for the tables of these sections, values that are None are left out; or Markdown.
+        command: shell commands that trained it.
+        limits: Markdown, besides what follows from the configuration.
+        license: identifier of the Hub, such as "mit".
+        captions: {file: text} for the pictures, instead of those in `PICTURES`.
+    """
+    folder, kind = Path(folder), KINDS[config.model_type]
+    held_out = f"held out, split `{test_split}`" if test_split else "held out"
+    captions = PICTURES | (captions or {})
+    pictures = [
+        f"![{Path(file).stem}]({file})\n\n{text}" for file, text in captions.items() if (folder / file).is_file()
+    ]
+    origins, files = tell_origins(parts or {})
+    data = [table({"images": dataset}), data] if isinstance(data, str) else [table({"images": dataset} | (data or {}))]
+    training = training if isinstance(training, str) else table(training or {})
+    sections = [
+        f"# {title}",
+        summary or kind["summary"],
+        table(model_facts(config)),
+        *section("Use", kind["usage"](config, repository or UNNAMED, folder)),
+        *section("Measured", figures(metrics, held_out), figures(losses, "end of the training"), *pictures),
+        *section("Data", *data),
+        *section("Training", training, command and f"```\n{command}\n```"),
+        *section("Limits", limits, *known_limits(config, dataset if metrics else None)),
+        *origins,
+        *section("Citation", CITATION),
+        MARK,
+    ]
+    header = card_header(config, title, dataset, test_split, metrics or {}, license, parts or {})
+    text = f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
+    write_files(folder, files | {"README.md": text.encode()})
+    return folder / "README.md"
+
+
+def write_files(folder, files):
+    """Write {path: bytes} into a folder."""
+    for path, content in files.items():
+        Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
+        Path(folder, path).write_bytes(content)
+
+
+def merge_with_owner(text, owners):
+    """The card to put where an owner's card lies: `text`, with the header of one that is only a header; None: theirs stays."""
+    if MARK in owners:
+        return text
+    header, body = split_card(owners)
+    if body.strip():
+        return None
+    own_header, own_body = split_card(text)
+    return f"---\n{dump(own_header | header)}\n---\n{own_body}"
+
+
+def dump(header):
+    """YAML of a card's header."""
+    return yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def card_header(config, title, dataset, test_split, metrics, license, parts):
+    """The YAML that the Hub reads."""
+    kind = KINDS[config.model_type]
+    on_hub = dataset is not None and is_hub_dataset(dataset)
+    cards = [part.source_card for part in parts.values() if part.source_card is not None]
+    headers = [split_card(card.text)[0] for card in cards]
+    datasets = [dataset] if on_hub else []
+    for header in headers:
+        named = header.get("datasets")
+        datasets += [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
+    licences = {licence_of(header) for header in headers}
+    same = all(part.source_card and part.source_card.still_describes(part) for part in parts.values())
+    if is_whole(parts) and same and len(licences) == 1:
+        license = license or licences.pop()
+    results = [
+        EvalResult(
+            task_type=kind["task"],
+            dataset_type=dataset if on_hub else "custom",
+            dataset_name=dataset,
+            dataset_split=test_split,
+            metric_type=name,
+            metric_name=term(name)[0],
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+        if dataset is not None and math.isfinite(value)  # the Hub wants to know on what
+    ]
+    bases = list(dict.fromkeys(card.repository for card in cards if card.repository))
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=kind["task"],
+        license=license,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        metrics=[name for name, value in metrics.items() if math.isfinite(value)] or None,
+        base_model=bases or None,
+        tags=["dq_hf", "vector-quantization", *kind["tags"]],
+        model_name=title if results else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def licence_of(header):
+    """The licence that a header names, None without one."""
+    licence = header.get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def is_hub_dataset(dataset):
+    """Whether this is a Hub id, not a place on this machine."""
+    try:
+        validate_repo_id(dataset)
+    except HFValidationError:
+        return False
+    return not Path(dataset).exists()
+
+
+def tell_origins(parts):
+    """Sections of the cards that parts of a model came with, and {path: bytes} of their pictures."""
+    told = {}  # text: names of the parts that it came with
+    for name, part in parts.items():
+        if part.source_card is not None:
+            told.setdefault(part.source_card.text, []).append(name)
+    sections, files = [], {}
+    for names in told.values():
+        card = parts[names[0]].source_card
+        whose = "" if is_whole(names) else f" of the {NOUNS[names[0]]}"
+        same = all(parts[name].source_card.still_describes(parts[name]) for name in names)
+        link = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
+        whole = f"the {NOUNS[card.part]} of {link}" if len(names) == 1 and card.part in NOUNS else link
+        words = "Weights and configuration are those of" if same else "Weights or configuration are no longer those of"
+        licence = licence_of(split_card(card.text)[0])
+        folder = "origin" if is_whole(names) else f"origin-{names[0]}"
+        sections += [
+            f"## Origin{whose}",
+            f"{words} {whole}, whose card says:",
+            *([f"Licence: {licence}"] if licence else []),
+            *quote(card, folder),
+        ]
+        files |= {f"{folder}/{path}": content for path, content in card.pictures.items()}
+    return sections, files
+
+
+def is_whole(names):
+    """Whether these sub-folders are all of a model."""
+    return set(names) in ({""}, set(NOUNS))
+
+
+def quote(card, folder):
+    """A card's body, as a part of a section, with its pictures in `folder`."""
+    body = split_card(card.text)[1].replace(MARK, "").replace(f"## Citation\n\n{CITATION}", "")
+    for name in card.pictures:
+        body = body.replace(f"]({name})", f"]({folder}/{name})")
+    lines, is_code = [], False
+    for line in body.splitlines():
+        is_code ^= line.startswith("```")
+        lines.append(line if is_code else re.sub(r"^(#{1,4}) ", r"\1## ", line))  # code stays as it is
+    body = "\n".join(lines).strip()
+    return [body] if body else []

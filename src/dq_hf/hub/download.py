@@ -1,0 +1,80 @@
+"""A repository's files as a local folder: all of one commit, fetched into the cache at once."""
+
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from .errors import loading_from
+from .folders import check_links
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", "samples.png", "reconstructions.png")
+PART_FOLDERS = {"vae", "transformer", "text_encoder", "tokenizer"}
+MODEL_SUFFIXES = {".json", ".safetensors", ".md", ".png", ".bin"}
+
+
+@contextmanager
+def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
+    """Yield the local folder `source`, or one in the cache with a repository's files, with its sub-folder if one is given.
+
+    Args:
+        patterns: names of the files to fetch, in which * stands for anything; the first must be there.
+        subfolder, hub_arguments: `HUB_ARGUMENTS`, as in transformers.
+
+    Raises:
+        OSError: a link that leaves the folder, or no such repository, revision, file, right or connection, also where
+            that is noticed inside the `with` block.
+    """
+    subfolder = "/".join(Path(subfolder or "").parts)
+    if Path(str(source)).is_dir():
+        check_model_links(Path(source, subfolder))
+        yield Path(source, subfolder)
+        return
+    allowed = [f"{subfolder}/{pattern}".removeprefix("/") for pattern in patterns]
+    if subfolder and "README.md" in patterns:  # the card of a part is that of the whole
+        above = subfolder.rpartition("/")[0]
+        allowed += [f"{above}/{name}".removeprefix("/") for name in SMALL_FILES]
+    revision, incomplete = hub_arguments.get("revision") or "main", None
+    told = partial(loading_from, source, revision, subfolder)
+    with told():
+        try:
+            root = snapshot_download(str(source), allow_patterns=allowed, **hub_arguments)
+        except LocalEntryNotFoundError as error:  # what is in the cache may be enough
+            root, incomplete = getattr(error, "snapshot_path", None), error
+            if root is None:
+                raise
+    folder = Path(root, subfolder)
+    offline = bool(incomplete or hub_arguments.get("local_files_only") or is_offline_mode())
+    if not (offline or (folder / patterns[0]).is_file()):
+        raise FileNotFoundError(f"{source} has no file {allowed[0]} at revision {revision!r}")
+    with told(offline=offline):
+        if not (folder / patterns[0]).is_file():
+            raise incomplete or FileNotFoundError(f"no file {allowed[0]}")
+        check_model_links(folder)
+        yield folder
+
+
+def repository_of(folder):
+    """ "user/name" of a folder in the Hub's cache, else None."""
+    cache = cache_of(folder)
+    return cache and cache.name.removeprefix("models--").replace("--", "/")
+
+
+def cache_of(folder):
+    """What the Hub's cache holds of the repository to which a folder belongs, else None."""
+    folder = Path(folder).absolute()
+    for place in (folder, *folder.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+            return place.parent.parent
+    return None
+
+
+def check_model_links(folder):
+    """Raise `OSError` at a link that leaves a model's folder, but for those of the Hub's cache."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    names = [path.name for path in paths if path.suffix in MODEL_SUFFIXES or path.name in PART_FOLDERS]
+    cache = cache_of(folder)
+    check_links(folder, names, cache and cache / "blobs")

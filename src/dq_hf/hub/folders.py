@@ -1,0 +1,139 @@
+"""Files and folders that are whole or not there, whatever stops the writing: an error, a signal or a power cut."""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+STAGE = ".partial"  # where a model's new files wait until all are written
+MAX_JSON = 2**26  # bytes: a million class names
+MAX_DEPTH = 50  # of objects and lists in each other
+
+
+@contextmanager
+def whole_file(path):
+    """A path to write to, which becomes `path` at the end; after an error what was there before is still there."""
+    path = Path(path).resolve()  # through a link
+    name = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # short: the file's own may be as long as can be
+    partial = path.with_name(f".partial-{name}{path.suffix[:16]}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder):
+    """An empty folder to write to, which becomes `folder` at the end, as by `put_in_place`."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    put_in_place(folder)
+
+
+def partial_of(folder):
+    """Where a folder is written: beside it, or beside what it links to."""
+    folder = Path(folder).resolve()
+    return folder.with_name(f"partial-{folder.name}")
+
+
+def put_in_place(folder):
+    """Give `partial_of(folder)` the name `folder`; what already has the name is deleted only then.
+
+    Killed at any moment, also by a power cut, it leaves one of the two whole: the old one as `folder` or, beside it, as
+    `replaced-<name>`, which `recover` renames.
+    """
+    partial, folder = partial_of(folder), Path(folder).resolve()
+    replaced = folder.with_name(f"replaced-{folder.name}")
+    sync(partial)
+    if folder.exists():
+        if replaced.exists():  # a whole one took its place before a crash
+            shutil.rmtree(replaced)
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent, recursive=False)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def recover(parent):
+    """Finish, or take back, each `put_in_place` into this folder that was killed."""
+    for replaced in parent.glob("replaced-*"):
+        folder = parent / replaced.name.removeprefix("replaced-")
+        if folder.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(folder)
+
+
+def sync(path, recursive=True):
+    """Wait until a file, or a folder and all that is in it, is on the disk."""
+    for part in [*(path.rglob("*") if recursive else ()), path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def files_of(folder):
+    """Relative paths of all files of a folder but those in `STAGE`."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return [name for name in names if not name.startswith(f"{STAGE}/")]
+
+
+def check_links(folder, names, blobs=None):
+    """Raise `OSError` if one of these files of a folder, or a folder above it, is a link that leaves the folder.
+
+    Args:
+        blobs: another folder that links may lead to.
+    """
+    places = [Path(folder).resolve()] + ([Path(blobs).resolve()] if blobs else [])
+    for path in (Path(folder, name) for name in names):
+        if not any(path.resolve().is_relative_to(place) for place in places):
+            raise OSError(
+                f"{path} is a link that leaves {folder}, to {path.resolve()}; put what it leads to in its place"
+            )
+
+
+def replace_files(stage, folder, stale):
+    """Move all files of `stage` to where they replace those of `folder`, and delete the `stale` ones there.
+
+    The files that a load begins with, those in JSON, go first and come last: in between there is no model.
+    """
+    names = sorted(files_of(stage), key=lambda name: (name.endswith(".json"), -name.count("/"), name))
+    check_links(folder, [*names, *stale])
+    for name in reversed(names):
+        if name.endswith(".json"):
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(stale, key=lambda name: not name.endswith(".json")):
+        (folder / name).unlink()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(stage / name, folder / name)
+
+
+def read_json_object(path):
+    """The dictionary that a JSON file holds; `OSError` if it is damaged, too large or too deep, or holds something else."""
+    path, remedy = Path(path), "save it again or, where it came from the Hub, load it with force_download=True"
+    if path.stat().st_size > MAX_JSON:
+        raise OSError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_JSON:,} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is damaged and no JSON file ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise OSError(f"{path} must hold a JSON object, got {type(content).__name__}; {remedy}")
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [inner for node in level for inner in (node.values() if isinstance(node, dict) else node)]
+        level = [node for node in level if isinstance(node, (dict, list))]
+    if level:
+        raise OSError(f"{path} is nested more than {MAX_DEPTH} deep; {remedy}")
+    return content

@@ -1,0 +1,211 @@
+"""What models and image processors get from here: saving that is whole or not there, and the way to the Hub and back."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+from .card import merge_with_owner, read_source_card, save_card
+from .download import HUB_ARGUMENTS, SMALL_FILES, local_folder, repository_of
+from .export_code import is_exported, write_code
+from .folders import STAGE, files_of, replace_files
+from .upload import check_push, upload
+from .weights import check_state_dict, load_strictly, stale_weights
+
+logger = logging.get_logger(__name__)
+
+PUSH_ARGUMENTS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
+SAVE_ARGUMENTS = ("state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format", "export_code")
+
+
+class PushMixin:
+    """Gives `push_to_hub`: what `save_pretrained` saves, in one commit."""
+
+    def push_to_hub(
+        self,
+        repo_id,
+        *,
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        commit_message=None,
+        commit_description=None,
+        **save_arguments,
+    ):
+        """Upload to a repository, which is created if it is not there, and return the `CommitInfo`.
+
+        Weights of an earlier upload that these replace (as shards, or in one piece) are deleted. A card that its owner
+        wrote or edited there stays.
+
+        Args:
+            repo_id: "user/name", or "name" for one's own.
+            private: for a new repository; None is the Hub's default for its owner.
+            token: instead of the one that `hf auth login` or HF_TOKEN left.
+            revision: branch, created if it is not there. Default: main.
+            create_pr: open a pull request instead.
+            commit_message, commit_description: of the commit.
+            save_arguments: of `save_pretrained`, such as max_shard_size.
+
+        Raises:
+            ValueError: no such name can be, or `private` was asked for a repository that is public.
+            PermissionError: no token, or one that may not write there.
+            ConnectionError: offline mode, no answer or a broken connection; the repository is then as it was.
+            OSError: another refusal by the Hub.
+        """
+        check_arguments(save_arguments)
+        repo_id = check_push(repo_id, private, token, create_pr)
+        commit_message = commit_message or f"Upload {type(self).__name__}"
+        with tempfile.TemporaryDirectory() as folder:
+            self.write_folder(Path(folder), title=repo_id, repository=repo_id, **save_arguments)
+            options = {"token": token, "revision": revision, "create_pr": create_pr}
+            return upload(folder, repo_id, commit_message, commit_description, **options)
+
+
+class ProcessorHubMixin(PushMixin):
+    """Stands before `BaseImageProcessor`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from a folder or a repository of the Hub; arguments and errors as for a model."""
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with local_folder(pretrained_model_name_or_path, [IMAGE_PROCESSOR_NAME], **place) as folder:
+            return super().from_pretrained(folder, **kwargs)
+
+    def write_folder(self, folder, title=None, repository=None):
+        """Write its file; a processor has no card."""
+        self.save_pretrained(folder)
+
+
+class HubMixin(PushMixin):
+    """Stands first among the bases of a model: saves it with its card, whole or not at all, and loads it strictly.
+
+    A model of several parts lists their sub-folders in `part_folders`, and its next base loads and saves them.
+    """
+
+    source_card = None
+    part_folders = ()
+
+    @property
+    def parts(self):
+        """{sub-folder: model} of the models in a saved folder."""
+        return {name: getattr(self, name) for name in self.part_folders} or {"": self}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """Load a folder or a repository of the Hub, strictly, and from safetensors unless `use_safetensors=False`.
+
+        Raises:
+            PermissionError: the repository wants a token, or another one.
+            ConnectionError: the Hub does not answer, and the files are not in the cache.
+            OSError: no such folder, repository, revision or file, a damaged file, or weights only as a pickle.
+            TypeError, ValueError: a configuration with a typo or that is impossible, or weights that are missing, left
+                over, of another shape or kind or not finite; the message names file and fields or keys.
+        """
+        source = pretrained_model_name_or_path
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        with local_folder(source, cls.files(kwargs.get("variant"), kwargs.get("use_safetensors")), **place) as folder:
+            if cls.part_folders:
+                model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+            else:
+                model, info = load_strictly(cls, super().from_pretrained, folder, *args, **kwargs)
+                model.source_card = read_source_card(model, folder)
+            if name := repository_of(folder):
+                model.name_or_path = model.config.name_or_path = name
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def files(cls, variant=None, use_safetensors=None):
+        """Patterns of what `from_pretrained` reads, for `local_folder`."""
+        infix = f".{variant}" if variant else ""
+        names = ["config.json", f"model{infix}.safetensors", f"model{infix}-*-of-*.safetensors"]
+        names += [f"model.safetensors.index{infix}.json"] + ["pytorch_model*.bin*"] * (use_safetensors is False)
+        parts = [f"{part}/{name}" for part in cls.part_folders for name in names]
+        return (["config.json", *parts] if parts else names) + list(SMALL_FILES)
+
+    def save_pretrained(self, save_directory, *, is_main_process=True, push_to_hub=False, repo_id=None, **arguments):
+        """Save weights, configuration and model card.
+
+        The new files replace the old ones when all are written; a save that is cut short leaves the old model or a folder
+        that cannot be loaded, never a mixture. A card that its owner wrote or edited stays.
+
+        Args:
+            save_directory: the folder, created if it is not there.
+            is_main_process: False writes nothing.
+            push_to_hub: upload the folder's new files too, to `repo_id` (default: the folder's name), with the arguments
+                of `push_to_hub`.
+            arguments: state_dict, max_shard_size, variant, save_peft_format, save_original_format as in transformers;
+                export_code=True writes the model's code too: `AutoModel.from_pretrained(folder, trust_remote_code=True)`
+                then needs no dq_hf, and with dq_hf no trust. Default: False, unless the class came from such code.
+
+        Raises:
+            OSError: the directory is a file, or cannot be written; with `push_to_hub` also what that raises.
+            TypeError: unknown arguments, or those of `push_to_hub` without it.
+            ValueError: a state_dict with other keys than the model's.
+        """
+        push_arguments = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
+        if not push_to_hub and (push_arguments or repo_id is not None):
+            names = sorted(push_arguments) + ["repo_id"] * (repo_id is not None)
+            raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(names)}")
+        check_arguments(arguments)
+        if arguments.get("state_dict") is not None:
+            check_state_dict(self, arguments["state_dict"])
+        folder = Path(save_directory)
+        if not is_main_process:
+            arguments.pop("export_code", None)
+            super().save_pretrained(folder, is_main_process=False, **arguments)
+            return None
+        if push_to_hub:
+            target = {name: push_arguments.pop(name, None) for name in ("private", "token")}
+            create_pr = push_arguments.get("create_pr", False)
+            repo_id = check_push(repo_id or folder.absolute().name, **target, create_pr=create_pr)
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = folder / STAGE
+        shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
+        try:
+            self.write_folder(stage, title=repo_id or folder.absolute().name, repository=repo_id, **arguments)
+            keep_owners_card(stage, folder)
+            written = files_of(stage)
+            replace_files(stage, folder, stale_weights(files_of(folder), written))
+        except Exception:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        if not push_to_hub:
+            return None
+        message = push_arguments.pop("commit_message", None) or f"Upload {type(self).__name__}"
+        return upload(folder, repo_id, message, files=written, token=target["token"], **push_arguments)
+
+    def write_folder(self, folder, title, repository=None, export_code=None, **arguments):
+        """Write all that a saved folder holds into an empty one."""
+        try:
+            super().save_pretrained(folder, **arguments)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"the weights cannot be written to {folder}: {error}") from error
+        if is_exported(type(self)) if export_code is None else export_code:
+            write_code(folder, {"": self} | self.parts)
+        if (folder / "config.json").is_file():  # else these are an adapter's weights
+            save_card(folder, self.config, self.parts, title, repository)
+
+
+def keep_owners_card(stage, folder):
+    """Let a card that its owner wrote stay in a folder that the files of `stage` are about to go to."""
+    new, old = stage / "README.md", folder / "README.md"
+    if new.is_file() and old.is_file():
+        merged = merge_with_owner(new.read_text("utf-8"), old.read_text("utf-8"))
+        if merged is None:
+            logger.warning(f"{old} stays as its owner wrote it; the model's own card was not written")
+            new.unlink()
+        else:
+            new.write_text(merged, "utf-8")
+
+
+def check_arguments(arguments):
+    """Raise `TypeError` at arguments that `save_pretrained` does not have."""
+    if unknown := sorted(set(arguments) - set(SAVE_ARGUMENTS)):
+        raise TypeError(f"unknown argument(s) {', '.join(unknown)}; there are {', '.join(SAVE_ARGUMENTS)}")

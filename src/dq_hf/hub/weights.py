@@ -1,0 +1,180 @@
+"""Weights in safetensors, strictly: what is missing, unknown, of another shape, not finite or damaged is named."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from .folders import read_json_object
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored in
+
+DAMAGED = (
+    "{} is damaged or incomplete ({}); save it again or, where it came from the Hub, load it with force_download=True"
+)
+PICKLES = (
+    "{} has no weights in safetensors, only {}: a pickle can run code when it is read, and is not loaded. A checkpoint of "
+    "the paper's release becomes safetensors by `dq-hf convert`; one of transformers that you trust by "
+    "from_pretrained(..., use_safetensors=False).save_pretrained(...)"
+)
+PROBLEMS = {
+    "missing": "weights are missing",
+    "unknown": "there are weights that the model does not have",
+    "repeated": "weights are in more than one file",
+    "mismatched": "weights have another shape than the configuration says",
+    "no_floats": f"weights are stored as something else than {', '.join(FLOATS)}",
+    "not_finite": "weights are not finite",
+}
+
+
+def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
+    """The model and the loading information that transformers' `load` gives, or an error that names file and key.
+
+    Raises:
+        OSError, TypeError, ValueError: as `HubMixin.from_pretrained`.
+    """
+    if kwargs.get("use_safetensors") is None:
+        kwargs["use_safetensors"] = True
+    try:
+        files = weight_files(folder, kwargs.get("variant")) if kwargs["use_safetensors"] else []
+        if files and not isinstance(config, PreTrainedConfig):
+            dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not its own
+            config_class = model_class.config_class
+            config, kwargs = config_class.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
+            kwargs |= dtypes
+        is_quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+        if files and not is_quantized:  # else the shapes are others
+            with torch.device("meta"):  # nothing is allocated for weights that do not fit
+                expected = model_class(config).state_dict()
+            check_weight_files(model_class, expected, files)
+        kwargs["ignore_mismatched_sizes"] = True  # only so that they are listed; below they are an error
+        model, info = load(folder, *args, config=config, output_loading_info=True, **kwargs)
+    except (TypeError, ValueError) as error:
+        if str(folder) in str(error):
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{folder}: {error}") from error
+    mismatched = [
+        f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
+    ]
+    state_dict = model.state_dict()
+    checked = state_dict.keys() - optional_weights(model_class)
+    not_finite = [name for name in checked if not (state_dict[name].is_meta or is_finite(state_dict[name]))]
+    problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"]}
+    refuse_weights(model_class, files or [folder], **problems, mismatched=mismatched, not_finite=not_finite)
+    return model, info
+
+
+def refuse_weights(model_class, files, **problems):
+    """Raise `ValueError` if there is a problem, `PROBLEMS`, with any key."""
+    for problem, keys in problems.items():
+        if keys:
+            source = ", ".join(map(str, files))
+            raise ValueError(
+                f"{source} does not fit {model_class.__name__}: {PROBLEMS[problem]}: {shorten(sorted(keys))}"
+            )
+
+
+def optional_weights(model_class):
+    """Names of weights that older folders do not have; the model fills them in, and checks them itself."""
+    return set(model_class._keys_to_ignore_on_load_missing or ())
+
+
+def check_weight_files(model_class, state_dict, files):
+    """Compare the headers of safetensors files with a model's weights, of which only the shapes are looked at.
+
+    Raises:
+        OSError: a file that is not there, or damaged.
+        ValueError: weights that do not fit.
+    """
+    found, repeated = {}, []
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    repeated += [name] * (name in found)
+                    found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
+        except SafetensorError as error:
+            raise OSError(DAMAGED.format(path, error)) from error
+    mismatched, no_floats = [], []
+    for name in found.keys() & state_dict.keys():
+        (shape, dtype), expected = found[name], tuple(state_dict[name].shape)
+        mismatched += [f"{name} {shape} instead of {expected}"] * (shape != expected)
+        no_floats += [f"{name} ({dtype})"] * (dtype not in FLOATS)
+    refuse_weights(
+        model_class,
+        files,
+        missing=state_dict.keys() - found.keys() - optional_weights(model_class),
+        unknown=found.keys() - state_dict.keys(),
+        repeated=repeated,
+        mismatched=mismatched,
+        no_floats=no_floats,
+    )
+
+
+def weight_files(folder, variant=None):
+    """Paths of the safetensors files that transformers loads from a folder, none where an adapter's are.
+
+    Raises:
+        OSError: there are none, only a pickle, or the list of shards is damaged.
+    """
+    infix = f".{variant}" if variant else ""
+    single, index = folder / f"model{infix}.safetensors", folder / f"model.safetensors.index{infix}.json"
+    if single.is_file():
+        return [single]
+    if (folder / "adapter_config.json").is_file():
+        return []
+    if not index.is_file():
+        pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{kind}"))
+        if pickles:
+            raise OSError(PICKLES.format(folder, shorten(pickles)))
+        raise FileNotFoundError(f"{folder} has no file named {single.name}; save or download the model again")
+    content = read_json_object(index)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):
+        raise OSError(f"{index} must hold weight_map and metadata, two objects; save or download it again")
+    for key, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise OSError(f"{index}: {key} must be in a safetensors file beside it, got {shard!r}")
+    files = [folder / shard for shard in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there, but {index} lists it; save or download it again")
+    return files
+
+
+def is_finite(value):
+    """Whether a tensor has no NaN or infinite value, one with quantised storage included."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's have few operations of their own
+        value = value.dequantize()
+    return bool(torch.isfinite(value).all())
+
+
+def shorten(names, limit=8):
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def stale_weights(names, written):
+    """Those of these files that hold, or list, weights of the models whose weights were written anew elsewhere."""
+    models = {weights_of(name) for name in written} - {None}
+    return [name for name in names if weights_of(name) in models and name not in written]
+
+
+def weights_of(name):
+    """Folder and variant of a file of weights, whole or a shard, or of a list of shards; None for another file."""
+    match = re.fullmatch(
+        r"((?:.*/)?)model(?:\.(?!safetensors)(.+?))?(?:-\d{5}-of-\d{5})?\.safetensors", name
+    ) or re.fullmatch(r"((?:.*/)?)model\.safetensors\.index(?:\.(.+))?\.json", name)
+    return match and match.groups()
+
+
+def check_state_dict(model, state_dict):
+    """Raise `ValueError` if these are not the weights of the model, by their names."""
+    if different := sorted(set(model.state_dict()) ^ set(state_dict)):
+        raise ValueError(
+            f"state_dict must have the model's keys; {len(different)} are missing or left over: {shorten(different)}"
+        )
