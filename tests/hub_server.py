@@ -318,11 +318,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, body, kind, name, revision):
         repository = self.repository(kind, name, write=True)
-        files, message = dict(repository.snapshot(revision)[1]), ""
+        (oid, files), message = repository.snapshot(revision), ""
+        files = dict(files)
         for line in body.splitlines():
             key, value = json.loads(line).values()
             if key == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, oid):
+                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), False)
             elif key == "lfsFile" and value["oid"] in repository.objects:

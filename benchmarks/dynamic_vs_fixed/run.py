@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 
 import dq_hf
 from dq_hf.data.images import ImageCollator, load_images
+from dq_hf.hub.folders import whole_file
 from dq_hf.modeling.image_processing_dq import DQImageProcessor, to_bytes
 
 HERE = Path(__file__).parent
@@ -213,10 +214,9 @@ def fingerprint(images):
 def save_weights(model, path, metadata):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     state_dict = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    save_file(state_dict, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
-    partial.rename(path)
+    with whole_file(path) as partial:
+        save_file(state_dict, partial, metadata={name: json.dumps(value) for name, value in metadata.items()})
 
 
 def read_metadata(path):
@@ -234,10 +234,9 @@ def load_weights(model, path):
 def write_json(path, result):
     """Whole or not at all; a line for each field."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    partial.rename(path)
+    with whole_file(path) as partial:
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.hub.card import MARK, write_model_card
-from dq_hf.hub.weights import stale_weights
+from dq_hf.hub.weights import stale_files
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
 CUTS = {  # an upload's connection breaks: method, path, bytes of the body, and whether the client itself tries again
@@ -524,8 +524,8 @@ def test_only_weights_of_the_same_model_and_variant_are_stale():
     names += ["vae/model.safetensors", "adapter_model.safetensors", "model.fp16-00001-of-00002.safetensors"]
     names += ["model.safetensors.index.fp16.json", "my-model.safetensors", "config.json"]
     whole = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
-    assert stale_weights(names, ["model.safetensors", "config.json"]) == whole
+    assert stale_files(names, ["model.safetensors", "config.json"]) == whole
     pieces = ["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.json"]
-    assert stale_weights(names, pieces) == ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"]
-    assert stale_weights(names, ["vae/model-00001-of-00001.safetensors"]) == ["vae/model.safetensors"]
-    assert stale_weights(names, ["adapter_model.safetensors", "config.json"]) == []
+    assert stale_files(names, pieces) == ["model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"]
+    assert stale_files(names, ["vae/model-00001-of-00001.safetensors"]) == ["vae/model.safetensors"]
+    assert stale_files(names, ["adapter_model.safetensors", "config.json"]) == []

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, is_offline_mode
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from .card_text import CITATION, KINDS, NOUNS, PICTURES, figures, known_limits, model_facts, section, table, term
 from .download import check_model_links, repository_of
+from .folders import MAX_DEPTH, check_links, whole_file
+from .weights import RESULTS_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +29,6 @@ UNNAMED = "path/to/this/folder"  # in the code of a card whose model has no repo
 MAX_CARD = 2**20  # bytes that are read
 MAX_PICTURE = 2**24  # bytes
 MAX_HEADER = 2**16  # characters
-MAX_BRACKETS = 1000  # the YAML reader's time grows with the square of nested ones
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,16 @@ def split_card(text):
 
 def read_header(text):
     """What the YAML of a card's header holds; None if it is none, or one that could take long to read."""
-    if len(text) > MAX_HEADER or text.count("[") + text.count("{") > MAX_BRACKETS:
+    if len(text) > MAX_HEADER:
         return None
+    depth = 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            return None  # a few lines of them may stand for more than memory holds
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):  # few aliases may stand for gigabytes
+                return None
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError):
         return None
 
 
@@ -234,15 +238,18 @@ def write_model_card(
     ]
     header = card_header(config, title, dataset, test_split, metrics or {}, license, parts or {})
     text = f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
-    write_files(folder, files | {"README.md": text.encode()})
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    write_files(folder, files | {"README.md": text.encode()} | results_file(dataset, metrics or {}))
     return folder / "README.md"
 
 
 def write_files(folder, files):
     """Write {path: bytes} into a folder."""
+    check_links(folder, files)
     for path, content in files.items():
         Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
-        Path(folder, path).write_bytes(content)
+        with whole_file(Path(folder, path)) as partial:
+            partial.write_bytes(content)
 
 
 def merge_with_owner(text, owners):
@@ -300,6 +307,14 @@ def card_header(config, title, dataset, test_split, metrics, license, parts):
         model_name=title if results else None,
         eval_results=results or None,
     ).to_yaml()
+
+
+def results_file(dataset, metrics):
+    """{path: YAML} of the figures as the Hub reads them today, beside `model-index` in the header; {} if it cannot."""
+    if dataset is None or not is_hub_dataset(dataset):
+        return {}
+    entries = [EvalResultEntry(dataset, name, value) for name, value in metrics.items() if math.isfinite(value)]
+    return {RESULTS_FILE: dump(eval_result_entries_to_yaml(entries)).encode()} if entries else {}
 
 
 def licence_of(header):

@@ -7,17 +7,22 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .card import merge_with_owner, read_source_card, save_card
+from .card import merge_with_owner, read_card, read_source_card, save_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_of, replace_files
 from .upload import check_push, upload
-from .weights import check_state_dict, load_strictly, stale_weights
+from .weights import check_state_dict, load_strictly, stale_files
 
 logger = logging.get_logger(__name__)
 
 PUSH_ARGUMENTS = ("private", "token", "revision", "create_pr", "commit_message", "commit_description")
 SAVE_ARGUMENTS = ("state_dict", "max_shard_size", "variant", "save_peft_format", "save_original_format", "export_code")
+FIXED_ARGUMENTS = {  # the only value, and why
+    "safe_serialization": (True, "weights are written as safetensors only: a pickle can run code when it is read"),
+    "distributed_checkpoint": (False, "a model's files are written by one process"),
+    "use_flashpack": (False, "weights are written as safetensors only"),
+}
 
 
 class PushMixin:
@@ -55,7 +60,7 @@ class PushMixin:
             ConnectionError: offline mode, no answer or a broken connection; the repository is then as it was.
             OSError: another refusal by the Hub.
         """
-        check_arguments(save_arguments)
+        save_arguments = usual_arguments(save_arguments)
         repo_id = check_push(repo_id, private, token, create_pr)
         commit_message = commit_message or f"Upload {type(self).__name__}"
         with tempfile.TemporaryDirectory() as folder:
@@ -74,9 +79,17 @@ class ProcessorHubMixin(PushMixin):
         with local_folder(pretrained_model_name_or_path, [IMAGE_PROCESSOR_NAME], **place) as folder:
             return super().from_pretrained(folder, **kwargs)
 
-    def write_folder(self, folder, title=None, repository=None):
+    def save_pretrained(self, save_directory, push_to_hub=False, **arguments):
+        """Save its file as in transformers, whose arguments of a model's weights are accepted."""
+        push_arguments = {name: arguments.pop(name) for name in ("repo_id", *PUSH_ARGUMENTS) if name in arguments}
+        usual_arguments(arguments)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(push_arguments.pop("repo_id", Path(save_directory).absolute().name), **push_arguments)
+
+    def write_folder(self, folder, title=None, repository=None, **arguments):
         """Write its file; a processor has no card."""
-        self.save_pretrained(folder)
+        super().save_pretrained(folder)
 
 
 class HubMixin(PushMixin):
@@ -137,19 +150,20 @@ class HubMixin(PushMixin):
             push_to_hub: upload the folder's new files too, to `repo_id` (default: the folder's name), with the arguments
                 of `push_to_hub`.
             arguments: state_dict, max_shard_size, variant, save_peft_format, save_original_format as in transformers;
+                save_function and safe_serialization=True, which change nothing: the files are always safetensors;
                 export_code=True writes the model's code too: `AutoModel.from_pretrained(folder, trust_remote_code=True)`
                 then needs no dq_hf, and with dq_hf no trust. Default: False, unless the class came from such code.
 
         Raises:
             OSError: the directory is a file, or cannot be written; with `push_to_hub` also what that raises.
             TypeError: unknown arguments, or those of `push_to_hub` without it.
-            ValueError: a state_dict with other keys than the model's.
+            ValueError: a state_dict with other keys than the model's, or another format than safetensors.
         """
         push_arguments = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
         if not push_to_hub and (push_arguments or repo_id is not None):
             names = sorted(push_arguments) + ["repo_id"] * (repo_id is not None)
             raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(names)}")
-        check_arguments(arguments)
+        arguments = usual_arguments(arguments)
         if arguments.get("state_dict") is not None:
             check_state_dict(self, arguments["state_dict"])
         folder = Path(save_directory)
@@ -169,7 +183,7 @@ class HubMixin(PushMixin):
             self.write_folder(stage, title=repo_id or folder.absolute().name, repository=repo_id, **arguments)
             keep_owners_card(stage, folder)
             written = files_of(stage)
-            replace_files(stage, folder, stale_weights(files_of(folder), written))
+            replace_files(stage, folder, stale_files(files_of(folder), written))
         except Exception:
             if is_new:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -195,17 +209,27 @@ class HubMixin(PushMixin):
 
 def keep_owners_card(stage, folder):
     """Let a card that its owner wrote stay in a folder that the files of `stage` are about to go to."""
-    new, old = stage / "README.md", folder / "README.md"
-    if new.is_file() and old.is_file():
-        merged = merge_with_owner(new.read_text("utf-8"), old.read_text("utf-8"))
+    new, old = stage / "README.md", read_card(folder)
+    if new.is_file() and old is not None:
+        merged = merge_with_owner(new.read_text("utf-8"), old)
         if merged is None:
-            logger.warning(f"{old} stays as its owner wrote it; the model's own card was not written")
+            logger.warning(f"{folder / 'README.md'} stays as its owner wrote it; the model's own card was not written")
             new.unlink()
         else:
             new.write_text(merged, "utf-8")
 
 
-def check_arguments(arguments):
-    """Raise `TypeError` at arguments that `save_pretrained` does not have."""
+def usual_arguments(arguments):
+    """Those of the arguments of `save_pretrained`, as transformers and diffusers have them, that change what is saved.
+
+    Raises:
+        TypeError: unknown arguments.
+        ValueError: a format that is not written.
+    """
+    arguments = {name: value for name, value in arguments.items() if name != "save_function" and value is not None}
+    for name, (only, reason) in FIXED_ARGUMENTS.items():
+        if (got := arguments.pop(name, only)) != only:
+            raise ValueError(f"{name} must be {only}, got {got}: {reason}")
     if unknown := sorted(set(arguments) - set(SAVE_ARGUMENTS)):
         raise TypeError(f"unknown argument(s) {', '.join(unknown)}; there are {', '.join(SAVE_ARGUMENTS)}")
+    return arguments

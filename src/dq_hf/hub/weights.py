@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from .folders import read_json_object
 
+RESULTS_FILE = ".eval_results/dq_hf.yaml"  # what a card's figures are for the Hub
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored in
 
 DAMAGED = (
@@ -158,10 +159,11 @@ def shorten(names, limit=8):
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def stale_weights(names, written):
-    """Those of these files that hold, or list, weights of the models whose weights were written anew elsewhere."""
+def stale_files(names, written):
+    """Those of these files that tell of what was written anew elsewhere: weights, their lists, and results of a card."""
     models = {weights_of(name) for name in written} - {None}
-    return [name for name in names if weights_of(name) in models and name not in written]
+    results = {RESULTS_FILE} if "README.md" in written else set()
+    return [name for name in names if (weights_of(name) in models or name in results) and name not in written]
 
 
 def weights_of(name):

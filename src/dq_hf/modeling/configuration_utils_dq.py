@@ -97,6 +97,11 @@ class DQPreTrainedConfig(PreTrainedConfig):
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {own}"
                 raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}")
 
+    def to_dict(self):
+        """As in transformers, without attributes that libraries or users set and that no file may hold (`use_cache`)."""
+        known = {field.name for field in fields(self)} | LIBRARY_KEYS
+        return {key: value for key, value in super().to_dict().items() if key in known}
+
     def check_library_values(self, keys):
         """Raise `TypeError` or `ValueError` at values that transformers would take unchecked."""
         for name in ("dtype", "torch_dtype"):
