@@ -109,6 +109,8 @@ class HubServer:
 
     def __init__(self):
         self.repositories, self.requests, self.drops, self.lock = {}, [], [], threading.RLock()
+        self.answers = []  # (method, pattern, status, content, headers) instead of what it would answer
+        self.intruders = {}  # name: commits of somebody else, {path: bytes}, one before each commit of a client
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -122,11 +124,11 @@ class HubServer:
         self.server.server_close()
 
     def add(self, name, files, kind="models", private=False):
-        """A repository with these files, {path: bytes}, or those of a folder; gives it."""
+        """A repository with these files, {path: bytes}, or those of a folder, besides what it has; gives it."""
         if isinstance(files, str | Path):
             paths = [path for path in Path(files).rglob("*") if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
-        repository = self.repositories[kind, name] = Repository(kind, name, private)
+        repository = self.repositories.setdefault((kind, name), Repository(kind, name, private))
         added = {path: File(content, Path(path).suffix in LFS_SUFFIXES) for path, content in files.items()}
         repository.commit("main", repository.snapshot("main")[1] | added, "add files")
         return repository
@@ -188,7 +190,10 @@ class Handler(BaseHTTPRequestHandler):
         return body if len(body) == size else None
 
     def answer(self, path, body):
-        """Status, content and headers that `ROUTES` gives for a request."""
+        """Status, content and headers that `answers` or `ROUTES` give for a request."""
+        for method, pattern, status, content, headers in self.hub.answers:
+            if re.fullmatch(method, self.command) and re.search(pattern, path):
+                return status, content.encode(), headers
         for method, pattern, function in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command.replace("HEAD", "GET"):
@@ -219,11 +224,18 @@ class Handler(BaseHTTPRequestHandler):
         return repository
 
     def drop(self, body):
-        """For clients that meet several broken connections: {method, pattern, after_bytes, times}; {} forgets all."""
+        """For clients that meet broken connections and wrong answers; {} forgets all.
+
+        {method, pattern, after_bytes, times} or {method, pattern, status, content, headers}.
+        """
         wanted = json.loads(body)
         drops, left = self.hub.drops, len(self.hub.drops)
         if not wanted:
             drops.clear()
+            self.hub.answers.clear()
+        if "status" in wanted:
+            self.hub.answers.append([wanted[key] for key in ("method", "pattern", "status", "content", "headers")])
+            return 200, {"left": left}, {}
         for _ in range(wanted.pop("times", 1) if wanted else 0):
             self.hub.drop_next(**wanted)
         return 200, {"left": left}, {}
@@ -318,6 +330,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, body, kind, name, revision):
         repository = self.repository(kind, name, write=True)
+        if self.hub.intruders.get(name):
+            self.hub.add(name, self.hub.intruders[name].pop(0))
         (oid, files), message = repository.snapshot(revision), ""
         files = dict(files)
         for line in body.splitlines():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQVAEModel
 from dq_hf.hub.card import MARK, write_model_card
+from dq_hf.hub.folders import files_of
 from dq_hf.hub.weights import stale_files
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
@@ -38,8 +39,18 @@ BREAKS = {  # a download's connection breaks: file, bytes of the answer
     "in a picture": ("samples.png", 30),
 }
 
+ANSWERS = {  # to a request for weights: what the server says instead, and what the error must say
+    "error": ({"status": 500, "content": "broken"}, "OSError: user/joint cannot be read: .*500"),
+    "page": ({"status": 200, "content": "<html>Sign in</html>"}, "(ConnectionError|OSError): user/joint"),
+    "redirect": (
+        {"status": 302, "content": "", "headers": {"Location": "http://127.0.0.1:9/"}},
+        "ConnectionError: user/joint .* could not be downloaded",
+    ),
+}
+
 PRELUDE = """
 import json, os, shutil, sys, time
+from pathlib import Path
 from urllib.request import Request, urlopen
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
@@ -159,6 +170,23 @@ for load in (DQForImageGeneration, DQPipeline):
         met["breaks"][-1].append(all(value.equal(pulled[key.partition(".")[2]]) for key, value in expected.items()))
         shutil.rmtree(cache)
 
+# Answers that are not the file.
+for name, answer in tables["answers"].items():
+    for method in ("GET", "GET|HEAD"):
+        drop(method=method, pattern="user/joint/resolve/.*model.safetensors", **({"headers": {}} | answer))
+        for load in (DQForImageGeneration, DQPipeline):
+            error = error_of(load.from_pretrained, "user/joint", cache_dir=f"cache-{name}")
+            met.setdefault("answers", []).append([name, method, error])
+        drop()
+
+# Other people and damaged files.
+joint.push_to_hub("user/race")
+met["busy"] = error_of(joint.push_to_hub, "user/busy")
+DQVAEModel.from_pretrained("user/pictures").save_pretrained("pictures")
+(weights,) = Path("home/hub/models--user--pictures").rglob("model.safetensors")
+weights.resolve().write_bytes(weights.read_bytes()[:1000])
+met["damaged"] = [error_of(DQVAEModel.from_pretrained, "user/pictures", force_download=f) for f in (False, True)]
+
 # What is there for the process without a network.
 DQForImageGeneration.from_pretrained("user/joint")
 for name, patterns in (("user/task", ["*.json", "*.safetensors"]), ("user/saved", ["*.json", "*.safetensors", "*.md"])):
@@ -246,7 +274,17 @@ def met(hub, place):
     files = hub.files("user/no-shard")
     del files[next(name for name in sorted(files) if name.startswith("vae/model-00002"))]
     tables = place / "tables.json"
-    tables.write_text(json.dumps({"cuts": CUTS, "breaks": BREAKS}))
+    answers = {name: answer for name, (answer, _) in ANSWERS.items()}
+    tables.write_text(json.dumps({"cuts": CUTS, "breaks": BREAKS, "answers": answers}))
+    hub.add("user/race", {"README.md": f"# Of another model\n\n{MARK}\n".encode()})
+    shards = {name: (place / "shards" / name).read_bytes() for name in files_of(place / "shards")}
+    hub.intruders["user/race"] = [shards | {".eval_results/dq_hf.yaml": b"[]"}]
+    hub.add("user/busy", {"notes.txt": b"0"})
+    hub.intruders["user/busy"] = [{"notes.txt": b"%d" % number} for number in range(1, 20)]
+    pictures = {f"{number}.png": b"picture" for number in range(2000)}
+    card = "".join(f"![p]({name})\n<img " for name in pictures) + "![samples](samples.png)"
+    hub.add("user/pictures", place / "vae")
+    hub.add("user/pictures", pictures | {"README.md": card.encode(), "samples.png": b"samples"})
     run_client(hub, CLIENT, cwd=place, stdin=tables.read_text(), HF_HOME=str(place / "home"))
     return json.loads((place / "met.json").read_text())
 
@@ -354,7 +392,39 @@ def test_an_upload_that_was_cut_works_when_it_is_repeated(hub, place, met):
         assert there == (place / "other" / name / "model.safetensors").read_bytes()
 
 
+def test_a_push_after_which_nobody_has_a_mixture(hub, place, met):
+    """Another model's commit came between the look at the repository and the push."""
+    files = hub.files("user/race")
+    assert {name for name in files if "/model" in name} == {"vae/model.safetensors", "transformer/model.safetensors"}
+    for part in ("vae", "transformer"):
+        weights = (place / "joint" / part / "model.safetensors").read_bytes()
+        assert files[f"{part}/model.safetensors"].content == weights
+    assert ".eval_results/dq_hf.yaml" not in files and "Of another model" not in files["README.md"].content.decode()
+    assert re.match("OSError: the upload to user/busy failed: .*412", met["busy"], re.S)
+    assert "config.json" not in hub.files("user/busy")
+
+
 # Pull
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_not_the_file_is_told_as_the_servers(met, name):
+    errors = [row[2] for row in met["answers"] if row[0] == name]
+    assert len(errors) == 4
+    for error in errors:
+        assert re.match(ANSWERS[name][1], error, re.S) and "use_safetensors" not in error, error
+
+
+def test_a_load_asks_for_no_more_than_the_model_has(hub, place, met):
+    asked = [request.path for request in hub.requests if "user/pictures/resolve" in request.path]
+    assert len({path.rpartition("/")[2] for path in asked}) <= 5
+    names = {path.name for path in (place / "pictures").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "samples.png"}
+
+
+def test_a_damaged_file_in_the_cache_is_named_with_the_remedy(met):
+    assert re.match("OSError: .*model.safetensors is damaged .* force_download=True", met["damaged"][0])
+    assert met["damaged"][1] is None
 
 
 def test_a_cache_may_lie_below_a_folder_of_any_name(met):

@@ -3,13 +3,14 @@
 import math
 import re
 import shutil
+import time
 
 import pytest
 import torch
 import yaml
 from conftest import make_transformer, make_vae
 from hub_server import card_errors
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from transformers import AutoModel
 
@@ -82,19 +83,28 @@ def test_the_client_reads_the_header_back(place):
     assert {result.metric_type: result.metric_value for result in data.eval_results}["psnr"] == 24.5312
 
 
+def test_the_figures_are_written_as_the_hub_reads_them_today(place, tmp_path):
+    shutil.copytree(place / "vae", tmp_path, dirs_exist_ok=True)
+    results = tmp_path / ".eval_results" / "dq_hf.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(results.read_text()))
+    assert {(entry.dataset_id, entry.task_id): entry.value for entry in entries} == {
+        ("someone/pictures", "psnr"): 24.5312,
+        ("someone/pictures", "codes_per_image"): 40.0,
+    }
+    model = DQVAEModel.from_pretrained(tmp_path)
+    model.quantizer.codebook.data += 1
+    model.save_pretrained(tmp_path)  # nobody measured this model
+    assert not results.exists()
+
+
 def test_the_body_has_what_was_measured_with_units(place):
     body = read_card(place / "vae")[1]
     for row in (
         "| held out, split `test` | |\n|---|---|\n| PSNR of the reconstructions, mean over images | 24.53 dB |",
-        "| codes an image, mean | 40 |",
         "| loss, all terms | 0.1235 |\n| share of regions with 2 x 2 pixels a code | 0.5 |",
         "| images | someone/pictures |\n| training images | 3,426 |\n| split | a\\|b |",
-        "| steps | 4,000 |\n| epochs | 37.44 |\n| mirrored | yes |\n\n",
         "an image of 16 x 16 becomes between 16 and 64 codes of 4 bits.",
-        "The figures were measured on held-out images of someone/pictures; for other images they are not known.",
-        "| image size | 16 x 16 |\n| granularities | 4 x 4 and 2 x 2 pixels a code |\n| router | entropy |",
         "```\npython train.py --data 'my pictures'\n```",
-        "arXiv:2305.11718",
     ):
         assert row in body
     assert "dropped" not in body and "None" not in body
@@ -261,10 +271,35 @@ def test_a_card_takes_along_the_pictures_that_our_cards_show_and_no_other_file(p
     assert names == ["README.md", "config.json", "model.safetensors", "samples.png"]
 
 
-def test_a_card_in_another_encoding_or_without_a_valid_header_travels_as_text(place, tmp_path):
+HOSTILE = {
+    "tags": "<img " * 200_000,
+    "fences": "```x\n" * 200_000,
+    "ends of headers": "\n---   " * 100_000,
+    "nested flow": "---\na: " + "[" * 60_000 + "\n---\n# x",
+    "nested sequences": "---\n" + "- " * 30_000 + "\n---\n# x",
+    "aliases": "---\na: &a [x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(9)) + "---\n# x",
+    "wrong types": "---\nlicense: [mit]\ndatasets: {a: b}\n---\n# x",
+    "no YAML, another encoding": "---\nlicense: [\n---\n# caf\xe9\n",
+    "long": "# x\n" + "word " * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_a_card_costs_is_bounded_and_linear(place, tmp_path, kind):
     folder = shutil.copytree(place / "vae", tmp_path / "model")
-    (folder / "README.md").write_bytes(b"---\nlicense: [\n---\n# caf\xe9\n")
+    (folder / "README.md").write_bytes(HOSTILE[kind].encode("latin-1"))
+    started = time.process_time()
     vae = DQVAEModel.from_pretrained(folder)
+    vae.save_pretrained(tmp_path / "same")
     vae.quantizer.codebook.data += 1
-    vae.save_pretrained(tmp_path / "new")
-    assert "no longer those of caf\ufffd, whose card says:" in read_card(tmp_path / "new")[1]
+    vae.save_pretrained(tmp_path / "other")
+    assert time.process_time() - started < 10
+    for name in ("same", "other"):
+        assert (tmp_path / name / "README.md").stat().st_size < 2**20 + 10_000
+    header, body = read_card(tmp_path / "other")
+    assert "no longer those of" in body and not {"license", "datasets"} & yaml.safe_load(header).keys()
+
+
+def test_an_owners_header_that_is_hostile_stays_with_its_card(tmp_path):
+    for header in ("- " * 30_000, "a: &a [x]\nb: *a", "x" * 100_000):
+        assert merge_with_owner("ours", f"---\n{header}\n---\n") is None

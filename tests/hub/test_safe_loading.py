@@ -18,6 +18,7 @@ from conftest import make_transformer, make_vae
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
+from transformers import pipeline
 
 from dq_hf import (
     DQConfig,
@@ -30,6 +31,7 @@ from dq_hf import (
     DQVAEModel,
 )
 
+DEEP = '{"a": ' + "[" * 900 + "]" * 900 + "}"
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
 GIBIBYTE = 2**30
 
@@ -240,7 +242,7 @@ def test_weights_that_are_no_floats_are_refused(folder, dtype):
         ("preprocessor_config.json", DQImageProcessor.from_pretrained),
     ],
 )
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, "9" * 5_000, "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '"x"', "[" * 100_000, DEEP, "9" * 5_000, "\xff"])
 def test_damaged_json_is_refused_by_name(folder, name, load, content):
     (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(OSError) as error:
@@ -274,6 +276,44 @@ def test_an_entry_that_cannot_be_is_refused_by_file_and_field(folder, name, load
     assert str(path.parent) in str(error.value)
 
 
+# What libraries set and pass
+
+
+def test_attributes_that_libraries_set_on_a_configuration_do_not_keep_it_from_loading(folder):
+    model = load_both(folder)
+    for config in (model.config, model.vae.config, model.transformer.config):
+        config.use_cache, config.callback, config.anything = False, print, {"a": 1}
+    model.save_pretrained(folder)
+    loaded = load_both(folder)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not hasattr(loaded.transformer.config, "use_cache")
+    model.vae.config.save_pretrained(folder / "alone")
+    assert isinstance(DQVAEConfig.from_pretrained(folder / "alone"), DQVAEConfig)
+    model.vae.config.codebook_size = "many"
+    with pytest.raises(TypeError, match="codebook_size"):
+        model.save_pretrained(folder)
+    assert isinstance(load_both(folder), DQForImageGeneration)
+
+
+@pytest.mark.parametrize("kind", ["model", "pipeline", "task", "tokenizer", "processor"])
+def test_save_pretrained_takes_what_transformers_and_diffusers_pass(folder, tmp_path, kind):
+    both = load_both(folder)
+    pipe = DQPipeline(both.vae, both.transformer)
+    task = pipeline("dq-generation", model=both)
+    saved = {"model": both, "pipeline": pipe, "task": task, "tokenizer": both.vae, "processor": DQImageProcessor()}[
+        kind
+    ]
+    usual = {"safe_serialization": True, "max_shard_size": None, "variant": None, "save_function": torch.save}
+    saved.save_pretrained(tmp_path / "usual", **usual)
+    assert not list((tmp_path / "usual").rglob("*.bin"))
+    for wrong in ({"safe_serialization": False}, {"use_flashpack": True}, {"distributed_checkpoint": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            saved.save_pretrained(tmp_path / "wrong", **wrong)
+    with pytest.raises(TypeError, match="unknown argument.* safe_serialisation"):
+        saved.save_pretrained(tmp_path / "wrong", safe_serialisation=True)
+    assert not (tmp_path / "wrong").exists()
+
+
 # Mutations: `random` is hypothesis's, so that every run has the same.
 
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 64, 2**20, 2**31, 10**9, 10**12, 10**30, 10**400, 0.5, -0.5, 1e308]
@@ -287,7 +327,19 @@ KEYS += " return_dict output_attentions chunk_size_feed_forward is_encoder_decod
 KEYS += " _commit_hash tie_word_embeddings temperature vae_config num_classes model_type __class__ validate from_dict"
 KEYS += " size do_resize image_processor_type scheduler _class_name"
 KEYS = KEYS.split()
-DOCUMENTS = [b"", b"{}", b"[]", b"null", b"3", b'"x"', b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"9" * 5_000]
+DOCUMENTS = [
+    DEEP.encode(),
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"3",
+    b'"x"',
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"\xff\xfe",
+    b"9" * 5_000,
+]
 
 
 def mutate_json(content, random):
