@@ -96,7 +96,6 @@ def read_source_card(model, folder):
             )
         return None
     pictures = {name: place / name for name in PICTURES if f"]({name})" in text}
-    check_model_links(place)
     for name in [name for name, path in pictures.items() if not is_picture(path)]:
         del pictures[name]
         whose = repository_of(folder) or place

@@ -7,11 +7,12 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from .card_text import PICTURES
 from .errors import loading_from
 from .folders import check_links
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", "samples.png", "reconstructions.png")
+SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", *PICTURES)
 PART_FOLDERS = {"vae", "transformer", "text_encoder", "tokenizer"}
 MODEL_SUFFIXES = {".json", ".safetensors", ".md", ".png", ".bin"}
 
@@ -60,7 +61,7 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
 def repository_of(folder):
     """ "user/name" of a folder in the Hub's cache, else None."""
     cache = cache_of(folder)
-    return cache and cache.name.removeprefix("models--").replace("--", "/")
+    return cache and cache.name.removeprefix("models--").replace("--", "/", 1)
 
 
 def cache_of(folder):

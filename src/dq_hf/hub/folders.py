@@ -82,10 +82,15 @@ def sync(path, recursive=True):
 
 
 def files_of(folder):
-    """Relative paths of all files of a folder but those in `STAGE`."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return [name for name in names if not name.startswith(f"{STAGE}/")]
+    """Relative paths of all files of a folder, in order."""
+    return [path.relative_to(folder).as_posix() for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+
+
+def files_beside(folder, names):
+    """Relative paths of the files of a folder that lie in its sub-folders of these files, or in itself."""
+    places = sorted({Path(folder, name).parent for name in names})
+    paths = [path for place in places if place.is_dir() for path in sorted(place.iterdir()) if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def check_links(folder, names, blobs=None):

@@ -10,9 +10,9 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 from .card import merge_with_owner, read_card, read_source_card, save_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
-from .folders import STAGE, files_of, replace_files
+from .folders import STAGE, files_beside, files_of, replace_files
 from .upload import check_push, upload
-from .weights import check_state_dict, load_strictly, stale_files
+from .weights import RESULTS_FILE, check_state_dict, load_strictly, stale_files
 
 logger = logging.get_logger(__name__)
 
@@ -160,9 +160,9 @@ class HubMixin(PushMixin):
             ValueError: a state_dict with other keys than the model's, or another format than safetensors.
         """
         push_arguments = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
-        if not push_to_hub and (push_arguments or repo_id is not None):
-            names = sorted(push_arguments) + ["repo_id"] * (repo_id is not None)
-            raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(names)}")
+        given = [name for name, value in {**push_arguments, "repo_id": repo_id}.items() if value]
+        if given and not push_to_hub:
+            raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(sorted(given))}")
         arguments = usual_arguments(arguments)
         if arguments.get("state_dict") is not None:
             check_state_dict(self, arguments["state_dict"])
@@ -183,7 +183,8 @@ class HubMixin(PushMixin):
             self.write_folder(stage, title=repo_id or folder.absolute().name, repository=repo_id, **arguments)
             keep_owners_card(stage, folder)
             written = files_of(stage)
-            replace_files(stage, folder, stale_files(files_of(folder), written))
+            there = files_beside(folder, [*written, RESULTS_FILE])
+            replace_files(stage, folder, stale_files(there, written))
         except Exception:
             if is_new:
                 shutil.rmtree(folder, ignore_errors=True)
