@@ -318,8 +318,8 @@ def test_repositories_serve_like_folders_and_a_generator_is_asked_for_where_it_i
     assert done.stdout == 2 * run("reconstruct", "noise.png", "local.png", "--model", models / "vae").out
     local = pixels(Image.open("local.png"))
     assert all((pixels(Image.open(f"{name}.png")) == local).all() for name in ("vae", "both"))
-    message = "user/vae, revision 'main': there is no file model_index.json; a pipeline needs the tokenizer and the"
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"dq-hf generate: error: {message} gen")
+    message = "dq-hf generate: error: user/vae, revision 'main': .* has no file model_index.json; a pipeline needs"
+    assert done.returncode == 1 and re.match(message, done.stderr.splitlines()[-1])
     assert not Path("grid.png").exists()
 
 

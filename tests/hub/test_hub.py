@@ -462,7 +462,7 @@ def test_all_files_of_a_model_are_of_one_commit(hub, met):
         ("shard", "OSError: user/no-shard.*/vae/model-00002-of-0000\\d.safetensors is not there"),
         (
             "index",
-            "OSError: .*user--vae.* has no file model_index.json; a pipeline needs the tokenizer and the generator",
+            "OSError: user/vae, revision 'main': .* has no file model_index.json; a pipeline needs the tokenizer and the generator",
         ),
         ("processor", "FileNotFoundError: user/transformer has no file preprocessor_config.json at revision 'main'"),
         ("name", 'OSError: no name is no local folder, and no repository can have this name; expected "user/name"'),

@@ -96,7 +96,7 @@ def test_a_card_that_is_there_is_kept_and_other_processes_write_nothing(model, t
     assert (tmp_path / "README.md").read_text() == "my card"
 
 
-@pytest.mark.parametrize("argument", ["max_shards", "save_function", "repo_id", "token"])
+@pytest.mark.parametrize("argument", ["max_shards", "repo_id", "token"])
 def test_saving_and_loading_refuse_unknown_arguments(model, saved, tmp_path, argument):
     with pytest.raises(TypeError, match=argument):
         model.save_pretrained(tmp_path / "new", **{argument: "x"})

@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from dq_hf.modeling.modeling_dqtransformer import DQTransformerLayer
+from dq_hf.modeling.layers_dqtransformer import DQTransformerLayer
 from dq_hf.modeling.quantization_dq import DQQuantizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -187,6 +187,7 @@ class DQPipeline(DiffusionPipeline):
         with local_folder(
             pretrained_model_name, DQForImageGeneration.files(kwargs.get("variant")), **options
         ) as folder:
+            check_index(folder / cls.config_name)
             return str(folder)
 
 
