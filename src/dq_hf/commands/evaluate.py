@@ -23,6 +23,7 @@ def register(commands):
     kinds = add_group(commands, "evaluate", "kind", "Measure a model, as a table and as a report in JSON.")
     register_reconstruction(kinds)
     register_generation(kinds)
+    register_likelihood(kinds)
 
 
 def register_reconstruction(kinds):
@@ -34,9 +35,7 @@ def register_reconstruction(kinds):
     )
     add_report_options(command)
     add_extractor_option(command)
-    command.add_argument(
-        "-n", "--num-images", type=int, help="Measure this many images, drawn by the seed (default: all)."
-    )
+    add_num_images_option(command)
     command.add_argument(
         "--perceptual",
         default="auto",
@@ -74,10 +73,34 @@ def register_generation(kinds):
         default="reference",
         help="Sample the classes of the real images, in a mixed order, or every class in turn (default reference).",
     )
+    add_label_column_option(command)
+    add_sampling_options(command)
+
+
+def register_likelihood(kinds):
+    command = add_command(
+        kinds,
+        "likelihood",
+        run_likelihood,
+        "Measure the generator's code length of real images, in nats and bits an image, by kind of element.",
+    )
+    add_report_options(command)
+    add_num_images_option(command)
+    add_label_column_option(command)
+
+
+def add_num_images_option(command):
+    """-n, of real images."""
+    command.add_argument(
+        "-n", "--num-images", type=int, help="Measure this many images, drawn by the seed (default: all)."
+    )
+
+
+def add_label_column_option(command):
+    """--label-column."""
     command.add_argument(
         "--label-column", default="label", help="Read classes from this column (default %(default)s)."
     )
-    add_sampling_options(command)
 
 
 def add_report_options(command):
@@ -158,6 +181,28 @@ def run_generation(args):
             label_column=args.label_column,
             sampling=sampling,
             networks={"extractor": args.extractor},
+        ),
+    )
+
+
+def run_likelihood(args):
+    check_report(args)
+
+    from ..loading import load_pipeline
+    from ..metrics.likelihood import evaluate_likelihood
+
+    finish_report(
+        args,
+        evaluate_likelihood(
+            load_pipeline(args.model),
+            model_name(args.model),
+            args.data,
+            args.split,
+            image_column=args.image_column,
+            num_images=args.num_images,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            label_column=args.label_column,
         ),
     )
 

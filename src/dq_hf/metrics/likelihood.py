@@ -22,7 +22,7 @@ def evaluate_likelihood(
     what is forced costs nothing.
 
     Args:
-        model: a `DQForImageGeneration`.
+        model: a `DQForImageGeneration` or `DQPipeline`.
         name: of the model, for the protocol.
         data, split, num_images, seed, columns: as for `ReferenceImages`.
         batch_size: images at a time.
@@ -37,16 +37,16 @@ def evaluate_likelihood(
     state = Accelerator().state
     references = ReferenceImages(model.vae, data, split, num_images=num_images, seed=seed, **columns)
     check_number(len(references), 1, "images")
-    model = model.to(state.device).eval()
-    config, vae_config = model.transformer.config, model.vae.config
+    vae, transformer = (part.to(state.device).eval() for part in (model.vae, model.transformer))
+    config, vae_config = transformer.config, vae.config
     labels = reference_labels(config, references.dataset, label_column) if config.num_classes else None
     num_granularities = len(vae_config.granularities)
     sums = torch.zeros(2, num_granularities, dtype=torch.float64)  # nats of positions and of contents
     codes = regions = 0
     for rows, images in references.batches(batch_size):
-        encoded = model.vae.encode(from_bytes(images.to(state.device)))
+        encoded = vae.encode(from_bytes(images.to(state.device)))
         chosen = None if labels is None else torch.tensor([labels[row] for row in rows])
-        output = model.transformer.log_prob(encoded.codes, encoded.grain_map, chosen)
+        output = transformer.log_prob(encoded.codes, encoded.grain_map, chosen)
         granularities = output.stream.granularities.flatten().cpu()
         for row, log_probs in zip(sums, (output.position_log_probs, output.content_log_probs)):
             row.index_add_(0, granularities, -log_probs.flatten().cpu().double())
@@ -64,10 +64,10 @@ def evaluate_likelihood(
     protocol = {
         "evaluation": "likelihood",
         "model": str(name),
-        "vae_fingerprint": fingerprint(model.vae),
-        "transformer_fingerprint": fingerprint(model.transformer),
+        "vae_fingerprint": fingerprint(vae),
+        "transformer_fingerprint": fingerprint(transformer),
         **references.protocol,
         "references_sha256": references.sha256(),
-        **environment(model.vae),
+        **environment(vae),
     }
     return {"protocol": protocol, "results": results}
