@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 try:
-    from dq_hf.hub import HubMixin, ProcessorHubMixin, read_json_object
+    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin, read_json_object
 except ImportError:
 
     class HubMixin:
@@ -26,6 +26,12 @@ except ImportError:
                     f"{source} does not fit {cls.__name__}: missing or unknown are {', '.join(wrong[:8])}"
                 )
             return (model, info) if output_loading_info else model
+
+    class ConfigHubMixin:
+        """Stands before `PreTrainedConfig`."""
+
+        def check_entries(self, entries):
+            """Nothing: as transformers does."""
 
     class ProcessorHubMixin:
         """Stands before `BaseImageProcessor`."""
