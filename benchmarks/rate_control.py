@@ -1,6 +1,6 @@
 """What rate control gives: quality against codes and bits as more regions are coded finely, beside JPEG and WebP.
 
-    python benchmarks/rate_control.py --output docs/evidence.md --plot docs/images/rate_control.png
+    python benchmarks/rate_control.py --output docs/evidence-tables.md --plot docs/images/rate_control.png
     python benchmarks/rate_control.py --model runs/vae/model --data path/to/images --max_images 1000
 
 Every image is encoded with `encode(..., fine_ratio=r)` for each r, with the router's own choice, and with JPEG and WebP at

@@ -1,6 +1,8 @@
 """Tables and plots of what has been measured so far, from the JSON files of finished runs.
 
-    python benchmarks/dynamic_vs_fixed/evidence.py          # brings docs/evidence.md up to date; seconds
+    python benchmarks/dynamic_vs_fixed/evidence.py          # brings docs/evidence-tables.md up to date; seconds
+
+Conditions without a finished run have no row, and without a finished generator there is no table of generators.
 
 The fair opponent of a tokenizer with 127 codes on average is none with 64 and none with 256: it is the fixed-length curve
 at 127 codes, linear in the logarithm of the number of codes (or bits) between its measured points.
@@ -55,7 +57,7 @@ MEASURES = PER_IMAGE | OF_SET
 @dataclass
 class Arguments:
     results_dir: str = field(default=str(HERE / "results"), metadata={"help": "folder of the results"})
-    output: str = field(default=str(REPOSITORY / "docs" / "evidence.md"), metadata={"help": "Markdown file"})
+    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
     images_dir: str = field(default=str(REPOSITORY / "docs" / "images"), metadata={"help": "folder of the plots"})
 
 
@@ -75,7 +77,8 @@ def main(args):
             f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})",
         ]
         write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(parts))
-        write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators, runs))
+        if generators:
+            write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators, runs))
 
 
 def describe(results, groups):
@@ -125,10 +128,7 @@ def rates_table(runs):
     """What every condition spends and reaches, means over the seeds and their range."""
     head = ["condition", "routing", "codes", "bits", *(measure.name for measure in MEASURES.values())]
     lines = [head + ["shares, coarsest first", "parameters", "seeds"]]
-    for name, way in ROWS:
-        seeds = runs.get((name, way), {})
-        if way == "own" or seeds:
-            lines.append(rates_row(name, way, seeds))
+    lines += [rates_row(*row, runs[row]) for row in ROWS if row in runs]
     return markdown(lines)
 
 
@@ -136,8 +136,6 @@ def rates_row(name, way, seeds):
     """A line of `rates_table`."""
     cells = [name, {"own": "its own", "exact": "exact shares"}[way] if CONDITIONS[name].shares else ""]
     values = list(seeds.values())
-    if not values:
-        return cells + ["not yet"] + [""] * (len(MEASURES) + 3) + [f"0 of {NUM_SEEDS}"]
     forms = {"codes": ".1f", "bits": ".0f"} | {name: measure.form for name, measure in MEASURES.items()}
     cells += [spread([value[name] for value in values], form) for name, form in forms.items()]
     shares = np.mean([value["shares"] for value in values], axis=0)
@@ -234,7 +232,6 @@ def generators_table(results, runs):
     for name, tokenizer in GENERATORS.items():
         values = [result for result in results if result["condition"] == name]
         if not values:
-            lines.append([name, tokenizer, "not yet"] + [""] * 6 + [f"0 of {NUM_SEEDS}"])
             continue
         floor = runs[tokenizer, "own"]
         columns = [
