@@ -1,4 +1,4 @@
-"""Draw the figures of how-it-works.md: what the embedded model does to one picture that it was not trained on.
+"""Draw the figures of the README and of how-it-works.md: what the embedded model does to emoji it was not trained on.
 
 python docs/draw_figures.py --output_dir docs/images
 """
@@ -10,12 +10,16 @@ import datasets
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
+from dq_hf.codec.cost import coding_cost
 from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
-PICTURE = 198  # row of the held-out pictures: a smiley with sunglasses
+PICTURE = 198  # row of the held-out images: a smiley with sunglasses
+STRIP = (198, 55)  # rows of the README's figure
+RATES = (0.1, 0.4, 0.8)  # its shares of fine regions
 COLOURS = [[value / 255 for value in colour[:3]] for colour in GRAIN_COLOURS]
 NAMES = ("coarse", "fine")
 DOTS_PER_INCH = 110
@@ -27,9 +31,12 @@ def main():
     args = parser.parse_args()
     model = DQForImageGeneration.from_pretrained(DEFAULT_MODEL)
     processor = DQImageProcessor.from_pretrained(DEFAULT_MODEL)
-    picture = datasets.load_dataset(str(EMOJI), split="test")[PICTURE]
+    emoji = datasets.load_dataset(str(EMOJI), split="test")
+    picture = emoji[PICTURE]
     pixel_values = processor(picture["image"])["pixel_values"]
     with torch.no_grad():
+        rates = draw_rates(model.vae, processor, [emoji[row]["image"] for row in STRIP])
+        rates.savefig(args.output_dir / "rates.png")
         encoded = model.vae.encode(pixel_values)
         stream = model.transformer.pack(encoded.codes, encoded.grain_map, [picture["label"]])
         draw_tokenizer(model.vae, processor, pixel_values, encoded).savefig(args.output_dir / "tokenizer.png")
@@ -44,6 +51,44 @@ def new_figure(columns, width, height):
     for axes in panels:
         axes.set_axis_off()
     return figure, panels
+
+
+def draw_rates(vae, processor, images):
+    """A row an image: the image, and at each of three rates its grain map and its reconstruction."""
+    pixel_values = processor(images)["pixel_values"]
+    originals = processor.post_process(pixel_values)
+    widths = [1, *[0.12, 1, 1] * len(RATES)]
+    figure = Figure((12, 1.63 * len(images) + 0.68), dpi=DOTS_PER_INCH)
+    top = 1 - 0.66 / figure.get_figheight()
+    panels = figure.subplots(len(images), len(widths), width_ratios=widths, squeeze=False)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.01, top=top, wspace=0.04, hspace=0.04)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, image in zip(panels[:, 0], originals):
+        axes.imshow(smooth(image))
+    write_above(figure, panels[0, 0], panels[0, 0], top, f"image\n{originals[0].width} x {originals[0].height} pixels")
+    for first, rate in zip(range(2, len(widths), 3), RATES):
+        encoded = vae.encode(pixel_values, fine_ratio=rate)
+        decoded = processor.post_process(vae.decode_codes(encoded.codes).sample)
+        for row, grain_map, original, image in zip(panels, encoded.grain_map, originals, decoded):
+            faded = Image.blend(original, Image.new("RGB", original.size, "white"), 0.5)
+            row[first].imshow(draw_grain_map(faded, grain_map, scale=6))
+            row[first + 1].imshow(smooth(image))
+        cost = coding_cost(encoded.grain_map[0], vae.config)  # the same for all images, as their share is
+        title = f"{rate:.0%} of the regions fine\n{cost.num_codes} codes, {cost.bits:.0f} bits"
+        write_above(figure, panels[0, first], panels[0, first + 1], top, title)
+    return figure
+
+
+def write_above(figure, left, right, bottom, text):
+    """Text in the middle above the panels from `left` to `right`."""
+    middle = (left.get_position().x0 + right.get_position().x1) / 2
+    figure.text(middle, bottom + 0.02, text, ha="center", va="bottom", fontsize=12)
+
+
+def smooth(image):
+    """An image of few pixels, enlarged for the eye."""
+    return image.resize((6 * image.width, 6 * image.height), Image.BICUBIC)
 
 
 def draw_tokenizer(vae, processor, pixel_values, encoded):
