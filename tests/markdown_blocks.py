@@ -1,9 +1,10 @@
 """Blocks of code in Markdown, and a program that runs those of whole pages as a reader would, from top to bottom.
 
-    python tests/markdown_blocks.py docs/api.md docs/convert.md
+    python tests/markdown_blocks.py README.md,docs/quick-start.md docs/convert.md
 
-A page has a process and a folder of its own, which looks like the repository's and also holds `photo.png`, and `images`
-with classes of pictures in `train` and `test`. How a page is written:
+A page has a process of its own, and a folder, which looks like the repository's and also holds `photo.png`, and `images`
+with classes of pictures in `train` and `test`. Pages joined by a comma are read one after the other in one folder. How a
+page is written:
 
 - `python` blocks share one namespace. Where a line ends with `# prints 64`, it must print just that.
 - `bash` blocks, and those without a language, are commands, one a line. `dq-hf` and the scripts of `examples` run;
@@ -36,6 +37,7 @@ SHELL = ("", "bash")
 SHOWN = ("text", "yaml", "json", "bibtex")
 LANGUAGES = ("python", "output", *SHELL, *SHOWN)
 SET_UP = (["pip", "install"], ["pytest"])
+SCRIPTS = ("train-tokenizer", "encode", "train-generator")  # of dq-hf; each wants a process of its own
 NOT_RUN = re.compile(r"<!--\s*not run:\s*(.*?)\s*-->", re.DOTALL)
 
 
@@ -76,7 +78,7 @@ def split_commands(text):
 
 
 def script_and_arguments(words):
-    """A Python script and its arguments, of `python SCRIPT ...` or `accelerate launch ... SCRIPT ...`; None of others."""
+    """A Python script and its arguments, as `python`, `accelerate launch` or `torchrun` start it; None of other commands."""
     if words[:2] == ["accelerate", "launch"]:
         from accelerate.commands.launch import launch_command_parser
 
@@ -84,6 +86,9 @@ def script_and_arguments(words):
         return launch.training_script, launch.training_script_args
     if words[0] == "python" and words[1].endswith(".py"):
         return words[1], words[2:]
+    if "torchrun" in words:
+        place = next(place for place, word in enumerate(words) if word.endswith(".py"))
+        return words[place], words[place + 1 :]
     return None
 
 
@@ -130,6 +135,9 @@ def run_command(words, may_fail=False):
     if words[0] == "dq-hf":
         from dq_hf.commands.main import main
 
+        if words[1] in SCRIPTS:
+            assert in_child(main, words[1:]), f"{shlex.join(words)} failed"
+            return ""
         stdout, stderr = io.StringIO(), io.StringIO()
         try:
             with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -200,25 +208,27 @@ def draw_picture(number):
 
 def run_in_folder(page, folder, log):
     """Run a page in a folder, with all that is printed in a file."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    make_folder(folder)
     os.chdir(folder)
     run_page(page)
 
 
 def main(pages):
-    """Run pages, and print what went wrong, {page: log}, as JSON."""
+    """Run pages, and print what went wrong, {page: log}, as JSON; each of `pages` may be several, joined by commas."""
     import dq_hf.commands.main  # noqa: F401, once for all pages
 
     failed = {}
     with tempfile.TemporaryDirectory() as place:
-        for number, page in enumerate(pages):
-            folder, log = Path(place, str(number)), Path(place, f"{number}.log")
+        for number, joined in enumerate(pages):
+            folder = Path(place, str(number))
             folder.mkdir()
-            if not in_child(run_in_folder, str(Path(page).resolve()), folder, log):
-                failed[page] = log.read_text("utf-8")
+            make_folder(folder)
+            for page in joined.split(","):
+                log = Path(place, "log")
+                if not in_child(run_in_folder, str(Path(page).resolve()), folder, log):
+                    failed[page] = log.read_text("utf-8")
     print(json.dumps(failed, indent=2))
 
 
