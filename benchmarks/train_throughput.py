@@ -217,7 +217,7 @@ class EnoughSteps(Exception):
 
 
 class StepClock:
-    """The moments at which a script's steps end, told by being its progress bar, and the end of the script."""
+    """The moments at which a script's steps end, seen as its progress bar, and the end of the script."""
 
     def __init__(self, args, steps):
         self.now = CLOCKS[args.clock]

@@ -87,7 +87,9 @@ def draw(rows, title):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plots need matplotlib; install it with `pip install "dq_hf[train]"`') from error
+        raise ImportError(
+            'plots need matplotlib; install it with `pip install -c constraints.txt -e ".[train]"`'
+        ) from error
     panels = find_curves(rows)
     start = next((row["step"] for row in rows if "g_loss" in row), None)
     columns = min(COLUMNS, len(panels))

@@ -237,7 +237,9 @@ def import_figure():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('figures need matplotlib; install it with `pip install "dq_hf[draw]"`') from error
+        raise ImportError(
+            'figures need matplotlib; install it with `pip install -c constraints.txt -e ".[draw]"`'
+        ) from error
     return Figure
 
 

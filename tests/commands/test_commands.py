@@ -505,4 +505,4 @@ def test_draw_refuses(refused, place, photographs, arguments, message):
 @pytest.mark.parametrize("arguments", [["entropy", "noise.png", "out.png"], ["usage", "out.png", "--data", "gone"]])
 def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install "dq_hf[draw]"' in refused("draw", *arguments, "--model", "model")
+    assert 'pip install -c constraints.txt -e ".[draw]"' in refused("draw", *arguments, "--model", "model")

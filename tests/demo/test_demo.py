@@ -391,7 +391,7 @@ def test_what_the_command_refuses(models, capsys, monkeypatch):
     assert "nowhere" in refused("--model", "./nowhere", "--port", "0")
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "dq_hf.demo.page")
-    assert 'the demo needs gradio; install it with pip install "dq_hf[demo]"' in refused()
+    assert 'the demo needs gradio; install it with pip install -c constraints.txt -e ".[demo]"' in refused()
 
 
 @pytest.mark.slow

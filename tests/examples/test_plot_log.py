@@ -130,5 +130,5 @@ def test_a_log_that_is_not_there_and_an_unknown_format_are_errors(run, stage_1_l
 
 def test_without_matplotlib_the_extra_is_named(run, stage_1_log, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit, match=r'pip install "dq_hf\[train\]"'):
+    with pytest.raises(SystemExit, match=r'pip install -c constraints.txt -e "\.\[train\]"'):
         run(stage_1_log)

@@ -1,4 +1,4 @@
-"""Sixteen digits that tell models, or the codes that they give, apart."""
+"""Fingerprints of sixteen digits: of a model, or of the codes that it gives."""
 
 import hashlib
 import json

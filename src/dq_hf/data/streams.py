@@ -1,4 +1,4 @@
-"""Images of a data set too large to store: one stream, shared out over processes, that can be resumed."""
+"""Images of a data set too large to store: one stream, divided between processes, that can be resumed."""
 
 import copy
 import itertools

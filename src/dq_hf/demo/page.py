@@ -1,6 +1,6 @@
 """The page of the web demo, `dq-hf demo`: sample images code by code, and see what coding an image of your own costs.
 
-It runs on this machine alone and asks nothing from elsewhere. Every visitor waits for the one model's turn.
+It runs on this machine alone and loads nothing from other servers. Every visitor waits for the one model's turn.
 """
 
 from contextlib import contextmanager
@@ -36,7 +36,9 @@ from .views import (
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError(f'the demo needs gradio; install it with pip install "dq_hf[demo]" ({error})') from error
+    raise ImportError(
+        f'the demo needs gradio; install it with pip install -c constraints.txt -e ".[demo]" ({error})'
+    ) from error
 
 MAX_WAITING = 20  # visitors in the queue
 MAX_VALUES = 200  # in one request, those inside of lists and objects included

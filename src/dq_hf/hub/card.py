@@ -200,7 +200,7 @@ def write_model_card(
     Args:
         folder: of a DQ-VAE, a DQ-Transformer or both; it may hold `PICTURES`.
         config: the model's configuration, for size, granularities, router, classes.
-        parts: {sub-folder: model} of the models whose own cards are to be told: those that they were loaded with.
+        parts: {sub-folder: model} of the models whose own cards are quoted: those that they were loaded with.
         title, summary: a line and a paragraph.
         repository: "user/name", for the code that shows how to load the model.
         dataset: images that it was trained on: a local folder, or a Hub id, which the header then names.

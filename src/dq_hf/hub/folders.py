@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever stops the writing: an error, a signal or a power cut."""
+"""Atomic writing of files and folders, whatever stops it: an error, a signal or a power cut."""
 
 import hashlib
 import json

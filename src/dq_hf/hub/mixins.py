@@ -1,4 +1,4 @@
-"""What models and image processors get from here: saving that is whole or not there, and the way to the Hub and back."""
+"""Mixins of models and image processors: atomic saving, pushing to the Hub and loading from it."""
 
 import shutil
 import tempfile

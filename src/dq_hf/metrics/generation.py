@@ -129,7 +129,7 @@ def claim_folder(folder, protocol):
     """Make a folder for samples, or make sure that those in it were made in the same way; all processes call it.
 
     Raises:
-        ValueError: they were not, or nobody knows.
+        ValueError: they were not, or it is not known.
     """
     state, file = PartialState(), folder / PROTOCOL_FILE
     protocol = json.loads(json.dumps(protocol))  # as a file gives it back

@@ -15,7 +15,7 @@ class PerceptualDistance(StreamingMetric):
     Predictions and references: (B, 3, H, W), float in [-1, 1] or uint8, image by image.
 
     Args:
-        network: "lpips", "efficientnet-lite0", "auto" (the first whose weights are to be had), or such a network of
+        network: "lpips", "efficientnet-lite0", "auto" (the first whose weights are available), or such a network of
             `dq_hf.networks.perceptual`. It follows the images to their device.
     """
 

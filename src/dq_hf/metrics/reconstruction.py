@@ -1,4 +1,4 @@
-"""What encoding and decoding images loses and takes, by a protocol that anyone can repeat."""
+"""What encoding and decoding costs in quality and in bits, by a protocol that anyone can repeat."""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Feature extractors: whose features a Fréchet distance compares decides what the figure means, so it goes by a name."""
+"""Feature extractors: whose features a Fréchet distance compares decides what the figure means, so it has a name."""
 
 import hashlib
 import logging
@@ -150,7 +150,7 @@ def make_extractor(name):
     """The extractor of this name; an extractor is given back as it is.
 
     Args:
-        name: "inception-v3", "efficientnet-lite0", or "auto": the first whose weights are to be had.
+        name: "inception-v3", "efficientnet-lite0", or "auto": the first whose weights are available.
 
     Raises:
         ValueError: another name.

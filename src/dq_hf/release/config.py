@@ -113,7 +113,7 @@ class Section:
         return Section(self.params[key], f"{self.path}.params.{key}", targets, self.defaults)
 
     def finish(self, *without_effect):
-        """Refuse parameters that nobody read, but for the named ones."""
+        """Refuse parameters that were not read, except the named ones."""
         unknown = sorted(cut(key) for key in set(self.params) - self.read - set(without_effect))
         if unknown:
             raise ValueError(f"{self.path}.params has parameters that the converter does not know: {listed(unknown)}")

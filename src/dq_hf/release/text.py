@@ -1,4 +1,4 @@
-"""Small files of plain values that somebody else wrote: read at a bounded cost, and never quoted at length."""
+"""Small files of plain values from untrusted sources: read with bounded time and memory, and quoted only in part."""
 
 import json
 import os

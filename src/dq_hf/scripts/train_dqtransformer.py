@@ -12,7 +12,7 @@ One GPU, the paper's sizes, one's own tokenizer; images are encoded once, into a
         --vae runs/vae/model --output_dir runs/transformer --hidden_size 1024 --num_attention_heads 8 \
         --num_position_layers 6 --num_content_layers 18 --max_steps 300000
 
-All GPUs of one machine: `--config_file examples/configs/one_node.yaml`, or `one_node_fsdp.yaml` to share out weights and
+All GPUs of one machine: `--config_file examples/configs/one_node.yaml`, or `one_node_fsdp.yaml` to shard weights and
 optimiser; of several machines: `several_nodes.yaml`. Where only the package is installed, `-m
 dq_hf.scripts.train_dqtransformer` stands for `examples/train_dqtransformer.py`. A run that was stopped or killed goes on
 where its last checkpoint was when the same command is given again. `<output_dir>/model` holds tokenizer and generator with

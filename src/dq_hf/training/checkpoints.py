@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: `checkpoint-<step>` folders that are either whole or not there."""
+"""Checkpoints of a training run: `checkpoint-<step>` folders, written atomically."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a training run tells about itself in its model's card, and its model's way to the Hub."""
+"""The model card of a training run, and the upload of its model."""
 
 import platform
 import re
