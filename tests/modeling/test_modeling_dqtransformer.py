@@ -4,11 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import make_transformer, seeded
-from slow_sampling import SlowImage, SlowTransformer
+from slow_sampling import SlowTransformer
 
-from dq_hf.modeling.conditioning_dq import Condition
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, Greedy, Replay, next_element, random_streams
+from dq_hf.modeling.generation_dq import Draw, Replay, next_element, random_streams
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
 
 NUM_CODES = 16
@@ -483,64 +482,6 @@ def test_log_probabilities_have_gradients_and_do_not_depend_on_the_batch(models)
 
 
 # Conditions
-
-
-def with_prefix(model, count, seed=0):
-    """A condition with a prefix of five elements, whose twin has another."""
-    width = model.config.hidden_size
-    prefix = torch.randn(count + 1, 5, width, generator=seeded(seed))
-    return Condition(torch.zeros(count, dtype=torch.long), prefix[1:], null_prefix=prefix[0])
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-@torch.no_grad()
-def test_a_prefix_is_read_before_the_stream_by_the_cached_steps_as_by_the_slow_version(models, scale):
-    model = models["unconditional"]
-    condition = with_prefix(model, 3)
-    state = StreamState(model.layout, condition.labels)
-    *_, state = model.run_steps(state, condition, Greedy(), scale, None)
-    contents, positions = state.stream()
-    for image, length in enumerate(state.lengths.tolist()):
-        image_state = SlowImage(model.config.grid_sizes, "row-first", True)
-        elements, granularity = [(NUM_CODES + 2, 6 + 2, 0)], 0
-        slow = SlowTransformer(model)
-
-        def logits(element, which, elements=elements, image=image, slow=slow):
-            given = slow.logits([*elements, element], condition.prefix[image])[which][-1]
-            bare = slow.logits([*elements, element], condition.null_prefix)[which][-1]
-            return bare + scale * (given - bare)
-
-        while granularity < 2:
-            cells = 6 * 4**granularity
-            position = best(logits((0, 0, granularity), 0), image_state.allowed(granularity))
-            content = NUM_CODES + 1
-            if position < cells:
-                content = best(logits((0, position, granularity), 1), range(NUM_CODES))
-                image_state.write(granularity, position, content)
-            elements.append((content, position, granularity))
-            if position == cells + 1:
-                granularity += 1
-                if granularity < 2:
-                    elements.append((NUM_CODES + 2, 24 + 2, granularity))
-        assert [element[:2] for element in elements] == list(
-            zip(contents[image, :length].tolist(), positions[image, :length].tolist())
-        )
-
-
-def best(logits, allowed):
-    return max(sorted(allowed), key=lambda index: float(logits[index]))
-
-
-@torch.no_grad()
-def test_logits_behind_a_prefix_are_those_of_the_slow_version(models):
-    model = models["unconditional"]
-    codes, grain_map, _ = toy_batch(model)
-    condition, stream = with_prefix(model, 4), model.pack(codes, grain_map)
-    got = model.logits(stream, condition)
-    for image, length in enumerate(stream.lengths.tolist()):
-        expected = SlowTransformer(model).logits(elements_of(stream, image), condition.prefix[image])
-        for mine, slow in zip(got, expected):
-            torch.testing.assert_close(mine[image, : length - 1], slow, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

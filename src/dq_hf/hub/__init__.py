@@ -1,7 +1,6 @@
 """Saved folders, model cards, exported code and the Hub; imports nothing of dq_hf but itself."""
 
 from .configuration import ConfigHubMixin
-from .folders import read_json_object
 from .mixins import HubMixin, ProcessorHubMixin
 
-__all__ = ["ConfigHubMixin", "HubMixin", "ProcessorHubMixin", "read_json_object"]
+__all__ = ["ConfigHubMixin", "HubMixin", "ProcessorHubMixin"]

@@ -10,7 +10,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 from .card import merge_with_owner, read_card, read_source_card, save_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
-from .folders import STAGE, files_beside, files_of, replace_files
+from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
 from .upload import check_push, upload
 from .weights import RESULTS_FILE, check_state_dict, load_strictly, stale_files
 
@@ -90,6 +90,20 @@ class ProcessorHubMixin(PushMixin):
     def write_folder(self, folder, title=None, repository=None, **arguments):
         """Write its file; a processor has no card."""
         super().save_pretrained(folder)
+
+    @classmethod
+    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, but a damaged file is an `OSError` that names it."""
+        file = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "preprocessor_config.json")
+        if file.is_file():
+            read_json_object(file)
+        content, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            cls(**content)
+        except (TypeError, ValueError) as error:
+            source = file if file.is_file() else pretrained_model_name_or_path
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{source}: {error}") from error
+        return content, kwargs
 
 
 class HubMixin(PushMixin):

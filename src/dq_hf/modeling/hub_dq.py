@@ -3,11 +3,8 @@
 The only module here that knows of dq_hf, because these modules travel with a model to places where it may be missing.
 """
 
-import json
-from pathlib import Path
-
 try:
-    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin, read_json_object
+    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin
 except ImportError:
 
     class HubMixin:
@@ -35,10 +32,6 @@ except ImportError:
 
     class ProcessorHubMixin:
         """Stands before `BaseImageProcessor`."""
-
-    def read_json_object(path):
-        """The dictionary that a JSON file holds."""
-        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def without_remote_code(entries):

@@ -1,7 +1,5 @@
 """Images to `pixel_values` and back."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -9,7 +7,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_utils_dq import MOST_WIDTH
-from .hub_dq import ProcessorHubMixin, read_json_object, without_remote_code
+from .hub_dq import ProcessorHubMixin, without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
@@ -68,20 +66,6 @@ class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack(tensors) * 2 - 1})
 
     preprocess = __call__
-
-    @classmethod
-    def get_image_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in transformers, but a damaged file is an `OSError` that names it."""
-        file = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "preprocessor_config.json")
-        if file.is_file():
-            read_json_object(file)
-        content, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        try:
-            cls(**content)
-        except (TypeError, ValueError) as error:
-            source = file if file.is_file() else pretrained_model_name_or_path
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{source}: {error}") from error
-        return content, kwargs
 
     def post_process(self, pixel_values, output_type="pil"):
         """Images of `pixel_values` (B, 3, height, width) about in [-1, 1]; what lies outside is clipped.
