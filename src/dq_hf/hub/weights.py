@@ -39,6 +39,8 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
     if kwargs.get("use_safetensors") is None:
         kwargs["use_safetensors"] = True
     try:
+        if config is None and (folder / "config.json").is_file():
+            model_class.config_class.get_config_dict(folder)  # or it is of another model, whose weights lie elsewhere
         files = weight_files(folder, kwargs.get("variant")) if kwargs["use_safetensors"] else []
         if files and not isinstance(config, PreTrainedConfig):
             dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not its own
