@@ -376,7 +376,7 @@ def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models
         make_vae(image_size=8, router="feature").save_pretrained("feature")
     printed = run("calibrate", "--data", "photographs", "--model", kind, "--fine-ratio", share)
     lines = [line.split() for line in printed.out.splitlines()]
-    assert [line[0] for line in lines] == ["thresholds", "achieved"] and lines[1][-2:] == ["8", "images"]
+    assert [line[0] for line in lines] == ["thresholds", "achieved", "written"] and lines[1][-2:] == ["8", "images"]
     assert ("nats" in lines[0]) == (kind != "feature")
     assert float(lines[1][1]) == pytest.approx(share, abs=1 / 32)
     vae = DQForImageGeneration.from_pretrained(kind).vae if kind == "model" else DQVAEModel.from_pretrained(kind)
@@ -395,7 +395,7 @@ def test_calibrate_reads_a_stream_alike(run, place, photographs):
 def test_calibrate_skips_and_names_a_stated_share_of_broken_images(run, place, photographs, caplog):
     (photographs / "3.png").write_bytes(b"")
     printed = run("calibrate", "--data", "photographs", "--model", "model", "--max-broken-share", "0.125")
-    assert printed.out.endswith("of the regions of 7 images\n")
+    assert "of the regions of 7 images\n" in printed.out
     assert any("3.png" in record.getMessage() for record in caplog.records)
 
 

@@ -17,6 +17,7 @@ COMMANDS = [
     ["evaluate"],
     ["evaluate", "reconstruction"],
     ["evaluate", "generation"],
+    ["evaluate", "likelihood"],
     ["draw"],
     ["draw", "order"],
     ["draw", "entropy"],
@@ -53,6 +54,13 @@ for arguments in {asked}:
         heavy = [name for name in ("torch", "transformers", "diffusers", "accelerate") if name in sys.modules]
         print("ENDED", end.code, *heavy)
 """
+
+
+def test_a_misspelt_option_is_answered_by_the_command_with_the_nearest(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--class-lable", "flags", "--output", "a.png"])
+    message = capsys.readouterr().err
+    assert message.startswith("usage: dq-hf generate") and message.endswith("did you mean --class-label?\n")
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -497,3 +497,9 @@ def test_two_processes_share_the_images_and_neither_runs_dry(tmp_path):
         assert result["processes"] == 2
         assert result["resumed"] == result["uninterrupted"] and len(result["resumed"]) == 7
         assert result["skipped"] == result["stored"][2:] and len(result["stored"]) == 3
+
+
+def test_a_place_that_is_neither_a_path_nor_a_data_set_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="photos/cats is no local folder or file, and no data set of the Hub"):
+        load_images("photos/cats", "train")

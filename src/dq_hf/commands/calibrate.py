@@ -47,3 +47,4 @@ def run(args):
     print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}{unit}")
     num_images = images.num_rows - images.num_broken
     print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
+    print(f"written     into the weights of {folder}")

@@ -86,7 +86,9 @@ def run_order(args):
     seconds = [args.seconds / (len(frames) - 1)] * (len(frames) - 1) + [FINISHED_SECONDS]
     durations = [round(1000 * value) for value in seconds]
     save_image(frames[0], args.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    print(f"{args.output}: {args.num_images} images of {', '.join(map(str, count_codes(grain_maps).tolist()))} codes")
+    print(
+        f"{args.output}: {args.num_images} image{'s' * (args.num_images > 1)} of {', '.join(map(str, count_codes(grain_maps).tolist()))} codes"
+    )
 
 
 def run_entropy(args):

@@ -1,6 +1,8 @@
 """`dq-hf`: finds the command, runs it, and says in one line what went wrong."""
 
 import argparse
+import difflib
+import re
 import sys
 
 from . import calibrate, convert, demo, draw, encode, evaluate, generate, reconstruct, train_generator, train_tokenizer
@@ -22,7 +24,9 @@ INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
 
 def main(arguments=None):
     """Run one command; an expected failure ends with exit status 1 and one line on stderr."""
-    args = make_parser().parse_args(arguments)
+    args, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        refuse(args.parser, unknown)
     try:
         args.run(args)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -31,6 +35,14 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print(f"dq-hf {args.command}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def refuse(parser, unknown):
+    """End with exit status 2 at arguments that a command does not have."""
+    known = re.findall(r"--[a-z-]+", parser.format_usage())
+    close = difflib.get_close_matches(unknown[0], known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def make_parser():

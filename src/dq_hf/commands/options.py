@@ -25,7 +25,7 @@ SAMPLING_HELP = {
 def add_command(commands, name, run, description):
     """A sub-command whose function is `run(args)`."""
     command = commands.add_parser(name, help=description, description=description)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
 
@@ -141,7 +141,8 @@ def add_generation_options(command, num_images):
         "--class-label",
         nargs="+",
         metavar="CLASS",
-        help="Generate these classes in turn, given as names or ids (default: every class).",
+        help="Generate these classes in turn, given as names or ids; a wrong name is answered by the names that there are "
+        "(default: every class).",
     )
     command.add_argument(
         "-n",

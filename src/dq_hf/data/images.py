@@ -25,12 +25,20 @@ def load_images(data, split, image_column="image", streaming=False):
 
     Raises:
         ValueError: no such split or column; the message lists what there is.
+        OSError: there is neither such a path nor such a data set.
     """
     path = Path(data)  # absolute, because datasets has builders of its own named "parquet", "csv", "imagefolder"
     if path.is_file():
         splits = datasets.load_dataset("parquet", data_files=str(path.absolute()), streaming=streaming)
     else:
-        splits = datasets.load_dataset(str(path.absolute() if path.exists() else data), streaming=streaming)
+        try:
+            splits = datasets.load_dataset(str(path.absolute() if path.exists() else data), streaming=streaming)
+        except (OSError, ValueError) as error:
+            if path.exists():
+                raise
+            raise OSError(
+                f"{data} is no local folder or file, and no data set of the Hub that could be read: {error}"
+            ) from error
     if split not in splits:
         raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
     dataset = splits[split]
