@@ -60,7 +60,7 @@ import sys
 class NoPackage:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "dq_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}")
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, NoPackage())
 try:

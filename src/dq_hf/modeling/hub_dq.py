@@ -5,7 +5,9 @@ The only module here that knows of dq_hf, because these modules travel with a mo
 
 try:
     from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name not in (None, "dq_hf", "dq_hf.hub"):  # dq_hf is there, and something that it needs is not
+        raise
 
     class HubMixin:
         """Stands before `PreTrainedModel`: weights that are missing or of another shape are an error."""
