@@ -603,7 +603,8 @@ def test_mutated_weights_are_refused_by_name_or_loaded_as_they_are(part, model_c
         model = outcome(model_class.from_pretrained, path)
         if model is not None:
             assert_weights(model, (path, ""))
-            assert all(value.isfinite().all() for value in model.state_dict().values())
+            weights = {key: value for key, value in model.state_dict().items() if key != "router.thresholds"}
+            assert all(value.isfinite().all() for value in weights.values())  # those are infinite until calibrated
 
     try:
         check()
