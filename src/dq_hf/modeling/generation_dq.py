@@ -304,9 +304,10 @@ def evaluation_mode(model):
         yield
     finally:
         with _MODES:
-            holders, training = model.__dict__["_evaluation_mode"]
-            model.__dict__["_evaluation_mode"] = (holders - 1, training)
-            if holders == 1:
+            holders, training = model.__dict__.pop("_evaluation_mode")
+            if holders > 1:
+                model.__dict__["_evaluation_mode"] = (holders - 1, training)
+            else:
                 for module in training:
                     module.training = True
 
