@@ -23,7 +23,6 @@ SIZES = dict(
     norm_num_groups=4,
     router_norm_num_groups=4,
     router_activation=None,  # one linear layer: a second one would be 2 % of all parameters
-    router_gradient="selected",  # the release's
     z_channels=64,
     codebook_size=256,
     codebook_dim=32,
@@ -42,6 +41,8 @@ class Condition:
         router: "entropy", "feature" or "random" (regions drawn anew for every image and step); None: nothing to route.
         shares: wanted share of regions at each granularity but the coarsest.
         strides: of the last downsampling, (rows, columns); less than 2 x 2 makes a fixed grid larger.
+        router_gradient: what the feature router learns from: all granularities ("compared"), or, as in the release, the
+            one that was chosen ("selected").
     """
 
     granularities: tuple[int, ...]
@@ -50,9 +51,14 @@ class Condition:
     router: str | None = None
     shares: tuple[float, ...] = ()
     strides: tuple[int, int] = (2, 2)
+    router_gradient: str = "compared"
 
 
 DUAL = dict(granularities=(8, 4), widths=(8, 16, 48, 64), decoder_widths=(8, 16, 48), shares=(1 / 3,))
+# 16 (1 + 3 * 11/24 + 15 * 3/8) = 128 codes on average, and 127 in whole regions like the dual ones.
+TRIPLE = dict(
+    granularities=(16, 8, 4), widths=(8, 16, 48, 48, 32), decoder_widths=(8, 16, 48), shares=(11 / 24, 3 / 8)
+)
 FIXED = dict(granularities=(8,), widths=(8, 16, 48, 60), decoder_widths=(8, 16, 48, 52))
 CONDITIONS = {
     "fixed-64": Condition(**FIXED),
@@ -62,14 +68,9 @@ CONDITIONS = {
     "random": Condition(**DUAL, router="random"),
     "entropy": Condition(**DUAL, router="entropy"),
     "feature": Condition(**DUAL, router="feature"),
-    # 16 (1 + 3 * 11/24 + 15 * 3/8) = 128 codes on average, and 127 in whole regions like the dual ones.
-    "triple": Condition(
-        granularities=(16, 8, 4),
-        widths=(8, 16, 48, 48, 32),
-        decoder_widths=(8, 16, 48),
-        router="entropy",
-        shares=(11 / 24, 3 / 8),
-    ),
+    "feature-selected": Condition(**DUAL, router="feature", router_gradient="selected"),
+    "triple": Condition(**TRIPLE, router="entropy"),
+    "triple-feature": Condition(**TRIPLE, router="feature"),
 }
 
 
@@ -81,6 +82,7 @@ def make_model(condition, entropy_thresholds=None):
         block_out_channels=condition.widths,
         decoder_block_out_channels=condition.decoder_widths,
         router=condition.router or "entropy",
+        router_gradient=condition.router_gradient,
         entropy_thresholds=entropy_thresholds,
         budget_targets=condition.shares,
     )

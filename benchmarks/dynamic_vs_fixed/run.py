@@ -6,7 +6,8 @@
     python benchmarks/dynamic_vs_fixed/run.py --data photographs
 
 Every finished run is a small JSON file in `results/<data>/`, and is not run again; the trained weights stay in
-`--work_dir`. A run that was killed starts again alone: give the same command again. `evidence.py` makes the tables.
+`--work_dir`. A run that was killed starts again alone: give the same command again. A folder of results holds runs of the
+same settings only. `pilot.py` is how the learning rates and the number of steps were chosen; `evidence.py` makes the tables.
 """
 
 import dataclasses
@@ -35,7 +36,10 @@ from dq_hf.modeling.image_processing_dq import DQImageProcessor, to_bytes
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-DATA = {"emoji": REPOSITORY / "examples" / "data" / "emoji", "photographs": REPOSITORY / "runs" / "photographs"}
+DATA = {
+    "emoji": REPOSITORY / "examples" / "data" / "emoji-captions",
+    "photographs": REPOSITORY / "runs" / "photographs",
+}
 
 
 @dataclass
@@ -46,7 +50,9 @@ class Arguments:
         default_factory=lambda: [*CONDITIONS, *stage_2.GENERATORS], metadata={"help": "which ones to run"}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights and order of images"})
-    steps: int = field(default=600, metadata={"help": "optimizer steps of a tokenizer"})
+    steps: int = field(default=6000, metadata={"help": "optimizer steps of a tokenizer"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "highest learning rate of a tokenizer"})
+    device: str = field(default="cpu", metadata={"help": "where models are trained and measured"})
     seconds: float = field(default=120.0, metadata={"help": "CPU time of training a generator"})
     samples: int = field(default=384, metadata={"help": "images that a generator samples"})
     images: int | None = field(default=None, metadata={"help": "the first images of each split only; none: all"})
@@ -95,12 +101,14 @@ def run_tokenizer(args, data, images, name, seed):
     settings = common_settings(data, images, name, seed) | {
         "steps": args.steps,
         "batch_size": stage_1.BATCH_SIZE,
-        "learning_rate": stage_1.LEARNING_RATE,
+        "learning_rate": args.learning_rate,
     }
     run(
         args,
         settings,
-        train=lambda: stage_1.train(CONDITIONS[name], images["train"], seed, args.steps),
+        train=lambda: stage_1.train(
+            CONDITIONS[name], images["train"], seed, args.steps, args.learning_rate, args.device
+        ),
         make=lambda facts: conditions.make_model(CONDITIONS[name], facts["entropy_thresholds"]),
         evaluate=lambda model: stage_1.evaluate(model, CONDITIONS[name], images["test"], seed),
     )
@@ -121,7 +129,7 @@ def run_generator(args, data, images, name, seed):
         if not weights.exists():
             raise FileNotFoundError(f"{name} needs {weights}; run stage 1 of {tokenizer}, seed {seed} first")
         facts = read_metadata(weights)["facts"]
-        vae = load_weights(conditions.make_model(condition, facts["entropy_thresholds"]), weights)
+        vae = load_weights(conditions.make_model(condition, facts["entropy_thresholds"]), weights).to(args.device)
         return vae, *stage_2.encode(vae, images["train"])
 
     def train():
@@ -167,6 +175,7 @@ def run(args, settings, train, make, evaluate):
     data, name, seed = (settings[key] for key in ("data", "condition", "seed"))
     result = Path(args.results_dir, data, f"{name}-seed{seed}.json")
     if result.exists():
+        check_settings(result, {name: json.loads(result.read_text()).get(name) for name in settings}, settings)
         return
     print(f"{data}, {name}, seed {seed}", flush=True)
     weights = weights_path(args, data, name, seed)
@@ -174,9 +183,8 @@ def run(args, settings, train, make, evaluate):
         model, facts = train()
         save_weights(model, weights, {"settings": settings, "facts": facts})
     metadata = read_metadata(weights)
-    if metadata["settings"] != settings:
-        raise ValueError(f"{weights} must be of a run with {settings}, got {metadata['settings']}; remove it")
-    model = load_weights(make(metadata["facts"]), weights)
+    check_settings(weights, metadata["settings"], settings)
+    model = load_weights(make(metadata["facts"]), weights).to(args.device)
     write_json(
         result,
         settings
@@ -190,17 +198,23 @@ def run(args, settings, train, make, evaluate):
     )
 
 
+def check_settings(path, found, wanted):
+    """Raise `ValueError` if a file is of a run with other settings: what is compared must differ in one thing alone."""
+    if found != wanted:
+        raise ValueError(f"{path} must be of a run with {wanted}, got {found}; remove it, or give other folders")
+
+
 def load_split(folder, split, num_images=None):
     """Images (n, 3, 64, 64) in [-1, 1] of a split, and for each the number of its group.
 
     A group is what cannot count as several independent images: the tiles of one photograph (files named
-    `<photograph>-<tile>.png`), or the pictures of one emoji by several vendors (column `codepoints`).
+    `<photograph>-<tile>.png`), or one concept in several styles (column `concept`).
     """
     if not folder.exists():
         raise FileNotFoundError(f"{folder} not found; make the photographs with photographs.py")
     dataset = load_images(folder, split)
     rows = list(dataset.select(range(min(num_images or len(dataset), len(dataset)))))
-    names = [row.get("codepoints") or Path(row["image"]["path"]).name.rsplit("-", 1)[0] for row in rows]
+    names = [row.get("concept") or Path(row["image"]["path"]).name.rsplit("-", 1)[0] for row in rows]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     collate = ImageCollator(DQImageProcessor({"height": IMAGE_SIZE, "width": IMAGE_SIZE}))
     return collate(rows)["pixel_values"], [numbers[name] for name in names]

@@ -13,26 +13,27 @@ from dq_hf.modeling.image_processing_dq import from_bytes, to_bytes
 from dq_hf.training.calibration import calibrate
 
 BATCH_SIZE = 8  # better than 16 for the same number of images
-LEARNING_RATE = 1e-3  # of 5e-4, 1e-3, 2e-3 and 4e-3 the best for fixed-256, PSNR
 WARMUP_STEPS = 50
 CALIBRATION_IMAGES = 1024
 
 
-def train(condition, train_images, seed, steps):
+def train(condition, train_images, seed, steps, learning_rate, device):
     """A tokenizer trained on `train_images` (n, 3, 64, 64), and what to note about the run.
 
-    L1 and VQ loss, and the feature router's budget. Images come in the same order for every condition of a seed.
+    L1 and VQ loss, and the feature router's budget. Images come in the same order for every condition of a seed. The
+    entropy router is calibrated to its shares before training, the feature router after it.
     """
     torch.manual_seed(seed)
-    model = make_model(condition).to(memory_format=torch.channels_last).train()
+    model = make_model(condition).to(device, memory_format=torch.channels_last).train()
+    calibration_images = train_images[:CALIBRATION_IMAGES].split(256)
     if condition.router == "entropy":
-        calibrate(model, train_images[:CALIBRATION_IMAGES].split(256), condition.shares)
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
+        calibrate(model, calibration_images, condition.shares)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.99))
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP_STEPS, num_training_steps=steps)
     start = time.perf_counter()
     batches = itertools.islice(batches_of_rows(len(train_images), BATCH_SIZE, seed), steps)
     for rows in tqdm(batches, total=steps, mininterval=10):
-        pixel_values = train_images[rows]
+        pixel_values = train_images[rows].to(device)
         shares = list(condition.shares) if condition.router == "random" else None
         loss = model(pixel_values, fine_ratio=shares).loss
         optimizer.zero_grad()
@@ -41,6 +42,8 @@ def train(condition, train_images, seed, steps):
         optimizer.step()
         scheduler.step()
     seconds = round((time.perf_counter() - start) / steps, 4)
+    if condition.router == "feature":
+        calibrate(model, calibration_images, condition.shares)
     thresholds = model.router.thresholds.tolist() if condition.router == "entropy" else None
     return model.eval(), {"seconds_per_step": seconds, "entropy_thresholds": thresholds}
 
@@ -79,8 +82,8 @@ def measure(model, test_images, grain_map=None, fine_ratio=None):
     for rows in torch.arange(len(test_images)).split(64):
         originals = test_images[rows]
         prescribed = None if grain_map is None else grain_map[rows]
-        output = model(originals, fine_ratio=fine_ratio, grain_map=prescribed)
-        samples = eight_bits(output.sample)
+        output = model(originals.to(model.device), fine_ratio=fine_ratio, grain_map=prescribed)
+        samples = eight_bits(output.sample.cpu())
         for name, values, digits in (
             ("codes", output.num_codes, 0),
             ("psnr", psnr(samples, originals), 3),
@@ -90,7 +93,7 @@ def measure(model, test_images, grain_map=None, fine_ratio=None):
             lists[name] += [round(value, digits) for value in values.tolist()]
         frechet.add_batch(predictions=samples, references=originals)
         codes.add_batch(codes=output.codes, grain_maps=output.grain_map)
-        shares += torch.bincount(output.grain_map.flatten(), minlength=len(shares))
+        shares += torch.bincount(output.grain_map.flatten().cpu(), minlength=len(shares))
     return frechet.compute() | codes.compute() | {"shares": (shares / shares.sum()).tolist(), "images": lists}
 
 

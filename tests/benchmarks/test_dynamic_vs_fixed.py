@@ -10,6 +10,7 @@ import conditions
 import evidence
 import numpy as np
 import photographs
+import pilot
 import pytest
 import run
 import torch
@@ -18,7 +19,18 @@ from PIL import Image
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
 
-TOKENIZERS = ("fixed-64", "fixed-128", "fixed-256", "all-fine", "random", "entropy", "feature", "triple")
+TOKENIZERS = (
+    "fixed-64",
+    "fixed-128",
+    "fixed-256",
+    "all-fine",
+    "random",
+    "entropy",
+    "feature",
+    "feature-selected",
+    "triple",
+    "triple-feature",
+)
 GENERATORS = ("dq-transformer", "raster-256", "raster-128")
 
 
@@ -89,10 +101,12 @@ def test_a_run_that_was_lost_gives_the_same_figures_again(smoke):
 
 
 @pytest.mark.slow
-def test_weights_of_other_settings_are_refused(smoke, tmp_path):
+def test_weights_and_results_of_other_settings_are_refused(smoke, tmp_path):
     args = smoke_arguments(smoke, steps=3, results_dir=str(tmp_path), conditions=["fixed-64"])
     with pytest.raises(ValueError, match="fixed-64-seed0.safetensors must be of a run with .*'steps': 3"):
         run.main(args)
+    with pytest.raises(ValueError, match="fixed-64-seed0.json must be of a run with .*'steps': 3.*'steps': 2"):
+        run.main(smoke_arguments(smoke, steps=3, conditions=["fixed-64"]))
     folders = dict(work_dir=str(tmp_path), results_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="run stage 1 of fixed-256, seed 0 first"):
         run.main(smoke_arguments(smoke, **folders, conditions=["raster-256"]))
@@ -136,6 +150,18 @@ def test_a_grid_of_strides_two_is_the_library_model():
     a, b = ours(pixel_values), theirs(pixel_values)
     assert torch.equal(a.codes, b.codes) and torch.equal(a.sample, b.sample)
     assert torch.equal(a.loss, b.loss) and torch.equal(a.num_codes, b.num_codes)
+
+
+def test_pilot_chooses_the_best_learning_rate_and_says_what_more_steps_gain(tmp_path):
+    args = pilot.Arguments(results_dir=str(tmp_path / "pilot"), output=str(tmp_path / "tables.md"), report=True)
+    for rate, steps, psnr in ((5e-4, 1000, 16.0), (1e-3, 1000, 19.0), (2e-3, 1000, 18.0), (1e-3, 3000, 21.5)):
+        place = tmp_path / "pilot" / pilot.setting(rate, steps) / "emoji"
+        run.write_json(place / "entropy-seed0.json", result("entropy", 0, [psnr - 1, psnr + 1], 128.0, 1152.0))
+    pilot.main(args)
+    report = (tmp_path / "tables.md").read_text()
+    assert "| entropy | 0.002 | 1,000 | 18.00 |  |" in report
+    assert "| entropy | 0.001 | 3,000 | 21.50 | +1.25 |" in report
+    assert "6,000" not in report and "fixed-256" not in report
 
 
 def test_bootstrap_agrees_with_all_draws_there_are():
