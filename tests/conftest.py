@@ -15,6 +15,16 @@ import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig  # noqa: E402
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig  # noqa: E402
@@ -71,6 +81,31 @@ def make_transformer(**overrides):
         for parameter in model.parameters():
             parameter.normal_(std=0.6, generator=generator)
     return model
+
+
+WORDS = ("<pad>", "<unk>", "<end>", "a", "red", "blue", "heart", "sun", "and")
+TEXT = dict(text_hidden_size=8, text_length=5)  # of a generator that reads the states of `make_text_encoder`
+
+
+def make_text_tokenizer(words=WORDS, **special):
+    """A tokenizer of few words, whose texts end in <end>."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 2)])
+    special = dict(pad_token="<pad>", unk_token="<unk>", eos_token="<end>", model_max_length=8) | special
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_text_encoder(kind="clip"):
+    """A text encoder of transformers for `make_text_tokenizer`, "clip", "t5" or "bert", with states of 8 numbers."""
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    special = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2, vocab_size=len(WORDS))
+    torch.manual_seed(0)
+    if kind == "t5":
+        return T5EncoderModel(T5Config(d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, **special)).eval()
+    if kind == "bert":
+        return BertModel(BertConfig(**sizes, max_position_embeddings=8, **special)).eval()
+    return CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=8, **special)).eval()
 
 
 def seeded(seed=0):

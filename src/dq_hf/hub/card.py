@@ -62,11 +62,18 @@ class SourceCard:
 
 def model_state(model):
     """What a change of the model would change: its configuration, and up to 1,024 values of each of its weights."""
-    state = {f"config.{name}": getattr(model.config, name) for name in sorted(model.config.own_field_names())}
+    state = {"config": own_entries(model.config)}
     for name, value in model.state_dict().items():
         readable = type(value) is torch.Tensor and not value.is_meta  # else it was quantised, sharded or put away
         state[name] = value.flatten()[:: math.ceil(value.numel() / 1024) or 1].cpu().clone() if readable else None
     return state
+
+
+def own_entries(config):
+    """What a configuration says of its model."""
+    if not hasattr(config, "own_field_names"):  # of a model of transformers itself
+        return config.to_diff_dict()
+    return {name: getattr(config, name) for name in sorted(config.own_field_names())}
 
 
 def is_same(before, after):
@@ -147,13 +154,18 @@ def read_header(text):
 
 def travelling_card(parts):
     """The one card with which all parts of a model, {sub-folder: model}, were loaded, if it is still true; else None."""
-    cards = {name: part.source_card for name, part in parts.items()}
+    cards = {name: card_of(part) for name, part in parts.items()}
     if any(card is None or card.part != name for name, card in cards.items()):
         return None
     if len({card.text for card in cards.values()}) > 1:
         return None
     true = all(card.still_describes(parts[name]) for name, card in cards.items())
     return next(iter(cards.values())) if true else None
+
+
+def card_of(part):
+    """The `SourceCard` of a part, None for one that a library loaded."""
+    return getattr(part, "source_card", None)
 
 
 def save_card(folder, config, parts, title, repository=None):
@@ -271,14 +283,14 @@ def card_header(config, title, dataset, test_split, metrics, license, parts):
     """The YAML that the Hub reads."""
     kind = KINDS[config.model_type]
     on_hub = dataset is not None and is_hub_dataset(dataset)
-    cards = [part.source_card for part in parts.values() if part.source_card is not None]
+    cards = [card_of(part) for part in parts.values() if card_of(part) is not None]
     headers = [split_card(card.text)[0] for card in cards]
     datasets = [dataset] if on_hub else []
     for header in headers:
         named = header.get("datasets")
         datasets += [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
     licences = {licence_of(header) for header in headers}
-    same = all(part.source_card and part.source_card.still_describes(part) for part in parts.values())
+    same = all(card_of(part) and card_of(part).still_describes(part) for part in parts.values())
     if is_whole(parts) and same and len(licences) == 1:
         license = license or licences.pop()
     results = [
@@ -335,7 +347,7 @@ def tell_origins(parts):
     """Sections of the cards that parts of a model came with, and {path: bytes} of their pictures."""
     told = {}  # text: names of the parts that it came with
     for name, part in parts.items():
-        if part.source_card is not None:
+        if card_of(part) is not None:
             told.setdefault(part.source_card.text, []).append(name)
     sections, files = [], {}
     for names in told.values():
@@ -358,8 +370,8 @@ def tell_origins(parts):
 
 
 def is_whole(names):
-    """Whether these sub-folders are all of a model."""
-    return set(names) in ({""}, set(NOUNS))
+    """Whether these sub-folders are all of a model, but perhaps for its text encoder."""
+    return "" in names or {"vae", "transformer"} <= set(names)
 
 
 def quote(card, folder):

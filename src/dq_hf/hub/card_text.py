@@ -27,7 +27,7 @@ PICTURES = {  # files that a card shows if the folder has them
     "samples.png": "Samples.",
     "reconstructions.png": "Held-out images, their variable-length coding, and their reconstructions.",
 }
-NOUNS = {"vae": "tokenizer", "transformer": "generator"}  # of a part of a model
+NOUNS = {"vae": "tokenizer", "transformer": "generator", "text_encoder": "text encoder"}  # of a part of a model
 
 
 def model_facts(config):

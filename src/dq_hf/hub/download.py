@@ -13,6 +13,7 @@ from .folders import check_links
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", *PICTURES)
+TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model")  # of a text encoder
 PART_FOLDERS = {"vae", "transformer", "text_encoder", "tokenizer"}
 MODEL_SUFFIXES = {".json", ".safetensors", ".md", ".png", ".bin"}
 

@@ -38,13 +38,14 @@ def write_code(folder, parts):
             sources.update([f"{source / module}.py", *get_relative_import_files(f"{source / module}.py")])
         update_json(file, auto_map={auto: f"{modules[auto]}.{loaded.__name__}" for auto, loaded in classes.items()})
 
-    for name, part in parts.items():
+    own = {name: part for name, part in parts.items() if code_folder(type(part)) == source}  # else it is of a library
+    for name, part in own.items():
         name_classes(folder / name / "config.json", AutoConfig=type(part.config), AutoModel=type(part))
     if (processor := folder / "preprocessor_config.json").is_file():
         name = json.loads(processor.read_text(encoding="utf-8"))["image_processor_type"]
         name_classes(processor, AutoImageProcessor=getattr(sys.modules[type(parts[""]).__module__], name))
     tasks = [(source if is_exported(type(parts[""])) else PACKAGE / "pipelines") / name for name in TASK_FILES]
-    if len(parts) > 1 and all(map(Path.is_file, tasks)):  # a copy may have come without them
+    if len(own) > 1 and all(map(Path.is_file, tasks)):  # a copy may have come without them
         sources.update(tasks)
         update_json(folder / "config.json", custom_pipelines=TASKS)
     for path in map(Path, sources):

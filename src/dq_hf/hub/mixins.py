@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from .card import merge_with_owner, read_card, read_source_card, save_card
-from .download import HUB_ARGUMENTS, SMALL_FILES, local_folder, repository_of
+from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
 from .upload import check_push, upload
@@ -109,7 +109,8 @@ class ProcessorHubMixin(PushMixin):
 class HubMixin(PushMixin):
     """Stands first among the bases of a model: saves it with its card, whole or not at all, and loads it strictly.
 
-    A model of several parts lists their sub-folders in `part_folders`, and its next base loads and saves them.
+    A model of several parts lists their sub-folders in `part_folders`, has those that are there as `parts`, and its next
+    base loads and saves them.
     """
 
     source_card = None
@@ -118,7 +119,7 @@ class HubMixin(PushMixin):
     @property
     def parts(self):
         """{sub-folder: model} of the models in a saved folder."""
-        return {name: getattr(self, name) for name in self.part_folders} or {"": self}
+        return {"": self}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
@@ -137,8 +138,7 @@ class HubMixin(PushMixin):
             if cls.part_folders:
                 model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
             else:
-                model, info = load_strictly(cls, super().from_pretrained, folder, *args, **kwargs)
-                model.source_card = read_source_card(model, folder)
+                model, info = load_model(cls, super().from_pretrained, folder, *args, **kwargs)
             if name := repository_of(folder):
                 model.name_or_path = model.config.name_or_path = name
         return (model, info) if output_loading_info else model
@@ -150,7 +150,7 @@ class HubMixin(PushMixin):
         names = ["config.json", f"model{infix}.safetensors", f"model{infix}-*-of-*.safetensors"]
         names += [f"model.safetensors.index{infix}.json"] + ["pytorch_model*.bin*"] * (use_safetensors is False)
         parts = [f"{part}/{name}" for part in cls.part_folders for name in names]
-        return (["config.json", *parts] if parts else names) + list(SMALL_FILES)
+        return (["config.json", *parts, *TOKENIZER_FILES] if parts else names) + list(SMALL_FILES)
 
     def save_pretrained(self, save_directory, *, is_main_process=True, push_to_hub=False, repo_id=None, **arguments):
         """Save weights, configuration and model card.
@@ -220,6 +220,13 @@ class HubMixin(PushMixin):
             write_code(folder, {"": self} | self.parts)
         if (folder / "config.json").is_file():  # else these are an adapter's weights
             save_card(folder, self.config, self.parts, title, repository)
+
+
+def load_model(model_class, load, folder, *args, **kwargs):
+    """As `load_strictly`; the model, which may be one of transformers itself, keeps the card that it came with."""
+    model, info = load_strictly(model_class, load, folder, *args, **kwargs)
+    model.source_card = read_source_card(model, folder)
+    return model, info
 
 
 def keep_owners_card(stage, folder):

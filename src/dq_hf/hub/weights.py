@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
@@ -50,11 +51,11 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
         is_quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         if files and not is_quantized:  # else the shapes are others
             with torch.device("meta"):  # nothing is allocated for weights that do not fit
-                expected = model_class(config).state_dict()
-            check_weight_files(model_class, expected, files)
+                blank = model_class(config)
+            check_weight_files(blank, files)
         kwargs["ignore_mismatched_sizes"] = True  # only so that they are listed; below they are an error
         model, info = load(folder, *args, config=config, output_loading_info=True, **kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         if str(folder) in str(error):
             raise
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{folder}: {error}") from error
@@ -62,7 +63,7 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
         f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
     ]
     state_dict = model.state_dict()
-    checked = state_dict.keys() - optional_weights(model_class)
+    checked = state_dict.keys() - optional_weights(model)
     not_finite = [name for name in checked if not (state_dict[name].is_meta or is_finite(state_dict[name]))]
     problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"]}
     refuse_weights(model_class, files or [folder], **problems, mismatched=mismatched, not_finite=not_finite)
@@ -79,19 +80,19 @@ def refuse_weights(model_class, files, **problems):
             )
 
 
-def optional_weights(model_class):
-    """Names of weights that older folders do not have; the model fills them in, and checks them itself."""
-    return set(model_class._keys_to_ignore_on_load_missing or ())
+def optional_weights(model):
+    """Names of weights that a folder need not have: those that the model fills in by itself, and others' twins (tied)."""
+    return set(model._keys_to_ignore_on_load_missing or ()) | set(model.all_tied_weights_keys)
 
 
-def check_weight_files(model_class, state_dict, files):
+def check_weight_files(model, files):
     """Compare the headers of safetensors files with a model's weights, of which only the shapes are looked at.
 
     Raises:
         OSError: a file that is not there, or damaged.
         ValueError: weights that do not fit.
     """
-    found, repeated = {}, []
+    state_dict, found, repeated = model.state_dict(), {}, []
     for path in files:
         try:
             with safe_open(path, "pt") as file:
@@ -107,9 +108,9 @@ def check_weight_files(model_class, state_dict, files):
         mismatched += [f"{name} {shape} instead of {expected}"] * (shape != expected)
         no_floats += [f"{name} ({dtype})"] * (dtype not in FLOATS)
     refuse_weights(
-        model_class,
+        type(model),
         files,
-        missing=state_dict.keys() - found.keys() - optional_weights(model_class),
+        missing=state_dict.keys() - found.keys() - optional_weights(model),
         unknown=found.keys() - state_dict.keys(),
         repeated=repeated,
         mismatched=mismatched,

@@ -75,7 +75,7 @@ def class_condition(class_labels, batch, config, device) -> Condition:
     null_label = config.num_classes if config.class_dropout > 0 else None
     if config.num_classes == 0:
         if class_labels is not None:
-            raise ValueError("this model is unconditional (num_classes 0): leave out class_labels")
+            raise ValueError(f"this model takes {inputs_of(config)}: leave out class_labels")
         return Condition(torch.zeros(batch or 1, dtype=torch.long, device=device))
     if class_labels is None:
         raise ValueError(
@@ -96,6 +96,14 @@ def class_condition(class_labels, batch, config, device) -> Condition:
     if batch is not None and len(labels) != batch:
         raise ValueError(f"class_labels must hold one label or one for each of {batch} images, got {len(labels)}")
     return Condition(labels, null_label=null_label)
+
+
+def inputs_of(config):
+    """What a model makes images of, for messages."""
+    classes = f"class_labels (integers in 0 ... {config.num_classes - 1})" if config.num_classes else ""
+    prompt = "a prompt" if config.text_length is not None else ""
+    nothing = "nothing to go by, it is unconditional (num_classes 0)"
+    return " and ".join(part for part in (classes, prompt) if part) or nothing
 
 
 class TextPrefix(nn.Module):

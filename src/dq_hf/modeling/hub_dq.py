@@ -4,26 +4,26 @@ The only module here that knows of dq_hf, because these modules travel with a mo
 """
 
 try:
-    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin
+    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin, load_model
 except ModuleNotFoundError as error:
     if error.name not in (None, "dq_hf", "dq_hf.hub"):  # dq_hf is there, and something that it needs is not
         raise
 
+    def load_model(model_class, load, source, *args, **kwargs):
+        """The model and the loading information that transformers' `load` gives; weights that do not fit are an error."""
+        model, info = load(source, *args, output_loading_info=True, **kwargs)
+        if wrong := sorted({*info.get("missing_keys", ()), *info.get("unexpected_keys", ())}):
+            raise ValueError(
+                f"{source} does not fit {model_class.__name__}: missing or unknown are {', '.join(wrong[:8])}"
+            )
+        return model, info
+
     class HubMixin:
         """Stands before `PreTrainedModel`: weights that are missing or of another shape are an error."""
 
-        @property
-        def parts(self):
-            """{sub-folder: model} of the models in a saved folder."""
-            return {"": self}
-
         @classmethod
         def from_pretrained(cls, source, *args, output_loading_info=False, **kwargs):
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-            if wrong := sorted({*info.get("missing_keys", ()), *info.get("unexpected_keys", ())}):
-                raise ValueError(
-                    f"{source} does not fit {cls.__name__}: missing or unknown are {', '.join(wrong[:8])}"
-                )
+            model, info = load_model(cls, super().from_pretrained, source, *args, **kwargs)
             return (model, info) if output_loading_info else model
 
     class ConfigHubMixin:

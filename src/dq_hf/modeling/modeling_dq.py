@@ -1,4 +1,4 @@
-"""DQ-VAE and DQ-Transformer together: one folder, one model, from class labels to images."""
+"""DQ-VAE, DQ-Transformer and perhaps a text encoder together: one folder, one model, from classes or prompts to images."""
 
 import json
 from dataclasses import dataclass
@@ -6,17 +6,19 @@ from pathlib import Path
 
 import diffusers
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
+from .conditioning_dq import inputs_of
 from .configuration_dq import DQConfig
 from .generation_dq import evaluation_mode
-from .hub_dq import HubMixin
+from .hub_dq import HubMixin, load_model
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
 from .modeling_utils_dq import TorchInitMixin
+from .text_dq import as_prompts, check_tokenizer, encode_prompts, encode_tokens, text_encoder_class
 
 
 @dataclass
@@ -37,22 +39,30 @@ class DQImageGenerationOutput(ModelOutput):
 
 
 PARTS = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}  # sub-folder and attribute: class
+PART_FOLDERS = (*PARTS, "text_encoder")  # the last one may be missing
+TOKENIZER_FOLDER = "tokenizer"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+SET_BY_LOADING = {
+    "transformers_version",
+    "dtype",
+    "architectures",
+    "_name_or_path",
+}  # of a text encoder's configuration
 
 
-class TwoPartModel(TorchInitMixin, PreTrainedModel):
-    """Saves and loads the tokenizer and the generator in a folder each, with the files of a pipeline beside them."""
+class ComposedModel(TorchInitMixin, PreTrainedModel):
+    """Saves and loads each part in a folder of its own, with the files of a pipeline beside them."""
 
     def save_pretrained(self, save_directory, *, is_main_process=True, state_dict=None, **arguments):
         """Save as in transformers; `ValueError` if a part has an adapter."""
-        folder, parts = Path(save_directory), {name: getattr(self, name) for name in PARTS}
-        for name, part in parts.items():
+        folder = Path(save_directory)
+        for name, part in self.parts.items():
             if any(hasattr(module, "base_layer") for module in part.modules()):
                 raise ValueError(
                     f"the {name} has an adapter: merge it first (PeftModel.merge_and_unload), "
                     "or save the adapter alone (PeftModel.save_pretrained)"
                 )
-        for name, part in parts.items():
+        for name, part in self.parts.items():
             weights = None
             if state_dict is not None:
                 prefix = f"{name}."
@@ -60,6 +70,8 @@ class TwoPartModel(TorchInitMixin, PreTrainedModel):
             arguments |= {"is_main_process": is_main_process, "state_dict": weights}
             PreTrainedModel.save_pretrained(part, folder / name, **arguments)
         if is_main_process:
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
             if self.is_remote_code():  # as transformers does for one model
                 custom_object_save(self, folder, config=self.config)
             write_root_files(self, folder)
@@ -71,41 +83,65 @@ class TwoPartModel(TorchInitMixin, PreTrainedModel):
         A `quantization_config` is for the generator; the tokenizer is nearly all convolutions.
         """
         source = str(pretrained_model_name_or_path)
+        place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if config is None:
-            config = DQConfig.from_pretrained(source, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+            config = DQConfig.from_pretrained(source, **place)
         if (attention := kwargs.pop("attn_implementation", None)) is not None:
             config._attn_implementation = attention  # and that of its parts
         root = Path(kwargs.pop("subfolder", None) or "")
         models, infos = {}, {}
-        for name in PARTS:
+        for name in PART_FOLDERS:
             listed = getattr(config, f"{name}_config")
+            if listed is None:
+                continue
             options = kwargs | {"attn_implementation": listed._attn_implementation}
-            if name == "vae":
+            if name != "transformer":
                 options.pop("quantization_config", None)
-            models[name], infos[name] = load_part(name, source, root, *args, **options)
-            own = models[name].config
-            fields = sorted(own.own_field_names()) + ["id2label"]
-            different = [field for field in fields if getattr(own, field) != getattr(listed, field)]
-            if different:
+            part_class = PARTS.get(name) or text_encoder_class(listed)
+            models[name], infos[name] = load_part(part_class, source, root / name, *args, **options)
+            if different := differences(models[name].config, listed):
                 raise ValueError(f"{source}: config.json and {name}/config.json disagree on {', '.join(different)}")
-        model = cls.from_models(**models).eval()
+        tokenizer = None if config.text_encoder_config is None else load_text_tokenizer(source, root, place)
+        model = cls.from_models(**models, tokenizer=tokenizer).eval()
         if hasattr(config, "auto_map"):  # of code that came with the model
             model.config.auto_map = config.auto_map
         return (model, infos) if output_loading_info else model
 
 
-def load_part(name, source, root, *args, **kwargs):
-    """One of the two models and its loading information, from a sub-folder of a folder or repository."""
-    repository, subfolder = source, str(root / name)
+def load_part(part_class, source, subfolder, *args, **kwargs):
+    """One of the models and its loading information, from a sub-folder of a folder or repository."""
     if Path(source).is_dir():  # goes in whole, so that messages name it
-        repository, subfolder = str(Path(source, root, name)), ""
-        if not Path(repository).is_dir():
-            raise OSError(f"{Path(source, root)} has no folder {name}; save or download the model again")
-    return PARTS[name].from_pretrained(repository, *args, subfolder=subfolder, output_loading_info=True, **kwargs)
+        if not Path(source, subfolder).is_dir():
+            place = Path(source, subfolder)
+            raise OSError(f"{place.parent} has no folder {place.name}; save or download the model again")
+        source = Path(source, subfolder)
+    else:
+        kwargs["subfolder"] = str(subfolder)
+    if part_class in PARTS.values():
+        return part_class.from_pretrained(source, *args, output_loading_info=True, **kwargs)
+    return load_model(part_class, part_class.from_pretrained, source, *args, **kwargs)
+
+
+def load_text_tokenizer(source, root, place):
+    """The tokenizer of the text encoder in a folder or repository; None without one. Code that comes with it is not run."""
+    folder = Path(source, root, TOKENIZER_FOLDER)
+    if Path(source).is_dir():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if folder.is_dir() else None
+    place = place | {"subfolder": str(root / TOKENIZER_FOLDER)}
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+
+
+def differences(own, listed):
+    """Names of the fields in which a part's configuration differs from what the whole's says of it."""
+    if hasattr(own, "own_field_names"):
+        fields = sorted(own.own_field_names()) + ["id2label"]
+        return [field for field in fields if getattr(own, field) != getattr(listed, field)]
+    own, listed = own.to_diff_dict(), listed.to_diff_dict()
+    return [key for key in sorted({*own, *listed} - {"dtype"}) if own.get(key) != listed.get(key)]
 
 
 def write_root_files(model, folder):
-    """The small files beside `vae/` and `transformer/`: configuration, pipeline index, image processor."""
+    """The small files beside the parts' folders: configuration, pipeline index, image processor."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     DQImageProcessor.for_model(model.config.vae_config).save_pretrained(folder)
@@ -113,19 +149,23 @@ def write_root_files(model, folder):
     # Named as in the package also where this is an exported copy, for `DQPipeline`.
     modules = {name: f"dq_hf.modeling.{part.__module__.rpartition('.')[2]}" for name, part in PARTS.items()}
     index |= {name: [modules[name], part.__name__] for name, part in PARTS.items()}
+    for name in ("text_encoder", "tokenizer"):
+        if (part := getattr(model, name)) is not None:
+            index[name] = ["transformers", type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-class DQForImageGeneration(HubMixin, TwoPartModel):
-    """The tokenizer `.vae` and the generator `.transformer`.
+class DQForImageGeneration(HubMixin, ComposedModel):
+    """The image tokenizer `.vae` and the generator `.transformer`; with text also `.text_encoder` and its `.tokenizer`.
 
-    A saved folder holds `config.json`, `model_index.json`, `preprocessor_config.json` and the two models in `vae/` and
-    `transformer/`; `DQPipeline`, `AutoModel` and `pipeline("dq-generation")` load it alike.
+    A saved folder holds `config.json`, `model_index.json`, `preprocessor_config.json` and the parts in `vae/`,
+    `transformer/`, `text_encoder/` and `tokenizer/`; `DQPipeline`, `AutoModel` and `pipeline("dq-generation")` load it
+    alike. The text encoder and its tokenizer are None where there are none.
     """
 
     config_class = DQConfig
     base_model_prefix = "dq"
-    part_folders = tuple(PARTS)
+    part_folders = PART_FOLDERS
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -138,30 +178,124 @@ class DQForImageGeneration(HubMixin, TwoPartModel):
         super().__init__(config)
         self.vae = DQVAEModel(config.vae_config)
         self.transformer = DQTransformerForImageGeneration(config.transformer_config)
+        text = config.text_encoder_config
+        self.text_encoder = None if text is None else text_encoder_class(text)(text)
+        self.tokenizer = None
         self.post_init()
 
     @classmethod
-    def from_models(cls, vae, transformer):
-        """Join a tokenizer and a generator, which stay as they are; raises ValueError if they do not fit."""
+    def from_models(cls, vae, transformer, text_encoder=None, tokenizer=None):
+        """Join an image tokenizer and a generator, which stay as they are.
+
+        Args:
+            vae, transformer: as `DQVAEModel` and `DQTransformerForImageGeneration`.
+            text_encoder: a model of transformers, for a generator with text; without it texts are given as
+                `encoder_hidden_states`.
+            tokenizer: of transformers, the text encoder's; without it texts are given as `input_ids`.
+
+        Raises:
+            TypeError, ValueError: they do not fit each other.
+        """
+        parts = {"vae": vae, "transformer": transformer}
+        if text_encoder is not None:
+            if not isinstance(text_encoder, PreTrainedModel):
+                raise TypeError(f"text_encoder must be a model of transformers, got {type(text_encoder).__name__}")
+            parts["text_encoder"] = text_encoder
+            text_encoder.config.architectures = [type(text_encoder).__name__]  # as saving it does
+        configs = {f"{name}_config": part.config for name, part in parts.items()}
         with torch.device("meta"):  # nothing is allocated or initialised for the parts that are replaced
-            model = cls(DQConfig(vae_config=vae.config, transformer_config=transformer.config))
-        model.vae, model.transformer = vae, transformer
-        model.config.vae_config, model.config.transformer_config = vae.config, transformer.config
+            model = cls(DQConfig(**configs))
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, model.config.text_encoder_config, transformer.config.text_length)
+        for name, part in parts.items():
+            setattr(model, name, part)
+            setattr(model.config, f"{name}_config", part.config)
+        model.tokenizer = tokenizer
         return model
 
-    def forward(self, pixel_values, class_labels=None):
+    @property
+    def parts(self):
+        """{sub-folder: model} of the models in a saved folder."""
+        return {name: part for name in PART_FOLDERS if (part := getattr(self, name)) is not None}
+
+    def forward(
+        self,
+        pixel_values,
+        class_labels=None,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+    ):
         """The generator's training losses on images (B, 3, height, width); see `DQTransformerOutput`.
 
-        The tokenizer is frozen: it is put into evaluation mode and gets no gradient.
+        The image tokenizer is frozen: it is put into evaluation mode and gets no gradient. The text encoder is trained
+        along where its weights ask for a gradient.
+
+        Args:
+            class_labels, encoder_hidden_states, encoder_attention_mask: as in the generator's `forward`.
+            input_ids, attention_mask: (B, T) of texts, as `text_dq.tokenize` gives them, instead of the states.
         """
         with torch.no_grad():
             encoded = self.vae.eval().encode(pixel_values)
-        return self.transformer(encoded.codes, encoded.grain_map, class_labels)
+        if input_ids is not None:
+            if encoder_hidden_states is not None:
+                raise ValueError("give input_ids or encoder_hidden_states, not both")
+            if self.text_encoder is None:
+                raise ValueError("input_ids need a text encoder, and this model has none: give encoder_hidden_states")
+            encoder_hidden_states, encoder_attention_mask = encode_tokens(self.text_encoder, input_ids, attention_mask)
+        return self.transformer(
+            encoded.codes, encoded.grain_map, class_labels, encoder_hidden_states, encoder_attention_mask
+        )
 
     @torch.no_grad()
-    def generate(self, class_labels=None, num_images=None, **options) -> DQImageGenerationOutput:
-        """Images of class labels; arguments as in `DQTransformerForImageGeneration.generate`."""
-        generated = self.transformer.generate(class_labels, num_images, **options)
+    def encode_prompt(self, prompt=None, negative_prompt=None):
+        """What `generate` of the generator takes for prompts: {argument: tensor}.
+
+        Args:
+            prompt: a text or a list of texts; None: no text.
+            negative_prompt: a text or a list of texts, for the hidden half of guidance; None: no text.
+
+        Raises:
+            TypeError, ValueError: prompts that are no texts, or none; a model that takes no prompt.
+        """
+        arguments = {}
+        for prefix, texts in (("", prompt), ("negative_", negative_prompt)):
+            if texts is None:
+                continue
+            name = f"{prefix}prompt"
+            texts = as_prompts(texts, name)
+            if self.config.transformer_config.text_length is None:
+                raise ValueError(
+                    f"{name} is for a model with text; this one takes {inputs_of(self.config.transformer_config)}"
+                )
+            if self.text_encoder is None or self.tokenizer is None:
+                raise ValueError(
+                    f"{name} needs text_encoder and tokenizer, which this model has not: join them by from_models, or "
+                    "give encoder_hidden_states"
+                )
+            with evaluation_mode(self.text_encoder):
+                states, mask = encode_prompts(
+                    self.tokenizer, self.text_encoder, texts, self.config.transformer_config.text_length
+                )
+            arguments |= {f"{prefix}encoder_hidden_states": states, f"{prefix}encoder_attention_mask": mask}
+        return arguments
+
+    @torch.no_grad()
+    def generate(
+        self, class_labels=None, num_images=None, *, prompt=None, negative_prompt=None, **options
+    ) -> DQImageGenerationOutput:
+        """Images of class labels, of prompts or of both.
+
+        Args:
+            prompt, negative_prompt: as in `encode_prompt`, one text or one for each image; without effect where the
+                guidance scale is 1, as for negative prompts everywhere.
+            class_labels, num_images, options: as in `DQTransformerForImageGeneration.generate`.
+        """
+        texts = self.encode_prompt(prompt, negative_prompt)
+        if twice := sorted(set(texts) & set(options)):
+            raise ValueError(f"give a prompt or {', '.join(twice)}, not both")
+        generated = self.transformer.generate(class_labels, num_images, **options, **texts)
         with evaluation_mode(self.vae):
             pixel_values = self.vae.decode_each(generated.codes).sample
         return DQImageGenerationOutput(

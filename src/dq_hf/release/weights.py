@@ -99,8 +99,9 @@ def vae_names(config):
 def rename(state_dict, model_class, config, names, ignored, prefix):
     """The release's tensors under our names and in our shapes; what does not fit is named in one `ValueError`."""
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
-    for name in optional_weights(model_class):  # ours alone, and as the configuration says
+        model = model_class(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in optional_weights(model):  # ours alone, and as the configuration says
         expected.pop(name, None)
     keys, problems = {}, []
     for name, shape in expected.items():

@@ -1,0 +1,156 @@
+"""Prompts as the states that a generator reads: any tokenizer with any text encoder of transformers (frozen or not)."""
+
+import inspect
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.utils import logging
+
+from .modeling_utils_dq import check_indices
+
+logger = logging.get_logger(__name__)
+
+USE_ENCODER = "give the encoder alone, as AutoModelForTextEncoding, CLIPTextModel or T5EncoderModel load it"
+
+
+def tokenize(tokenizer, prompts, length):
+    """Token ids (B, length) long of prompts and their mask (B, length) long, 0 where there is no token.
+
+    A longer prompt is cut, and one warning says how many are. An empty prompt has no token at all.
+
+    Args:
+        tokenizer: of transformers, with a padding token.
+        prompts: one text or a list.
+        length: of the result, `text_length` of the generator.
+
+    Raises:
+        TypeError, ValueError: prompts that are no texts, or none.
+    """
+    prompts = as_prompts(prompts)
+    tokens = tokenizer(
+        prompts,
+        truncation=True,
+        max_length=length,
+        padding="max_length",
+        padding_side="right",  # whatever the tokenizer's own: slot i holds token i
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    uncut = tokenizer(prompts, verbose=False)[
+        "input_ids"
+    ]  # last: a tokenizer is saved with what it was last asked for
+    if num_cut := sum(len(ids) > length for ids in uncut):
+        logger.warning(f"{num_cut} of {len(prompts)} prompts have more than {length} tokens and are cut")
+    is_empty = torch.tensor([not prompt.strip() for prompt in prompts])
+    return tokens["input_ids"], tokens["attention_mask"].masked_fill(is_empty[:, None], 0)
+
+
+def as_prompts(prompts, name="prompt"):
+    """A list of texts, from one or a list; TypeError or ValueError."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, (list, tuple)):
+        raise TypeError(f"{name} must be a text or a list of texts, got {type(prompts).__name__}")
+    if not texts:
+        raise ValueError(f"{name} must hold at least one text, got an empty list")
+    if others := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} must be a text or a list of texts, got {others[0]!r} in it")
+    return list(texts)
+
+
+def encode_tokens(text_encoder, input_ids, attention_mask=None):
+    """States (B, T, d) of a text encoder, 0 where there is no token, and their mask (B, T).
+
+    Args:
+        text_encoder: any of transformers whose output has `last_hidden_state`.
+        input_ids: (B, T) integers.
+        attention_mask: (B, T), 0 where there is no token; None: all are there.
+
+    Raises:
+        TypeError, ValueError: tensors of another type, shape or range.
+    """
+    hook = getattr(text_encoder, "_hf_hook", None)  # of accelerate, where the encoder is put away between calls
+    device = getattr(hook, "execution_device", None)
+    device = text_encoder.device if device is None else device
+    vocab_size = text_encoder.get_input_embeddings().num_embeddings
+    input_ids = check_indices("input_ids", input_ids, (None, None), vocab_size, device)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    attention_mask = check_indices("attention_mask", attention_mask, input_ids.shape, 2, device)
+    read = attention_mask.clone()
+    read[:, 0] |= attention_mask.sum(1) == 0  # attention over nothing is not a number
+    states = text_encoder(input_ids=input_ids, attention_mask=read).last_hidden_state
+    return states.masked_fill(attention_mask[..., None] == 0, 0), attention_mask
+
+
+def encode_prompts(tokenizer, text_encoder, prompts, length):
+    """encoder_hidden_states (B, length, d) and encoder_attention_mask (B, length) of prompts, see `tokenize`."""
+    return encode_tokens(text_encoder, *tokenize(tokenizer, prompts, length))
+
+
+def text_encoder_config(entries):
+    """The configuration of a text encoder from the entries of its file; ValueError if transformers has no such model."""
+    kind = entries.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"text_encoder_config must have the model_type of a model of transformers, got {kind!r}")
+    return CONFIG_MAPPING[kind].from_dict(entries)
+
+
+def text_encoder_class(config):
+    """The class of transformers that a text encoder's configuration names, else the one of AutoModelForTextEncoding.
+
+    Raises:
+        ValueError: a class that transformers does not have (code of other origin is never run), or no text encoder.
+    """
+    name = config.architectures[0] if config.architectures else None
+    found = getattr(transformers, name, None) if name else MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(
+            f"the text encoder must be a class of transformers, got {name or type(config).__name__}; {USE_ENCODER}"
+        )
+    arguments = inspect.signature(found.forward).parameters
+    if "input_ids" not in arguments or {"decoder_input_ids", "pixel_values"} & set(arguments):
+        raise ValueError(f"{found.__name__} reads more than a text; {USE_ENCODER}")
+    if not isinstance(config, found.config_class):
+        raise ValueError(f"the text encoder {name} has a {found.config_class.__name__}, got a {type(config).__name__}")
+    return found
+
+
+def check_text_encoder(config, generator):
+    """Raise ValueError unless a text encoder fits a generator, by their configurations."""
+    found, length = text_encoder_class(config).__name__, generator.text_length
+    if length is None:
+        raise ValueError("the generator was trained without text (text_length None): leave out the text encoder")
+    if config.hidden_size != generator.text_hidden_size:
+        raise ValueError(
+            f"text encoder and generator do not fit: the states of {found} are {config.hidden_size} wide, the "
+            f"generator's text_hidden_size is {generator.text_hidden_size}"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < length:
+        raise ValueError(
+            f"text encoder and generator do not fit: {found} reads at most {longest} tokens, the generator's text_length "
+            f"is {length}"
+        )
+
+
+def check_tokenizer(tokenizer, config, length):
+    """Raise TypeError or ValueError unless a tokenizer fits a text encoder, by its configuration, and a text length."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"the tokenizer must be one of transformers, got {type(tokenizer).__name__}")
+    if config is None:
+        raise ValueError("a tokenizer needs its text encoder: give text_encoder, too")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"tokenizer and text encoder do not fit: the tokenizer has {len(tokenizer)} tokens, the text encoder "
+            f"{config.vocab_size}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token: set tokenizer.pad_token to one that the encoder knows")
+    if tokenizer.model_max_length < length:
+        raise ValueError(
+            f"the tokenizer gives at most {tokenizer.model_max_length} tokens (model_max_length), the generator's "
+            f"text_length is {length}"
+        )

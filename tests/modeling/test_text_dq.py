@@ -1,0 +1,282 @@
+"""Prompts to states of fixed length, by any text encoder of transformers; and models that have one as a part."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import (
+    TEXT,
+    WORDS,
+    edit_weights,
+    make_text_encoder,
+    make_text_tokenizer,
+    make_transformer,
+    make_vae,
+    seeded,
+)
+from transformers import AutoModel, AutoModelForTextEncoding, BertConfig, CLIPConfig, CLIPModel, T5Config, T5Model
+
+from dq_hf.modeling.configuration_dq import DQConfig
+from dq_hf.modeling.modeling_dq import DQForImageGeneration
+from dq_hf.modeling.text_dq import encode_prompts, encode_tokens, tokenize
+
+KINDS = ("clip", "t5", "bert")
+LENGTH = TEXT["text_length"]
+PROMPTS = ["a red heart", "", "sun and a blue heart", "moon", "  "]
+
+
+def make_model(kind="clip", **overrides):
+    """With a text encoder of a kind, without classes unless they are asked for."""
+    transformer = make_transformer(**TEXT, **overrides)
+    return DQForImageGeneration.from_models(
+        make_vae(), transformer, make_text_encoder(kind), make_text_tokenizer()
+    ).eval()
+
+
+CLASSES = dict(num_classes=3, class_dropout=0.2)
+
+
+def test_tokens_have_one_length_and_an_empty_prompt_has_none(caplog):
+    input_ids, mask = tokenize(make_text_tokenizer(padding_side="left"), PROMPTS, LENGTH)
+    assert input_ids.tolist()[0] == [3, 4, 6, 2, 0] and input_ids.tolist()[3] == [1, 2, 0, 0, 0]
+    assert input_ids.tolist()[2] == [7, 8, 3, 5, 2]  # cut, but the end is still there
+    assert mask.sum(1).tolist() == [4, 0, 5, 2, 0] and mask[0].tolist() == [1, 1, 1, 1, 0]
+    assert [record.message for record in caplog.records] == ["1 of 5 prompts have more than 5 tokens and are cut"]
+    assert tokenize(make_text_tokenizer(), "sun", LENGTH)[0].shape == (1, LENGTH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_states_are_the_encoders_own_and_of_no_other_prompt(kind):
+    encoder, tokenizer = make_text_encoder(kind), make_text_tokenizer()
+    states, mask = encode_prompts(tokenizer, encoder, PROMPTS, LENGTH)
+    assert states.shape == (5, LENGTH, 8) and not states[mask == 0].any() and states.isfinite().all()
+    for i, prompt in enumerate(PROMPTS):
+        alone = encode_prompts(tokenizer, encoder, prompt, LENGTH)[0][0]
+        torch.testing.assert_close(alone, states[i])
+    ids = torch.tensor([[3, 4, 6, 2]])
+    torch.testing.assert_close(encoder(input_ids=ids).last_hidden_state, states[:1, :4])
+    torch.testing.assert_close(encode_tokens(encoder, ids)[0], states[:1, :4])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], ValueError, "at least one text"),
+        (["sun", 3], TypeError, "got 3 in it"),
+        ([None], TypeError, "got None in it"),
+        (3, TypeError, "a list of texts, got int"),
+        (b"sun", TypeError, "got bytes"),
+        ([["sun"]], TypeError, "got .'sun'. in it"),
+    ],
+)
+def test_prompts_that_are_no_texts_are_refused(prompts, error, message):
+    with pytest.raises(error, match=message):
+        tokenize(make_text_tokenizer(), prompts, LENGTH)
+    model = make_model()
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(error, match=f"^{name} .*{message}"):
+            model.generate(**{name: prompts})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loader", [DQForImageGeneration, AutoModel])
+def test_a_saved_model_has_its_text_encoder_and_gives_the_same_images(kind, loader, tmp_path):
+    model = make_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", type(model.text_encoder).__name__]
+    loaded, info = loader.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert type(loaded.text_encoder) is type(model.text_encoder) and not info["text_encoder"]["missing_keys"]
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+    options = dict(prompt=PROMPTS[:3], negative_prompt="blue", guidance_scale=2.0, temperature=0.9)
+    first, second = (each.generate(generator=seeded(1), **options) for each in (model, loaded))
+    assert torch.equal(first.pixel_values, second.pixel_values)
+    loaded.save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "model").rglob("*"):
+        if path.is_file() and path.name != "tokenizer_config.json":  # transformers notes where it was loaded from
+            assert (tmp_path / "again" / path.relative_to(tmp_path / "model")).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("classes", [{}, CLASSES], ids=["text", "text and class"])
+def test_an_image_depends_on_its_own_prompt_and_seed_alone(classes, scale):
+    model = make_model("bert", **classes)
+    labels = [0, 2, 1] if classes else None
+    options = dict(negative_prompt="a sun", guidance_scale=scale)
+    together = model.generate(labels, prompt=PROMPTS[:3], generator=[seeded(i) for i in range(3)], **options)
+    for i, prompt in enumerate(PROMPTS[:3]):
+        label = None if labels is None else [labels[i]]
+        alone = model.generate(label, prompt=prompt, generator=seeded(i), **options)
+        assert torch.equal(alone.codes[0], together.codes[i])
+    repeated = model.generate(
+        labels and labels[0], 2, prompt="a red heart", generator=[seeded(0), seeded(0)], **options
+    )
+    assert torch.equal(repeated.codes[0], repeated.codes[1]) and torch.equal(repeated.codes[0], together.codes[0])
+
+
+def test_the_empty_prompt_is_no_prompt_and_the_hidden_half_of_guidance():
+    model = make_model()
+    none = model.generate(num_images=2, generator=seeded(0))
+    for prompt in ("", ["", " "]):
+        assert torch.equal(model.generate(None, 2, prompt=prompt, generator=seeded(0)).codes, none.codes)
+    guided = model.generate(prompt="sun", guidance_scale=3.0, generator=seeded(1))
+    explicit = model.generate(prompt="sun", negative_prompt="", guidance_scale=3.0, generator=seeded(1))
+    other = model.generate(prompt="sun", negative_prompt="a red heart", guidance_scale=3.0, generator=seeded(1))
+    assert torch.equal(guided.codes, explicit.codes) and not torch.equal(guided.codes, other.codes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_reaches_the_text_encoder_and_losses_are_those_of_its_states(kind):
+    model = make_model(kind, text_dropout=0.0)
+    pixel_values = torch.rand(3, 3, 16, 16, generator=seeded(0)) * 2 - 1
+    input_ids, mask = tokenize(model.tokenizer, PROMPTS[:3], LENGTH)
+    output = model(pixel_values, input_ids=input_ids, attention_mask=mask)
+    states, mask = encode_prompts(model.tokenizer, model.text_encoder, PROMPTS[:3], LENGTH)
+    given = model(pixel_values, encoder_hidden_states=states, encoder_attention_mask=mask)
+    assert torch.equal(output.loss, given.loss) and not torch.equal(output.loss, model(pixel_values).loss)
+    output.loss.backward()
+    assert model.text_encoder.get_input_embeddings().weight.grad[4].abs().sum() > 0  # of "red"
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_texts_for_a_model_without_them_are_refused():
+    class_model = DQForImageGeneration.from_models(make_vae(), make_transformer(num_classes=3))
+    with pytest.raises(ValueError, match=r"prompt is for a model with text; this one takes class_labels .* 0 ... 2"):
+        class_model.generate(prompt="sun")
+    with pytest.raises(ValueError, match="takes nothing to go by"):
+        DQForImageGeneration.from_models(make_vae(), make_transformer()).generate(negative_prompt="sun")
+    with pytest.raises(ValueError, match="takes a prompt: leave out class_labels"):
+        make_model().generate([1])
+    bare = DQForImageGeneration.from_models(make_vae(), make_transformer(**TEXT))
+    with pytest.raises(ValueError, match="needs text_encoder and tokenizer"):
+        bare.generate(prompt="sun")
+    states = torch.ones(1, 2, 8)
+    assert bare.generate(encoder_hidden_states=states, generator=seeded(0)).codes.shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="a prompt or encoder_hidden_states, .*not both"):
+        make_model().generate(prompt="sun", encoder_hidden_states=states)
+
+
+def small(config_class, **sizes):
+    return config_class(vocab_size=9, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tokenizer", "error", "message"),
+    [
+        (lambda: AutoModel.from_config(small(BertConfig, hidden_size=16)), None, ValueError, "BertModel are 16 wide"),
+        (
+            lambda: AutoModel.from_config(small(BertConfig, hidden_size=8, max_position_embeddings=4)),
+            None,
+            ValueError,
+            "at most 4 tokens, the generator's text_length is 5",
+        ),
+        (
+            lambda: T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+            None,
+            ValueError,
+            "give the encoder alone",
+        ),
+        (torch.nn.Linear(1, 1), None, TypeError, "text_encoder must be a model of transformers, got Linear"),
+        (None, make_text_tokenizer, ValueError, "a tokenizer needs its text encoder"),
+        (make_text_encoder, lambda: "words", TypeError, "tokenizer must be one of transformers, got str"),
+        (
+            make_text_encoder,
+            lambda: make_text_tokenizer((*WORDS, "moon")),
+            ValueError,
+            "10 tokens, the text encoder 9",
+        ),
+        (make_text_encoder, lambda: make_text_tokenizer(pad_token=None), ValueError, "no padding token"),
+        (make_text_encoder, lambda: make_text_tokenizer(model_max_length=4), ValueError, "at most 4 tokens"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(encoder, tokenizer, error, message):
+    encoder = encoder() if callable(encoder) and not isinstance(encoder, torch.nn.Module) else encoder
+    with pytest.raises(error, match=message):
+        DQForImageGeneration.from_models(
+            make_vae(), make_transformer(**TEXT), encoder, None if tokenizer is None else tokenizer()
+        )
+
+
+def test_a_text_encoder_needs_a_generator_with_text():
+    with pytest.raises(ValueError, match="trained without text"):
+        DQForImageGeneration.from_models(make_vae(), make_transformer(), make_text_encoder())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    make_model("t5").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the saved folder, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def test_damaged_text_encoders_are_refused_by_file_and_key(folder):
+    path, key = folder / "text_encoder" / "model.safetensors", "encoder.final_layer_norm.weight"
+    edit_weights(path, lambda weights: weights[key][:1].fill_(torch.nan))
+    with pytest.raises(ValueError, match=rf"text_encoder/model.safetensors .*not finite.*{key}"):
+        DQForImageGeneration.from_pretrained(folder)
+    edit_weights(path, lambda weights: weights.pop(key))
+    with pytest.raises(ValueError, match=rf"text_encoder/model.safetensors .*missing.*{key}"):
+        DQForImageGeneration.from_pretrained(folder)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OSError, match="text_encoder/model.safetensors is damaged"):
+        DQForImageGeneration.from_pretrained(folder)
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(OSError, match="has no folder text_encoder"):
+        DQForImageGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(architectures=["T5Evil"]), "must be a class of transformers, got T5Evil"),
+        (dict(architectures=["AutoModel"]), "must be a class of transformers, got AutoModel"),
+        (dict(architectures=["BertModel"]), "BertModel has a BertConfig, got a T5Config"),
+        (dict(model_type="evil"), "model_type of a model of transformers, got 'evil'"),
+        (dict(d_model=16), "T5EncoderModel are 16 wide"),
+        (dict(d_ff=16), "disagree on d_ff"),
+    ],
+)
+def test_only_text_encoders_of_transformers_are_loaded(folder, changes, message):
+    content = json.loads((folder / "config.json").read_text())
+    content["text_encoder_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        DQForImageGeneration.from_pretrained(folder)
+
+
+def test_code_beside_a_tokenizer_is_not_run(folder):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    content["tokenizer_class"] = "Evil"
+    file.write_text(json.dumps(content))
+    (folder / "tokenizer" / "evil.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="trust_remote_code|Evil"):
+        DQForImageGeneration.from_pretrained(folder)
+
+
+def test_a_model_is_made_from_its_configuration_alone():
+    encoder = AutoModelForTextEncoding.from_config(make_text_encoder("t5").config)
+    config = make_model("t5").config
+    assert type(DQForImageGeneration(DQConfig(**config.to_dict())).text_encoder) is type(encoder)
+    for attention in ("eager", {"text_encoder_config": "eager"}):
+        model = make_model("bert")
+        model.set_attn_implementation(attention)
+        assert model.text_encoder.config._attn_implementation == "eager"
+
+
+def test_a_whole_clip_is_refused_with_what_to_give():
+    sizes = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    clip = CLIPModel(
+        CLIPConfig(text_config=sizes | dict(vocab_size=9), vision_config=sizes | dict(image_size=8, patch_size=4))
+    )
+    with pytest.raises(ValueError, match="CLIPModel reads more than a text; give the encoder alone"):
+        DQForImageGeneration.from_models(make_vae(), make_transformer(**TEXT), clip)
