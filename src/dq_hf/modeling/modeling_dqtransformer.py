@@ -197,6 +197,10 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         """
         codes, grain_map = self.check_codes(codes, grain_map)
         condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
+        return self.log_prob_under(condition, codes, grain_map)
+
+    def log_prob_under(self, condition, codes, grain_map) -> DQLogProbOutput:
+        """As `log_prob`, of codes and grain map that are checked already, under a `Condition`."""
         stream = self.layout.pack(codes, grain_map, condition.labels)
         state = StreamState(self.layout, condition.labels, ascending=True)
         logits = self.logits(stream, condition)
