@@ -21,6 +21,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dq_hf.data.augmentation import Augmentation
 from dq_hf.data.images import ImageCollator, class_names, decode_image, drop_broken_images, load_images
 from dq_hf.data.streams import StreamedImages, load_train_and_test, prepare_loader
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
@@ -264,10 +265,10 @@ def test_images_to_train_and_to_measure_on(tmp_path, streaming):
     (tmp_path / "test" / "1.png").write_bytes(b"")
     (tmp_path / "train" / "0.png").write_bytes(b"")
     options = dict(splits=("train", "test"), image_column="image", streaming=streaming, max_test_images=2, seed=0)
-    train_set, test_set = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
+    train_set, (test_set,) = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
     assert sorted(greys(train_set)) == [1, 2, 3, 4]
     assert len(test_set) == 2 and set(greys(test_set)) < {5, 7, 8, 9}
-    _, again = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
+    _, (again,) = load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.2, **options)
     assert greys(again) == greys(test_set)
     with pytest.raises(ValueError, match="at most 10.00% .* got 1 of 5"):
         list(load_train_and_test(make_accelerator(), tmp_path, max_broken_share=0.1, **options)[0])
@@ -335,12 +336,12 @@ def mirrored(collate, rows):
 
 
 def test_half_of_the_images_are_mirrored_anew_in_each_epoch_and_alike_in_any_batch():
-    rows, collate = noise_rows(1000), make_collator(flip_seed=0)
+    rows, collate = noise_rows(1000), make_collator(augmentation=Augmentation(0, horizontal_flips=True))
     first = mirrored(collate, rows)
     assert torch.cat([mirrored(collate, [row]) for row in reversed(rows[:20])]).flip(0).equal(first[:20])
     collate.epoch = 1
     second = mirrored(collate, rows)
-    other = mirrored(make_collator(flip_seed=1), rows)
+    other = mirrored(make_collator(augmentation=Augmentation(1, horizontal_flips=True)), rows)
     for share in (first, second, other, first ^ second, first ^ other):
         assert 430 < share.sum() < 570  # 4.4 standard deviations
 
@@ -358,7 +359,7 @@ def stream_loader(accelerator, count=11, num_workers=0, batch_size=2):
     for row in noise_rows(count):
         row["image"].save(file := io.BytesIO(), "png")
         files.append(file.getvalue())
-    collate = make_collator(label_column="number", flip_seed=0)
+    collate = make_collator(label_column="number", augmentation=Augmentation(0, horizontal_flips=True))
     stream = stream_of(files, shuffle_buffer=5)
     return prepare_loader(
         accelerator, DataLoader(stream, batch_size, collate_fn=collate, drop_last=True, num_workers=num_workers)

@@ -1,6 +1,8 @@
 """Code caches, a data set's codes and grain maps encoded once, and batches of similar length."""
 
+import glob
 import json
+import zlib
 from pathlib import Path
 
 import datasets
@@ -13,11 +15,12 @@ from torch.utils.data import Sampler
 from .fingerprint import codes_fingerprint
 
 INDEX_FILE = "codes.json"
+CAPTIONS = "captions"  # column
 AGAIN = "encode the images again with encode_dataset.py"
 ROWS_PER_GROUP = 8192  # of a Parquet file: some MB
 
 
-def code_features(config, class_names=()):
+def code_features(config, class_names=(), captions=False):
     """Columns of a code cache for a VAE's configuration: grids are flattened, row by row."""
     (rows, columns), (fine_rows, fine_columns) = config.grid_sizes[0], config.grid_sizes[-1]
     code = datasets.Value("int16" if config.codebook_size <= 2**15 else "int32")
@@ -29,35 +32,42 @@ def code_features(config, class_names=()):
     }
     if class_names:
         features["label"] = datasets.ClassLabel(names=list(class_names))
+    if captions:
+        features[CAPTIONS] = datasets.List(datasets.Value("string"))
     return datasets.Features(features)
 
 
 @torch.no_grad()
-def encode_batches(vae, loader, class_names=(), horizontal_flips=False):
+def encode_batches(vae, loader, schema, horizontal_flips=False):
     """One `pyarrow.Table` of rows for each batch of a loader, in its order; the VAE is put into evaluation mode.
 
     Args:
         vae: a `DQVAEModel`.
-        loader: iterable of {"pixel_values": (B, 3, height, width), "class_labels": (B,) long if there are classes}.
-        class_names: names of the classes; none: no labels.
-        horizontal_flips: each image's row is followed by its mirror image's.
+        loader: iterable of {"pixel_values": (B, 3, height, width), "may_flip": (B,) bool, "class_labels": (B,) long if
+            there are classes, "captions": B lists of strings if there are captions}.
+        schema: columns, the Arrow schema of `code_features`.
+        horizontal_flips: each image's row is followed by its mirror image's, if it may be mirrored.
     """
     vae.eval()
-    schema = code_features(vae.config, class_names).arrow_schema
-    copies = 2 if horizontal_flips else 1
     for batch in loader:
         images = batch["pixel_values"].to(vae.device)
+        rows, flipped = torch.arange(len(images)), torch.zeros(len(images), dtype=torch.bool)
         if horizontal_flips:
             images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, height, width)
+            kept = torch.stack([torch.ones_like(flipped), batch["may_flip"]], dim=1).flatten()
+            images, rows = images[kept.to(images.device)], rows.repeat_interleave(2)[kept]
+            flipped = torch.tensor([False, True]).repeat(len(flipped))[kept]
         encoded = vae.encode(images)
         columns = {
             "codes": flat_lists(encoded.codes),
             "grain_map": flat_lists(encoded.grain_map),
             "num_codes": encoded.num_codes.cpu().numpy(),
-            "flipped": np.arange(len(images)) % copies == 1,
+            "flipped": flipped.numpy(),
         }
-        if class_names:
-            columns["label"] = batch["class_labels"].repeat_interleave(copies).cpu().numpy()
+        if "label" in schema.names:
+            columns["label"] = batch["class_labels"][rows].numpy()
+        if CAPTIONS in schema.names:
+            columns[CAPTIONS] = [batch[CAPTIONS][row] for row in rows.tolist()]
         yield pa.table(columns).cast(schema)
 
 
@@ -116,6 +126,16 @@ def read_index(folder):
     return index
 
 
+def count_rows(folder, split):
+    """Rows of a split's files."""
+    return sum(pq.read_metadata(file).num_rows for file in files_of(folder, split))
+
+
+def files_of(folder, split):
+    """The files of a split, in their order."""
+    return sorted(Path(folder).glob(f"{glob.escape(split)}-[0-9]*-of-*.parquet"))
+
+
 def load_codes(folder, split, vae):
     """A split of a code cache, columns as in `code_features` (numpy).
 
@@ -132,14 +152,13 @@ def load_codes(folder, split, vae):
         )
     if split not in all_rows:
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(all_rows)}")
-    files = sorted(folder.glob(f"{split}-*-of-*.parquet"))
     try:
-        num_rows = sum(pq.read_metadata(file).num_rows for file in files)
+        num_rows = count_rows(folder, split)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{folder}: a file of split {split!r} is damaged ({error}); {AGAIN}") from error
     if num_rows != all_rows[split]:
         raise ValueError(f"{folder}: split {split!r} must have {all_rows[split]} rows, got {num_rows}; {AGAIN}")
-    return datasets.Dataset.from_parquet([str(file) for file in files]).with_format("numpy")
+    return datasets.Dataset.from_parquet([str(file) for file in files_of(folder, split)]).with_format("numpy")
 
 
 class CodeCollator:
@@ -147,10 +166,17 @@ class CodeCollator:
 
     Args:
         grid_sizes: [rows, columns] of each granularity's grid, coarsest first, as in the configurations.
+        more: further entries, as of an `ImageCollator`.
     """
 
-    def __init__(self, grid_sizes):
+    def __init__(self, grid_sizes, more=None):
         self.shapes = {"codes": grid_sizes[-1], "grain_map": grid_sizes[0]}
+        self.more = more
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """To be called before each epoch; workers of a DataLoader see it when they start."""
+        self.epoch = epoch
 
     def __call__(self, rows):
         batch = {
@@ -159,6 +185,8 @@ class CodeCollator:
         }
         if "label" in rows[0]:
             batch["class_labels"] = torch.tensor([int(row["label"]) for row in rows])
+        if self.more is not None:
+            batch |= self.more(rows, [zlib.crc32(codes.numpy()) for codes in batch["codes"]], self.epoch)
         return batch
 
 

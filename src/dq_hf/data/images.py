@@ -1,6 +1,5 @@
 """Images of any `datasets` source as `pixel_values`, with labels; the one place that decodes an image."""
 
-import hashlib
 import itertools
 import logging
 import zlib
@@ -42,12 +41,17 @@ def load_images(data, split, image_column="image", streaming=False):
     if split not in splits:
         raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
     dataset = splits[split]
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # some streams tell their columns only by a row
-    if image_column not in columns:
-        raise ValueError(f"{data} has no column {image_column!r}; it has {', '.join(columns)}")
+    check_column(dataset, image_column, data)
     if dataset.features is None:
         return dataset
     return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def check_column(dataset, column, name="the data set"):
+    """Raise ValueError if a data set has no such column."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # some streams tell their columns only by a row
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
 
 
 def class_names(dataset, label_column):
@@ -168,19 +172,20 @@ class ImageCollator:
     Args:
         processor: `DQImageProcessor`.
         label_column: None leaves out "class_labels".
-        flip_seed: mirrors each image left to right with probability 1/2. Whether an image is mirrored depends on
-            this seed, `epoch` and its pixels only: in any batch, process and worker, and after resuming, it is the
-            same. None: never.
+        augmentation: `Augmentation`, of training images.
+        more: further entries of a batch, a dictionary, given the rows, for each a number that stands for its picture,
+            and the epoch.
 
     Raises:
         ValueError: when called, for an image that cannot be read; the message names it.
     """
 
-    def __init__(self, processor, image_column="image", label_column=None, flip_seed=None):
+    def __init__(self, processor, image_column="image", label_column=None, augmentation=None, more=None):
         self.processor = processor
         self.image_column = image_column
         self.label_column = label_column
-        self.flip_seed = flip_seed
+        self.augmentation = augmentation
+        self.more = more
         self.epoch = 0
 
     def set_epoch(self, epoch):
@@ -190,12 +195,13 @@ class ImageCollator:
     def __call__(self, rows):
         images = [self._decode(row[self.image_column], i) for i, row in enumerate(rows)]
         pixel_values = self.processor(images)["pixel_values"]
-        if self.flip_seed is not None:
-            flips = torch.tensor([self._is_mirrored(image) for image in pixel_values])
-            pixel_values = torch.where(flips[:, None, None, None], pixel_values.flip(-1), pixel_values)
+        if self.augmentation is not None:
+            pixel_values = self.augmentation(pixel_values, rows, self.epoch)
         batch = {"pixel_values": pixel_values}
         if self.label_column is not None:
             batch["class_labels"] = torch.tensor([row[self.label_column] for row in rows])
+        if self.more is not None:
+            batch |= self.more(rows, [zlib.crc32(image.flatten().numpy()) for image in pixel_values], self.epoch)
         return batch
 
     def _decode(self, value, row):
@@ -204,8 +210,3 @@ class ImageCollator:
             return decode_image(value)
         except ValueError as error:
             raise ValueError(f"an image cannot be read: {describe(value, row, error)}; remove it") from error
-
-    def _is_mirrored(self, image):
-        """A fair coin that knows only the seed, the epoch and the image."""
-        pixels = zlib.crc32(image.flatten().numpy())  # not of the epoch too: CRC is linear, all would turn together
-        return bool(hashlib.blake2b(f"{self.flip_seed} {self.epoch} {pixels}".encode()).digest()[0] & 1)

@@ -26,28 +26,28 @@ MIN_ROWS = 100  # of a stream, before the share of broken images is judged
 
 
 def load_train_and_test(accelerator, data, splits, image_column, streaming, max_broken_share, max_test_images, seed):
-    """Images to train on and to measure on, without those that cannot be read. All processes call it.
+    """Images to train on, and a list of those to measure on, without those that cannot be read. All processes call it.
 
     Args:
-        splits: names of the two.
-        streaming: gives `StreamedImages` for this process, and a list of rows, the same on all processes.
-        max_test_images: at most so many of the second split, drawn once and for all.
+        splits: names, the first of those to train on.
+        streaming: gives `StreamedImages` for this process, and lists of rows, the same on all processes.
+        max_test_images: at most so many of each further split, drawn once and for all.
         seed: of a stream's order.
 
     Raises:
         ValueError: as in `load_images` and `drop_broken_images`.
     """
     with accelerator.main_process_first():  # the others read what it has cached
-        train_set, test_set = (load_images(data, split, image_column, streaming) for split in splits)
+        train_set, *test_sets = (load_images(data, split, image_column, streaming) for split in splits)
         if not streaming:
-            train_set, test_set = (
-                drop_broken_images(images, image_column, max_broken_share) for images in (train_set, test_set)
+            train_set, *test_sets = (
+                drop_broken_images(images, image_column, max_broken_share) for images in (train_set, *test_sets)
             )
-            return train_set, first_rows(test_set, max_test_images)
+            return train_set, [first_rows(images, max_test_images) for images in test_sets]
     place = (accelerator.process_index, accelerator.num_processes)
     train_set = StreamedImages(train_set, image_column, max_broken_share, *place, seed=seed)
-    test_set = StreamedImages(test_set, image_column, max_broken_share, decoded=False)
-    return train_set, list(itertools.islice(test_set, max_test_images))
+    test_sets = [StreamedImages(images, image_column, max_broken_share, decoded=False) for images in test_sets]
+    return train_set, [list(itertools.islice(images, max_test_images)) for images in test_sets]
 
 
 class StreamedImages(torch.utils.data.IterableDataset):

@@ -1,4 +1,4 @@
-"""Encode images once, so that DQ-Transformer (stage 2) trains on their codes and needs neither images nor encoder.
+r"""Encode images once, so that DQ-Transformer (stage 2) trains on their codes and needs neither images nor encoder.
 
 CPU smoke run with the embedded tokenizer, seconds:
 
@@ -7,6 +7,12 @@ CPU smoke run with the embedded tokenizer, seconds:
 One GPU, one's own images and tokenizer:
 
     accelerate launch examples/encode_dataset.py --data path/to/images --vae runs/vae/model --output_dir runs/codes
+
+Captioned images, each also shifted twice, where those of letters are not mirrored:
+
+    accelerate launch examples/encode_dataset.py --data examples/data/emoji-captions --test_split test test_pairs \
+        --label_column none --caption_column captions --no_flip_column letters --copies 3 --max_shift 4 \
+        --output_dir runs/captioned-codes
 
 Several GPUs or machines, which must share `output_dir`: the same after `accelerate config`, or with a file of
 `examples/configs`; any number of processes writes the same rows. Where only the package is installed,
@@ -21,6 +27,7 @@ import shutil
 import sys
 from dataclasses import MISSING, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -29,12 +36,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor
-from dq_hf.data.codes import INDEX_FILE, code_features, encode_batches, write_codes, write_index
-from dq_hf.data.images import ImageCollator, class_names, drop_broken_images, first_rows, load_images
+from dq_hf.data.augmentation import Augmentation, may_flip
+from dq_hf.data.captions import all_captions, captions_of
+from dq_hf.data.codes import (
+    CAPTIONS,
+    INDEX_FILE,
+    code_features,
+    count_rows,
+    encode_batches,
+    write_codes,
+    write_index,
+)
+from dq_hf.data.images import ImageCollator, check_column, class_names, drop_broken_images, first_rows, load_images
 from dq_hf.hub.folders import partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.training.checkpoints import together
-from dq_hf.training.options import EMOJI, check_data, option, require, require_share, run_script
+from dq_hf.training.options import EMOJI, check_data, option, require, require_different, require_share, run_script
 from dq_hf.training.run import lock
 
 
@@ -48,26 +65,52 @@ class Arguments:
     )
     data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
     train_split: str = option("train", "Split to train on.")
-    test_split: str | None = option("test", "Held-out split; none means that only the training split is encoded.")
+    test_split: list[str] = option(
+        ["test"], "Held-out splits, as many as there are; none means that only the training split is encoded."
+    )
     image_column: str = option("image", "Column with the images.")
     label_column: str | None = option("label", "Column with the class labels; none means codes without classes.")
+    caption_column: str | None = option(
+        None, "Column with the captions, one or several an image, for a generator with text. Default: no captions."
+    )
+    max_uncaptioned_share: float = option(
+        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
+    )
     max_images: int | None = option(None, "Encode at most this many images of each split. Default: all.")
     max_broken_share: float = option(
         0.01, "Images that cannot be read are left out; it is an error if their share is larger than this."
     )
 
     horizontal_flips: bool = option(True, "Encode the mirror images of the training split, too.")
+    no_flip_column: str | None = option(
+        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
+    )
+    copies: int = option(
+        1,
+        "Versions of each training image: itself, and others that are shifted at random; each with its mirror image.",
+    )
+    max_shift: int = option(0, "Pixels by which the further versions are shifted at most, along each axis.")
+    seed: int = option(0, "Seed of the shifts.")
     batch_size: int = option(32, "Images at a time, in each process.")
     num_workers: int = option(0, "Processes that read images, for each process that encodes.")
     overwrite: bool = option(False, "Replace the code cache in --output_dir.")
 
     def __post_init__(self):
-        require(self, 1, "max_images", "batch_size")
-        require(self, 0, "num_workers")
-        require_share(self, "max_broken_share")
-        self.test_split, self.label_column = (
-            None if name == "none" else name for name in (self.test_split, self.label_column)
+        require(self, 1, "max_images", "batch_size", "copies")
+        require(self, 0, "num_workers", "max_shift", "seed")
+        require_share(self, "max_broken_share", "max_uncaptioned_share")
+        self.label_column, self.caption_column, self.no_flip_column = (
+            None if name == "none" else name for name in (self.label_column, self.caption_column, self.no_flip_column)
         )
+        self.test_split = [] if self.test_split == ["none"] else self.test_split
+        require_different(self, "test_split")
+        if self.train_split in self.test_split:
+            raise ValueError(f"--test_split must not have the training split, got {' '.join(self.test_split)}")
+        if (self.copies > 1) != (self.max_shift > 0):
+            raise ValueError(
+                f"--copies above 1 needs --max_shift above 0, and the other way round; got {self.copies} and "
+                f"{self.max_shift}"
+            )
 
 
 def main(arguments=None):
@@ -83,38 +126,56 @@ def encode(args):
     hold = output_dir.with_name(f".{output_dir.name}.lock")
     held = together(lambda: lock(hold, output_dir) if accelerator.is_main_process else None)
     vae = load_tokenizer(args.vae).to(accelerator.device)
-    processor = DQImageProcessor.for_model(vae.config)
-    collate = ImageCollator(processor, args.image_column, args.label_column)
-    split_names = [name for name in (args.train_split, args.test_split) if name is not None]
     with accelerator.main_process_first():  # the others read what it has cached
-        splits = {name: load_split(args, name) for name in split_names}
+        splits = {name: load_split(args, name) for name in [args.train_split, *args.test_split]}
     names = class_names(splits[args.train_split], args.label_column) if args.label_column else []
-    schema = code_features(vae.config, names).arrow_schema
+    schema = code_features(vae.config, names, captions=args.caption_column is not None).arrow_schema
 
-    partial = partial_of(output_dir)
+    stage = partial_of(output_dir)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    num_rows = {}
     for name, dataset in splits.items():
-        flips = args.horizontal_flips and name == args.train_split
         share = own_share(accelerator, dataset, args.batch_size)
-        loader = DataLoader(share, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
-        progress = tqdm(loader, desc=f"encode {name}", disable=not accelerator.is_main_process)
         number = f"{accelerator.process_index:05d}-of-{accelerator.num_processes:05d}"
-        write_codes(partial / f"{name}-{number}.parquet", schema, encode_batches(vae, progress, names, flips))
-        num_rows[name] = len(dataset) * (2 if flips else 1)
+        tables = encode_split(args, vae, share, name, schema, show=accelerator.is_main_process)
+        write_codes(stage / f"{name}-{number}.parquet", schema, tables)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        origin = {"data": args.data, "horizontal_flips": args.horizontal_flips, "command": shlex.join(sys.argv)}
-        write_index(partial, vae, args.vae, names, num_rows, **origin)
+        num_rows = {name: count_rows(stage, name) for name in splits}
+        options = ("data", "horizontal_flips", "no_flip_column", "copies", "max_shift", "caption_column")
+        origin = {name: getattr(args, name) for name in options} | {"command": shlex.join(sys.argv)}
+        write_index(stage, vae, args.vae, names, num_rows, **origin)
         put_in_place(output_dir)
         hold.unlink()
         held.close()
-    accelerator.print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
+        print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
     accelerator.end_training()
+
+
+def encode_split(args, vae, dataset, name, schema, show):
+    """Tables of this process's rows of a split: of the images as they are, and in training of their shifted versions."""
+    processor, trains = DQImageProcessor.for_model(vae.config), name == args.train_split
+    shift = Augmentation(args.seed, max_shift=args.max_shift)
+    for version in range(args.copies if trains else 1):
+        collate = ImageCollator(
+            processor, args.image_column, args.label_column, shift if version > 0 else None, partial(beside, args)
+        )
+        collate.set_epoch(version)
+        loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
+        title = f"encode {name}" + f", version {version + 1} of {args.copies}" * (trains and args.copies > 1)
+        progress = tqdm(loader, desc=title, disable=not show)
+        yield from encode_batches(vae, progress, schema, horizontal_flips=args.horizontal_flips and trains)
+
+
+def beside(args, rows, pictures, epoch):
+    """What goes into the cache beside the codes: captions, and which images may be mirrored."""
+    captions = (
+        {} if args.caption_column is None else {CAPTIONS: [captions_of(row[args.caption_column]) for row in rows]}
+    )
+    return {"may_flip": may_flip(rows, args.no_flip_column)} | captions
 
 
 def check_output_dir(output_dir, overwrite):
@@ -136,6 +197,10 @@ def load_split(args, name):
     dataset = load_images(args.data, name, args.image_column)
     if args.max_images is not None:
         dataset = first_rows(dataset, args.max_images)
+    if args.no_flip_column is not None:
+        check_column(dataset, args.no_flip_column)
+    if args.caption_column is not None:
+        all_captions(dataset, args.caption_column, args.max_uncaptioned_share)
     return drop_broken_images(dataset, args.image_column, args.max_broken_share, num_proc=args.num_workers or None)
 
 
