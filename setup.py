@@ -26,7 +26,6 @@ setup(
         "safetensors>=0.6",
         "huggingface-hub>=1.5",
         "evaluate>=0.4.6",
-        "constriction>=0.5",
         "numpy",
         "pillow",
         "pyyaml",

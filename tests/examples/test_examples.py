@@ -30,7 +30,9 @@ from dq_hf import (
     DQTransformerForImageGeneration,
     DQVAEModel,
 )
+from dq_hf.data.codes import load_codes
 from dq_hf.modeling.quantization_dq import DQQuantizer
+from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.scripts import encode_dataset, train_dqtransformer, train_dqvae
 from dq_hf.training.options import FREE, REFUSED, TAKEN
 
@@ -735,3 +737,149 @@ def test_a_compiled_run_trains_as_one_that_is_not(place, codes):
         torch._dynamo.reset()
     assert_same_rows(rows_of(place / "compiled"), rows_of(place / "not-compiled"), 1e-4)
     assert DQForImageGeneration.from_pretrained(place / "compiled" / "model")
+
+
+# Text
+
+
+TEXT = f"{STAGE_2} --vae plain/model --codes captioned --label_column none --caption_column text --ema_decay 0.9"
+TEXT += (
+    " --test_split test validation --text_length 4 --max_steps 6 --save_every 3 --sample_every 3 --learning_rate 1e-2"
+)
+
+
+@pytest.fixture(scope="module")
+def captioned(place, plain):
+    """A code cache with captions, and with three versions of each image, of which suns are not mirrored."""
+    folder = place / "captions"
+    shutil.copytree(place / "folders", folder)
+    shutil.copytree(folder / "test", folder / "validation")
+    for split in ("train", "test", "validation"):
+        paths = sorted(path.relative_to(folder / split) for path in (folder / split).rglob("*.png"))
+        lines = [
+            {
+                "file_name": str(path),
+                "text": f"{path.parent.name}, number {path.stem}",
+                "letters": path.parent.name == "sun",
+            }
+            for path in paths
+        ]
+        (folder / split / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = "encode_dataset.py --vae plain/model --data captions --test_split test validation --label_column none"
+    run_here(
+        place,
+        f"{command} --caption_column text --no_flip_column letters --copies 3 --max_shift 1 --output_dir captioned",
+    )
+    return place / "captioned"
+
+
+@pytest.fixture(scope="module")
+def worded(place, captioned):
+    run_here(place, f"{TEXT} --output_dir worded")
+    return place / "worded"
+
+
+def test_a_cache_holds_captions_and_shifted_copies_of_which_some_are_not_mirrored(place, captioned):
+    vae = DQVAEModel.from_pretrained(place / "plain" / "model")
+    rows = load_codes(captioned, "train", vae)
+    is_sun = np.array([texts[0].startswith("sun") for texts in rows["captions"][:]])
+    assert len(rows) == 3 * (2 * 11 + 11) and is_sun.sum() == 3 * 11
+    assert not rows["flipped"][:][is_sun].any() and rows["flipped"][:][~is_sun].sum() == 3 * 11
+    first = next(row for row in rows if row["captions"][0] == "moon, number 0")
+    image = Image.open(place / "captions" / "train" / "moon" / "0.png")
+    codes = vae.encode(DQImageProcessor(size={"height": 16, "width": 16})(image)["pixel_values"]).codes
+    assert first["codes"].tolist() == codes.flatten().tolist()
+    versions = {row["codes"].tobytes() for row in rows if row["captions"][0] == "sun, number 0"}
+    assert len(versions) > 1
+    assert (
+        len(load_codes(captioned, "validation", vae)) == 6
+        and not load_codes(captioned, "test", vae)["flipped"][:].any()
+    )
+
+
+def test_the_log_of_a_model_with_text_says_what_the_text_is_worth(worded):
+    measured = [row for row in rows_of(worded) if "test_loss" in row]
+    kinds = ("", "_no_text", "_wrong_text")
+    for row in measured:
+        for split in ("", "/validation"):
+            right, none, wrong = (row[f"test_content_loss{kind}{split}"] for kind in kinds)
+            assert row[f"test_text_worth{split}"] == pytest.approx(none - right, abs=1e-6) and wrong != right
+    model = DQForImageGeneration.from_pretrained(worded / "model")
+    vae, tokenizer = model.vae, model.tokenizer
+    rows = load_codes(worded.parent / "captioned", "test", vae)
+    codes, grain_map = (
+        torch.tensor(np.stack(rows[name][:])).long().view(6, side, side)
+        for name, side in (("codes", 8), ("grain_map", 4))
+    )
+    texts = encode_prompts(tokenizer, model.text_encoder, [texts[0] for texts in rows["captions"][:]], 4)
+    best = min(measured, key=lambda row: row["test_loss"])
+    for kind, text in (("", texts), ("_no_text", ())):
+        with torch.no_grad():
+            loss = model.transformer(codes, grain_map, None, *text).content_loss.item()
+        assert best[f"test_content_loss{kind}"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_model_with_text_is_a_whole_folder_that_samples_from_prompts(worded):
+    model = DQForImageGeneration.from_pretrained(worded / "model")
+    generated = model.generate(prompt=["moon, number 1", "sun"], generator=torch.Generator().manual_seed(1))
+    assert generated.codes.shape == (2, 8, 8)
+    assert Image.open(worded / "model" / "samples.png").size == (6 * 16, 16)  # one of each held-out image
+    assert card_figures(worded / "model")["captions of the samples"].startswith("moon, number 0; moon, number 1")
+
+
+def test_the_average_is_over_the_text_encoder_too(worded):
+    kept = load_file(worded / "model" / "text_encoder" / "model.safetensors")
+    measured = [row for row in rows_of(worded) if "test_loss" in row]
+    best = min(measured, key=lambda row: row["test_loss"])["step"]
+    weights = load_file(worded / f"checkpoint-{best}" / "model.safetensors")
+    average = torch.load(worded / f"checkpoint-{best}" / "custom_checkpoint_3.pkl")["shadow_params"]
+    for name, weight in kept.items():
+        assert any(torch.equal(weight, other) for other in average if other.shape == weight.shape)
+        assert not torch.equal(weight, weights[f"text_encoder.{name}"])
+
+
+def test_a_run_with_text_goes_on_bit_for_bit(place, worded):
+    resumed = place / "worded-resumed"
+    shutil.copytree(worded / "checkpoint-3", resumed / "checkpoint-3")
+    shutil.copy(worded / "log.jsonl", resumed)
+    shutil.copytree(worded / "model", resumed / "model")
+    assert "starting at step 3" in run_here(place, f"{TEXT} --output_dir {resumed.name}")
+    assert rows_of(resumed) == rows_of(worded)
+    assert_same_weights(resumed / "checkpoint-6" / "model.safetensors", worded / "checkpoint-6" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        (
+            "--codes codes has no captions; encode the images again with --caption_column",
+            "--codes codes --test_split test",
+        ),
+        (
+            "--text_encoder is for a model with text; give it with --caption_column",
+            "--caption_column none --text_encoder small",
+        ),
+        ("--precompute_text is for a text encoder that stays as it is", "--precompute_text"),
+        ("--text_dropout must lie in", "--text_dropout 2"),
+        ("--test_split must name each only once, got test test", "--test_split test test"),
+        ("checkpoint-6 cannot be loaded: .*--text_length was 4, got 5", "--output_dir worded --text_length 5"),
+    ],
+)
+def test_text_options_that_cannot_work_are_refused(place, codes, worded, message, arguments):
+    assert re.search(message, refusal(place, f"{TEXT} --output_dir no-text {arguments}"))
+
+
+def test_images_without_captions_are_counted_and_a_share_of_them_is_refused(place, captioned, caplog):
+    shutil.copytree(place / "captions", place / "blanks")
+    lines = (place / "blanks" / "test" / "metadata.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | ({"text": " "} if i == 0 else {}) for i, line in enumerate(lines)]
+    (place / "blanks" / "test" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = f"{STAGE_2} --vae plain/model --data blanks --label_column none --caption_column text --text_length 4"
+    command += " --max_steps 1"
+    assert re.search(
+        "at most 1.00% of the images may have no caption in column 'text', got 1 of 6",
+        refusal(place, f"{command} --output_dir no-captions"),
+    )
+    run_here(place, f"{command} --output_dir some-captions --max_uncaptioned_share 0.2")
+    assert "1 of 6 images have no caption" in caplog.text
+    assert "text_worth" in "".join(rows_of(place / "some-captions")[-1])

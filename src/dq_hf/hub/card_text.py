@@ -20,6 +20,7 @@ TERMS = {  # of measured figures: name and unit
     "perplexity": ("perplexity of the codes", ""),
     "loss": ("loss, all terms", ""),
     "content_loss": ("content loss", "nats an element"),
+    "text_worth": ("content loss without the caption, less that with it", "nats an element"),
     "position_loss": ("position loss, mean of coarse and fine", "nats an element"),
     "nats_per_code": ("contents and positions of a stream, over its codes", "nats a code"),
 }

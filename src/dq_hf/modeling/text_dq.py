@@ -30,6 +30,17 @@ def tokenize(tokenizer, prompts, length):
         TypeError, ValueError: prompts that are no texts, or none.
     """
     prompts = as_prompts(prompts)
+    tokens = pad_tokens(tokenizer, prompts, length)
+    uncut = tokenizer(prompts, verbose=False)[
+        "input_ids"
+    ]  # last: a tokenizer is saved with what it was last asked for
+    if num_cut := sum(len(ids) > length for ids in uncut):
+        logger.warning(f"{num_cut} of {len(prompts)} prompts have more than {length} tokens and are cut")
+    return tokens
+
+
+def pad_tokens(tokenizer, prompts, length):
+    """As `tokenize`, of a list of texts, without its checks and its warning."""
     tokens = tokenizer(
         prompts,
         truncation=True,
@@ -39,11 +50,6 @@ def tokenize(tokenizer, prompts, length):
         return_attention_mask=True,
         return_tensors="pt",
     )
-    uncut = tokenizer(prompts, verbose=False)[
-        "input_ids"
-    ]  # last: a tokenizer is saved with what it was last asked for
-    if num_cut := sum(len(ids) > length for ids in uncut):
-        logger.warning(f"{num_cut} of {len(prompts)} prompts have more than {length} tokens and are cut")
     is_empty = torch.tensor([not prompt.strip() for prompt in prompts])
     return tokens["input_ids"], tokens["attention_mask"].masked_fill(is_empty[:, None], 0)
 

@@ -24,26 +24,35 @@ import math
 from dataclasses import dataclass
 
 import torch
-from accelerate import DistributedType
 from diffusers.optimization import get_scheduler
-from torch.utils.data import DataLoader
+from diffusers.training_utils import EMAModel
 
 from dq_hf import (
     DEFAULT_MODEL,
     DQConfig,
-    DQForImageGeneration,
     DQImageProcessor,
     DQTransformerConfig,
     DQTransformerForImageGeneration,
 )
-from dq_hf.data.codes import CodeCollator, LengthBucketSampler, load_codes, read_index
+from dq_hf.data.captions import all_captions, captions_of, with_wrong_captions
+from dq_hf.data.codes import CAPTIONS, CodeCollator, LengthBucketSampler, load_codes, read_index
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, class_names, first_rows
 from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
 from dq_hf.pictures import image_grid
+from dq_hf.training.average import averaged_weights
 from dq_hf.training.checkpoints import writing
-from dq_hf.training.losses import LOSSES, named_losses, summed_losses, whole_batch_losses
+from dq_hf.training.generator import (
+    BestLoss,
+    codes_of,
+    evaluate,
+    joint_model,
+    parameter_groups,
+    text_of,
+    whole_model,
+)
+from dq_hf.training.losses import LOSSES, whole_batch_losses
 from dq_hf.training.options import (
     RunOptions,
     option,
@@ -56,6 +65,7 @@ from dq_hf.training.options import (
 )
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
+from dq_hf.training.text import SMALL, WRONG_CAPTIONS, CaptionBatches, make_text
 
 SIZES = {  # of a new model
     "hidden_size": 256,
@@ -64,7 +74,10 @@ SIZES = {  # of a new model
     "num_content_layers": 4,
     "fine_order": "row-first",
     "class_dropout": 0.1,
+    "text_length": 16,
+    "text_dropout": 0.1,
 }
+NUM_PROMPTS = 16  # of a picture of samples
 
 
 @dataclass(kw_only=True)
@@ -78,6 +91,14 @@ class Arguments(RunOptions):
         None, "Code cache, made by encode_dataset.py; without one, the images are encoded at every step."
     )
     label_column: str | None = option("label", "Column with the class labels; none means a model without classes.")
+    caption_column: str | None = option(
+        None,
+        "Column with the captions, one or several an image, of which one is drawn each time the image is seen; with "
+        "--codes those of the cache, whatever the name. Default: a model without text.",
+    )
+    max_uncaptioned_share: float = option(
+        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
+    )
     length_buckets: bool = option(True, "With --codes: make batches of streams of similar length.")
 
     start_from: str | None = option(
@@ -94,6 +115,20 @@ class Arguments(RunOptions):
         SIZES["class_dropout"],
         "Share of the images whose class is hidden, for classifier-free guidance; 0 means none.",
     )
+    text_encoder: str | None = option(
+        None,
+        "What reads the captions: small, two layers and a vocabulary of whole words that are made from the captions and "
+        "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small.",
+    )
+    train_text_encoder: bool = option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
+    precompute_text: bool = option(
+        False, "Compute the states of each caption once, at the start, and keep them in memory, if they are to stay."
+    )
+    text_length: int | None = size_option(SIZES["text_length"], "Tokens of a caption; longer ones are cut.")
+    text_dropout: float | None = size_option(
+        SIZES["text_dropout"],
+        "Share of the images whose caption is hidden, for classifier-free guidance; 0 means none.",
+    )
     dropout: float = option(0.1, "Dropout of embeddings and residuals.")
     attention_dropout: float = option(0.1, "Dropout of attention; 0 lets the fast kernels work on a CPU.")
     attn_implementation: str | None = option(
@@ -105,19 +140,46 @@ class Arguments(RunOptions):
     )
     weight_decay: float = option(0.01, "Weight decay, on the weights of linear layers only.")
     warmup_steps: int = option(200, "Steps in which the learning rate rises to its highest.")
+    ema_decay: float = option(
+        0.0, "Decay of the moving average of the weights, which is then measured and kept; 0 means none."
+    )
 
     def __post_init__(self):
         super().__post_init__()
         require(self, 1, "hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers")
+        require(self, 1, "text_length")
         require(self, 0, "weight_decay")
-        require_share(self, "class_dropout", "dropout", "attention_dropout")
+        require_share(self, "class_dropout", "text_dropout", "dropout", "attention_dropout", "ema_decay")
+        require_share(self, "max_uncaptioned_share")
         require_one_of(self, "fine_order", ("row-first", "region-first"))
-        if self.label_column == "none":
-            self.label_column = None
+        self.label_column, self.caption_column = (
+            None if name == "none" else name for name in (self.label_column, self.caption_column)
+        )
+        if self.codes is not None:  # whose columns have names of their own
+            self.label_column = self.label_column and "label"
+            self.caption_column = self.caption_column and CAPTIONS
+        self.settle_text()
         if self.codes is not None and self.streaming:
             raise ValueError(
                 "--streaming reads images as they come, but --codes has their codes; leave one of them out"
             )
+
+    def settle_text(self):
+        """Check the options of the text side, and choose those that were left out."""
+        if self.caption_column is None:
+            for name in ("text_encoder", "text_length", "text_dropout", "train_text_encoder", "precompute_text"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(f"--{name} is for a model with text; give it with --caption_column")
+            return
+        self.text_encoder = self.text_encoder or SMALL
+        self.train_text_encoder |= self.text_encoder == SMALL
+        if self.train_text_encoder and self.precompute_text:
+            raise ValueError(
+                f"--precompute_text is for a text encoder that stays as it is, and --text_encoder {self.text_encoder} is "
+                "trained along; leave it out"
+            )
+        if self.streaming:
+            raise ValueError("--streaming cannot read captions; encode the images once, with their captions (--codes)")
 
 
 def main(arguments=None):
@@ -129,30 +191,43 @@ def train(args):
     run = Run(args, "dqtransformer")
     accelerator = run.accelerator
     vae.to(accelerator.device).eval().requires_grad_(False)
-    train_loader, test_loader, names, on_epoch = make_loaders(run, vae)
-    model = make_model(vae, names, args)
+    start = load_start(args)
+    train_set, test_sets, names, captions = load_sets(run, vae)
+    text = make_text(args, captions, accelerator.device) if captions is not None else None
+    train_loader, train_collate, test_loaders = make_loaders(run, vae, text, train_set, test_sets)
+    model = make_model(vae, names, text, start, args)
     config = model.config
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if text is not None:
+        model = text.join(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), args.learning_rate, betas=(0.9, 0.95))
     scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
     )
     train_loader = prepare_loader(accelerator, train_loader)
-    model, optimizer, test_loader = accelerator.prepare(model, optimizer, test_loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    average = None
+    if args.ema_decay > 0:
+        average = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     best = BestLoss()
-    run.resume(scheduler, best, vae=codes_fingerprint(vae))  # another tokenizer with the same codes will do
+    facts = {"vae": codes_fingerprint(vae)}  # another tokenizer with the same codes will do
+    if text is not None:
+        facts["text_encoder"] = f"{args.text_encoder}, whose vocabulary is {text.fingerprint}"
+    run.resume(scheduler, best, *([] if average is None else [average]), **facts)
+    if average is not None:
+        average.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     if not (run.dir / "model").exists():  # the checkpoint may be another run's
         best.value = math.inf
 
-    for batch in run.batches(train_loader, on_epoch):
+    for batch in run.batches(train_loader, train_collate.set_epoch):
         model.train()
-        codes, grain_map, labels = codes_of(vae, batch)
+        images, conditions = codes_of(vae, batch, config), text_of(text, batch)
         with accelerator.accumulate(model):
-            losses = whole_batch_losses(accelerator, model(codes, grain_map, labels if names else None), config)
+            losses = whole_batch_losses(accelerator, model(**images, **conditions), config)
             terms = {name: value.detach() for name, value in losses.items()}
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
@@ -165,162 +240,158 @@ def train(args):
             continue
 
         scheduler.step()
+        if average is not None:
+            average.step(model.parameters())
         run.count_step()
         if run.due(args.log_every):
             run.record(run.averaged(terms) | {"lr": scheduler.get_last_lr()[0]}, show=LOSSES[:3])
         if run.due(args.sample_every):
-            metrics = evaluate(accelerator, vae, model, test_loader, config)
-            run.report(metrics)
-            whole, improved = whole_model(accelerator, model), best.improve(metrics["test_loss"])
-            if accelerator.is_main_process:
-                joint = DQForImageGeneration.from_models(vae, whole)
-                draw_samples(joint, names, args.seed, run.picture())
-                if improved:
-                    run.save_model(joint)
+            with averaged_weights(model, average):
+                metrics = {
+                    split: evaluate(accelerator, vae, model, loader, config, text)
+                    for split, loader in test_loaders.items()
+                }
+                run.report(metrics)
+                whole = whole_model(accelerator, model)
+                improved = best.improve(metrics[args.test_split[0]]["test_loss"])
+                if accelerator.is_main_process:
+                    joint = joint_model(vae, whole, text)
+                    draw_samples(joint, text, names, test_sets[args.test_split[0]], args, run.picture())
+                    if improved:
+                        run.save_model(joint)
         run.save_when_due()
 
     if accelerator.is_main_process and not run.stopped:
-        publish(run, len(names), vae)
+        publish(run, len(names), text, test_sets, vae)
     run.end()
 
 
-def make_loaders(run, vae):
-    """Batches for training and for measuring, class names, and what is to be called when an epoch begins."""
+def load_sets(run, vae):
+    """Rows for training, {split: rows} for measuring, class names, and the distinct captions, if there is to be text."""
     args = run.options
-    sampler, on_epoch = None, None
+    if args.codes is None:
+        train_set, test_sets = run.load_images()
+    else:
+        splits = {split: load_codes(args.codes, split, vae) for split in (args.train_split, *args.test_split)}
+        train_set = splits.pop(args.train_split)
+        test_sets = {split: first_rows(rows, args.max_test_images) for split, rows in splits.items()}
+    names = class_names(train_set, args.label_column) if args.label_column else []
+    if args.caption_column is None:
+        return train_set, test_sets, names, None
+    if args.codes is not None and CAPTIONS not in train_set.column_names:
+        raise ValueError(f"--codes {args.codes} has no captions; encode the images again with --caption_column")
+    captions = {
+        caption: None
+        for rows in (train_set, *test_sets.values())
+        for caption in all_captions(rows, args.caption_column, args.max_uncaptioned_share)
+    }
+    test_sets = {
+        split: with_wrong_captions(rows, args.caption_column, WRONG_CAPTIONS) for split, rows in test_sets.items()
+    }
+    return train_set, test_sets, names, list(captions)
+
+
+def make_loaders(run, vae, text, train_set, test_sets):
+    """Batches for training, what makes them, and {split: batches for measuring}."""
+    args = run.options
+    sampler, more, test_more = None, None, None
+    if text is not None:
+        more = CaptionBatches(text, args.caption_column, args.seed)
+        test_more = CaptionBatches(text, args.caption_column, args.seed, WRONG_CAPTIONS)
     if args.codes is not None:
-        train_set, test_set = (load_codes(args.codes, split, vae) for split in (args.train_split, args.test_split))
-        test_set = first_rows(test_set, args.max_test_images)
-        names = class_names(train_set, "label") if args.label_column else []
-        train_collate = test_collate = CodeCollator(vae.config.grid_sizes)
+        collate = CodeCollator(vae.config.grid_sizes, more)
+        test_collate = CodeCollator(vae.config.grid_sizes, test_more)
         if args.length_buckets:
             rows_per_step = args.batch_size * run.accelerator.num_processes
             sampler = LengthBucketSampler(train_set["num_codes"][:], rows_per_step, args.seed)
     else:
-        processor = DQImageProcessor.for_model(vae.config)
-        train_set, test_set = run.load_images()
-        names = class_names(train_set, args.label_column) if args.label_column else []
-        flip_seed = args.seed if args.horizontal_flips else None
-        train_collate = ImageCollator(processor, args.image_column, args.label_column, flip_seed)
-        test_collate = ImageCollator(processor, args.image_column, args.label_column)
-        on_epoch = train_collate.set_epoch
-    test_loader = DataLoader(test_set, args.batch_size, collate_fn=test_collate)
-    return run.train_loader(train_set, train_collate, sampler), test_loader, names, on_epoch
+        columns = DQImageProcessor.for_model(vae.config), args.image_column, args.label_column
+        collate = ImageCollator(*columns, run.augmentation(), more)
+        test_collate = ImageCollator(*columns, more=test_more)
+    return run.train_loader(train_set, collate, sampler), collate, run.test_loaders(test_sets, test_collate)
 
 
-def make_model(vae, names, args):
-    """The generator for the codes of this tokenizer: new, or the one to go on from, in float32."""
+def load_start(args):
+    """The generator to go on from, in float32, or None; sizes that were left out are its own, or those of a new one."""
+    if args.start_from is None:
+        settle_sizes(args, SIZES)
+        return None
+    model = DQTransformerForImageGeneration.from_pretrained(args.start_from, dtype=torch.float32)
+    if (model.config.text_length is None) != (args.caption_column is None):
+        with_it, without = ("with", "leave out") if args.caption_column else ("without", "give")
+        raise ValueError(
+            f"--start_from must be a model {with_it} text, as the captions ask; {without} --caption_column"
+        )
+    settle_sizes(args, SIZES, {name: getattr(model.config, name) for name in SIZES})
+    return model
+
+
+def make_model(vae, names, text, model, args):
+    """The generator for the codes of this tokenizer: a new one, unless there is one to go on from."""
     fitting = {
         "grid_sizes": vae.config.grid_sizes,
         "codebook_size": vae.config.codebook_size,
         "num_classes": len(names),
         "id2label": dict(enumerate(names)),
+        "text_hidden_size": None if text is None else text.encoder.config.hidden_size,
     }
     dropout = {"embedding_dropout": args.dropout, "residual_dropout": args.dropout}
     dropout["attention_dropout"] = args.attention_dropout
-    if args.start_from is None:
-        settle_sizes(args, SIZES)
-        sizes = {name: getattr(args, name) for name in SIZES} | ({} if names else {"class_dropout": 0.0})
+    if model is None:
+        sizes = {name: getattr(args, name) for name in SIZES}
+        sizes |= {} if names else {"class_dropout": 0.0}
+        sizes |= {} if text is not None else {"text_length": None}
         return DQTransformerForImageGeneration(DQTransformerConfig(**fitting, **sizes, **dropout))
-    model = DQTransformerForImageGeneration.from_pretrained(args.start_from, dtype=torch.float32, **dropout)
     for name, value in fitting.items():
         if getattr(model.config, name) != value:
             raise ValueError(
                 f"--start_from must have {name} {value}, as the tokenizer and the images have; "
                 f"got {getattr(model.config, name)}; train a new generator for them"
             )
-    settle_sizes(args, SIZES, {name: getattr(model.config, name) for name in SIZES})
     return model
 
 
-@torch.no_grad()
-def codes_of(vae, batch):
-    """Codes and grain maps of a batch, from the cache or encoded now, and class labels if there are any."""
-    encoded = vae.encode(batch["pixel_values"]) if "pixel_values" in batch else None
-    codes, grain_map = (batch[name] if encoded is None else encoded[name] for name in ("codes", "grain_map"))
-    return codes, grain_map, batch.get("class_labels")
+def prompts_of(test_set, args):
+    """Some of the rows to measure on, and the first caption of each."""
+    rows = list(first_rows(test_set, NUM_PROMPTS))
+    return rows, [next(iter(captions_of(row[args.caption_column])), "") for row in rows]
 
 
-def parameter_groups(model, weight_decay):
-    """Weight decay on the weights of linear layers only (paper appendix; the release)."""
-    decayed = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    decayed_ids = {id(weight) for weight in decayed}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in decayed_ids]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-class BestLoss:
-    """The smallest held-out loss so far, kept in the checkpoints."""
-
-    def __init__(self):
-        self.value = math.inf
-
-    def improve(self, loss):
-        """Whether `loss` is the smallest so far; it is remembered."""
-        improved = loss < self.value
-        self.value = min(loss, self.value)
-        return improved
-
-    def state_dict(self):
-        return {"value": self.value}
-
-    def load_state_dict(self, state):
-        self.value = state["value"]
-
-
-@torch.no_grad()
-def evaluate(accelerator, vae, model, loader, config):
-    """Held-out losses in nats, means over all targets, whatever the batches."""
-    model.eval()
-    rows = []
-    for batch in loader:
-        codes, grain_map, labels = codes_of(vae, batch)
-        output = model(codes, grain_map, labels if config.num_classes else None)
-        rows.append(accelerator.gather_for_metrics(summed_losses(output, config)))
-    sums, counts = torch.cat(rows).cpu().double().sum(0)  # (1 + K) each
-    losses = named_losses(sums[0] / counts[0], sums[1:] / counts[1:], config)
-    return {f"test_{name}": losses[name].item() for name in LOSSES[:3]}
-
-
-def whole_model(accelerator, model):
-    """The generator with all of its weights; where FSDP has shared them out, a copy on the main process, else None."""
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return accelerator.unwrap_model(model, keep_torch_compile=False)
-    weights = accelerator.get_state_dict(model)
-    if not accelerator.is_main_process:
-        return None
-    copy = DQTransformerForImageGeneration(model.config)
-    copy.load_state_dict(weights)
-    return copy.to(accelerator.device)
-
-
-def draw_samples(joint, names, seed, picture):
-    """Eight images of each class (at most ten classes), one row a class, or 16 of an unconditional model."""
+def draw_samples(joint, text, names, test_set, args, picture):
+    """Eight images of each class (at most ten classes), one row a class; of a model with text, of `prompts_of`; else 16."""
+    generator, options = torch.Generator().manual_seed(args.seed), {}
     labels = [label for label in range(min(len(names), 10)) for _ in range(8)] or None
-    generator = torch.Generator().manual_seed(seed)
-    generated = joint.generate(labels, num_images=None if labels else 16, generator=generator)
+    if text is not None:
+        rows, prompts = prompts_of(test_set, args)
+        labels = [int(row[args.label_column]) for row in rows] if names else None
+        options = {"prompt": prompts}
+    num_images = 16 if labels is None and text is None else None
+    generated = joint.generate(labels, num_images=num_images, generator=generator, **options)
     images = DQImageProcessor().post_process(generated.pixel_values)
     with writing(picture, picture.parent):
         image_grid(images, columns=8).save(picture)
 
 
-def publish(run, num_classes, vae):
+def publish(run, num_classes, text, test_sets, vae):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
-    args = run.options
+    args, figures = run.options, [f"test_{name}" for name in LOSSES[:3]]
+    prompts = "; ".join(prompts_of(test_sets[args.test_split[0]], args)[1]) if text is not None else None
     measured = min((row for row in run.log.read() if "test_loss" in row), key=lambda row: row["test_loss"])
     run.publish(
         DQConfig.from_pretrained(run.dir / "model"),
         measured=measured,  # of the model that was kept
-        metrics=[f"test_{name}" for name in LOSSES[:3]],
+        metrics=[*figures, "test_text_worth"] if text is not None else figures,
         losses=LOSSES[:3],
         picture="samples.png",
         dataset=args.data if args.codes is None else read_index(args.codes)["data"],
         data={
             "classes": num_classes or None,
             "horizontal flips": args.horizontal_flips if args.codes is None else None,
+            "captions of the samples": prompts,
         },
         training={
             "tokenizer": args.vae,
+            "text encoder": args.text_encoder,
             "step of the smallest held-out loss, which is this model": measured["step"],
         },
         sources={"vae": vae},

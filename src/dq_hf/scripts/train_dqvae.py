@@ -19,15 +19,14 @@ all is well.
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 import torch._functorch.config
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
 
 from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
 from dq_hf.data.images import ImageCollator
@@ -39,6 +38,7 @@ from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.networks.perceptual import make_perceptual_loss
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
+from dq_hf.training.average import averaged_weights
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
 from dq_hf.training.options import (
@@ -151,11 +151,11 @@ def train(args):
 
     # Data.
     processor = DQImageProcessor(size={"height": args.image_size, "width": args.image_size})
-    train_set, test_set = run.load_images()
+    train_set, test_sets = run.load_images()
     collate = ImageCollator(processor, args.image_column)
-    train_collate = ImageCollator(processor, args.image_column, flip_seed=args.seed if args.horizontal_flips else None)
+    train_collate = ImageCollator(processor, args.image_column, augmentation=run.augmentation())
     train_loader = run.train_loader(train_set, train_collate)
-    test_loader = DataLoader(test_set, args.batch_size, collate_fn=collate)
+    test_loaders = run.test_loaders(test_sets, collate)
 
     # Models, and one optimiser for each (method section 5).
     config = start.config if start is not None else make_config(args)
@@ -185,10 +185,11 @@ def train(args):
     )
     train_loader = prepare_loader(accelerator, train_loader)
     plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
-    vae, discriminator, *optimizers, test_loader = accelerator.prepare(vae, discriminator, *optimizers, test_loader)
+    vae, discriminator, *optimizers = accelerator.prepare(vae, discriminator, *optimizers)
     run.resume(ema, scheduler, calibration)
     ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
+    average = ema if args.ema_decay > 0 else None
     accelerator.print(f"shares of regions: {calibration.shares}")
 
     # Training.
@@ -234,8 +235,8 @@ def train(args):
             continue
 
         scheduler.step()
-        if args.ema_decay > 0:
-            ema.step(vae.parameters())
+        if average is not None:
+            average.step(vae.parameters())
         run.count_step()
         if run.due(args.log_every):
             rows = run.averaged(terms) | codebook_use(plain_vae.quantizer) | {"lr": scheduler.get_last_lr()[0]}
@@ -243,17 +244,20 @@ def train(args):
                 rows |= calibration.figures()
             run.record(rows, show=("loss", "l1", "codes"))
         if run.due(args.sample_every):
-            with averaged_weights(vae, ema, args):
+            with averaged_weights(vae, average):
                 calibrated = calibration.follow()
-                figures = evaluate(accelerator, plain_vae, test_loader, processor, run.picture())
+                figures = {
+                    split: evaluate(accelerator, plain_vae, loader, processor, picture)
+                    for (split, loader), picture in zip(test_loaders.items(), chain([run.picture()], repeat(None)))
+                }
             if accelerator.is_main_process:
-                held_out = [figures[f"test_share_{side}"] for side in args.granularities[1:]]
+                held_out = [figures[args.test_split[0]][f"test_share_{side}"] for side in args.granularities[1:]]
                 warn_of_shares(held_out, config.budget_targets, "held-out images")
-            run.report(figures | calibrated)
+            run.report(figures, **calibrated)
         run.save_when_due()
 
     if accelerator.is_main_process and not run.stopped:
-        with averaged_weights(vae, ema, args):
+        with averaged_weights(vae, average):
             run.save_model(plain_vae, processor)
         publish(run, None if args.streaming else len(train_set), calibration.shares)
     run.end()
@@ -294,17 +298,6 @@ def make_config(args):
     )
 
 
-@contextmanager
-def averaged_weights(vae, ema, args):
-    """The moving average of the weights, if there is one, in place of the present ones."""
-    if args.ema_decay > 0:
-        ema.store(vae.parameters())
-        ema.copy_to(vae.parameters())
-    yield
-    if args.ema_decay > 0:
-        ema.restore(vae.parameters())
-
-
 def update(accelerator, model, optimizer, loss, max_grad_norm):
     """A backward pass and, where gradients are complete, a step; the gradient's norm by name, if there was one."""
     accelerator.backward(loss)
@@ -330,7 +323,11 @@ def codebook_use(quantizer):
 
 @torch.no_grad()
 def evaluate(accelerator, model, loader, processor, picture):
-    """Held-out mean PSNR in dB, codes an image and shares of regions; draws inputs, grain maps and reconstructions."""
+    """Held-out mean PSNR in dB, codes an image and shares of regions; draws inputs, grain maps and reconstructions.
+
+    Args:
+        picture: path of the drawing; None: no drawing.
+    """
     model.eval()
     psnrs, codes, shares = [], [], []
     for i, batch in enumerate(loader):
@@ -343,7 +340,7 @@ def evaluate(accelerator, model, loader, processor, picture):
         psnrs.append(quality)
         codes.append(num_codes)
         shares.append(share)
-        if i == 0 and accelerator.is_main_process:
+        if i == 0 and picture is not None and accelerator.is_main_process:
             inputs = processor.post_process(batch["pixel_values"][:16])
             scale = math.ceil(8 / model.config.granularities[-1])  # frames of 8 pixels
             maps = [draw_grain_map(image, grain_map, scale) for image, grain_map in zip(inputs, output.grain_map)]

@@ -17,7 +17,7 @@ EMOJI = "examples/data/emoji"  # in a checkout of the repository
 # When a run is resumed, each option of the scripts is one of these:
 TAKEN = (  # the new value counts from there
     *("data", "train_split", "test_split", "image_column", "max_test_images", "max_broken_share", "codes"),
-    *("horizontal_flips", "batch_size", "gradient_accumulation_steps"),
+    *("max_uncaptioned_share", "horizontal_flips", "no_flip_column", "batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "warmup_steps", "max_grad_norm", "max_steps"),
     *("perceptual", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "dropout", "attention_dropout"),
 )
@@ -27,17 +27,20 @@ REFUSED = (  # another value than the checkpoint's is an error
     *("layers_per_block", "norm_num_groups", "z_channels", "codebook_size", "codebook_dim"),
     *("disc_channels", "disc_layers", "ema_decay", "vae", "weight_decay", "class_dropout"),
     *("hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers", "fine_order"),
+    *("caption_column", "text_encoder", "train_text_encoder", "text_length", "text_dropout"),
 )
 FREE = (  # changes nothing that is learned
-    *("output_dir", "num_workers", "gradient_checkpointing", "attn_implementation"),
+    *("output_dir", "num_workers", "precompute_text", "gradient_checkpointing", "attn_implementation"),
     *("log_every", "save_every", "keep_checkpoints", "sample_every", "resume", "report_to", "push_to_hub"),
 )
 
 
 def option(default, text):
     """A dataclass field with its help, which ends with the default, unless that is None or `MISSING`."""
-    text = text if default in (None, MISSING) else f"{text} Default: {default}."
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    text = text if default in (None, MISSING) else f"{text} Default: {shown}."
+    chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text.replace("%", "%%")}, **chosen)
 
 
 def size_option(default, text):
@@ -55,7 +58,9 @@ class RunOptions:
     )
     data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
     train_split: str = option("train", "Split to train on.")
-    test_split: str = option("test", "Held-out split to measure on.")
+    test_split: list[str] = option(
+        ["test"], "Held-out splits to measure on; the first is the one that counts for the model and its card."
+    )
     image_column: str = option("image", "Column with the images.")
     streaming: bool = option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
     max_test_images: int = option(1000, "Measure on at most this many held-out images.")
@@ -64,6 +69,9 @@ class RunOptions:
     )
     num_workers: int = option(0, "Processes that read images, for each process that trains.")
     horizontal_flips: bool = option(True, "Mirror half of the training images.")
+    no_flip_column: str | None = option(
+        None, "Column that is true for images that are never mirrored, such as those of letters."
+    )
 
     batch_size: int = option(32, "Images of a forward pass, in each process.")
     gradient_accumulation_steps: int = option(1, "Forward passes of a step.")
@@ -95,6 +103,7 @@ class RunOptions:
         require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed")
         require_above_0(self, "max_grad_norm")
         require_share(self, "max_broken_share")
+        require_different(self, "test_split")
 
 
 def require(args, least, *names):
@@ -116,6 +125,12 @@ def require_share(args, *names):
     for name in names:
         if not all(0 <= value <= 1 for value in values_of(args, name)):
             raise ValueError(f"--{name} must lie in [0, 1], got {shown(args, name)}")
+
+
+def require_different(args, name):
+    """Raise `ValueError` if a list has a value twice."""
+    if len(set(values_of(args, name))) < len(values_of(args, name)):
+        raise ValueError(f"--{name} must name each only once, got {shown(args, name)}")
 
 
 def require_one_of(args, name, choices):

@@ -19,6 +19,8 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 
+from ..data.augmentation import Augmentation
+from ..data.images import check_column
 from ..data.streams import load_train_and_test
 from ..hub.card import write_model_card
 from ..hub.folders import whole_folder
@@ -112,19 +114,34 @@ class Run:
     # Before the loop
 
     def load_images(self):
-        """Images to train on and to measure on; see `load_train_and_test`."""
+        """Images to train on, and {split: images to measure on}; see `load_train_and_test`."""
         options = self.options
         check_data(options.data)
-        return load_train_and_test(
+        train_set, test_sets = load_train_and_test(
             self.accelerator,
             options.data,
-            (options.train_split, options.test_split),
+            (options.train_split, *options.test_split),
             options.image_column,
             options.streaming,
             options.max_broken_share,
             options.max_test_images,
             options.seed,
         )
+        if options.no_flip_column is not None:
+            check_column(train_set, options.no_flip_column)
+        return train_set, dict(zip(options.test_split, test_sets))
+
+    def augmentation(self):
+        """What happens to training images; None: nothing."""
+        options = self.options
+        if not options.horizontal_flips:
+            return None
+        return Augmentation(options.seed, horizontal_flips=True, no_flip_column=options.no_flip_column)
+
+    def test_loaders(self, test_sets, collate):
+        """{split: prepared batches to measure on}."""
+        loaders = (DataLoader(images, self.options.batch_size, collate_fn=collate) for images in test_sets.values())
+        return {name: self.accelerator.prepare(loader) for name, loader in zip(test_sets, loaders)}
 
     def train_loader(self, dataset, collate, sampler=None):
         """Batches to train on, mixed unless a sampler or a stream does that."""
@@ -225,8 +242,18 @@ class Run:
         if show:
             self.bar.set_postfix({"step": self.step} | {name: f"{values[name]:.4g}" for name in show})
 
-    def report(self, values):
-        """Put held-out figures by name into log and tracker, and print them."""
+    def report(self, figures, **more):
+        """Put held-out figures into log and tracker, and print them.
+
+        Args:
+            figures: {split: {name: number}}; those of the first split keep their names.
+            more: further figures by name.
+        """
+        first, *others = figures
+        values = figures[first] | {
+            f"{name}/{split}": value for split in others for name, value in figures[split].items()
+        }
+        values |= more
         self.record(values)
         self.accelerator.print(f"step {self.step}: {json.dumps(values)}")
 
@@ -275,7 +302,7 @@ class Run:
             title=options.push_to_hub or self.dir.name,
             repository=options.push_to_hub,
             dataset=dataset,
-            test_split=options.test_split,
+            test_split=options.test_split[0],
             metrics={name: measured[name] for name in metrics},
             losses={name: trained[name] for name in losses if name in trained},
             data=data,

@@ -1,0 +1,119 @@
+"""The text side of training: the vocabulary, text encoders of any kind, and what becomes of a batch's captions."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_transformer
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
+
+from dq_hf.modeling.text_dq import encode_prompts
+from dq_hf.training.text import CaptionBatches, FrozenText, learn_vocabulary, load_text_encoder, make_text
+
+CAPTIONS = ["A red heart, flat style", "clock: 1:30", "keycap *", "flag of Åland"]
+
+
+def options(**changes):
+    settings = {"text_encoder": "small", "text_length": 6, "train_text_encoder": True, "precompute_text": False}
+    return SimpleNamespace(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make_text(options(), CAPTIONS, "cpu")
+
+
+def test_the_vocabulary_is_the_words_of_the_captions():
+    tokenizer = learn_vocabulary(CAPTIONS, 6)
+    words = {"a", "red", "heart", "flat", "style", "clock", "1", "30", "keycap", "*", "flag", "of", "åland"}
+    assert set(tokenizer.get_vocab()) == words | {"[PAD]", "[UNK]"}
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a HEART; of snails")["input_ids"]) == [
+        "a",
+        "heart",
+        "of",
+        "[UNK]",
+    ]
+    assert learn_vocabulary(CAPTIONS[::-1], 6).get_vocab() == tokenizer.get_vocab()
+
+
+def test_long_captions_are_cut_and_counted_once(caplog):
+    make_text(options(text_length=3), CAPTIONS, "cpu")
+    warnings = [record.message for record in caplog.records if "are cut" in record.message]
+    assert len(warnings) == 1 and "1 of 4" in warnings[0]
+
+
+def save_encoder(folder, kind):
+    """A tiny random encoder of each kind that people use, as it lies in a folder or on the Hub."""
+    tokenizer = learn_vocabulary(CAPTIONS, 8)
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0}
+    bert = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    t5 = {"d_model": 12, "d_ff": 16, "d_kv": 6, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model = {
+        "bert": lambda: BertModel(BertConfig(**sizes, **bert)),
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**sizes, **t5)),
+        "clip": lambda: CLIPModel(
+            CLIPConfig(
+                text_config={**sizes, **bert, "eos_token_id": 1},
+                vision_config={**bert, "image_size": 8, "patch_size": 4},
+            )
+        ),
+    }[kind]()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip"])
+def test_any_text_encoder_gives_its_states_at_once_or_beforehand(tmp_path, kind):
+    saved = save_encoder(tmp_path, kind)
+    saved = {"bert": lambda: saved, "t5": lambda: saved.encoder, "clip": lambda: saved.text_model}[kind]()
+    ids = torch.tensor([learn_vocabulary(CAPTIONS, 8)("a red heart")["input_ids"]])
+    expected = saved(input_ids=ids).last_hidden_state
+    rows = [{"text": caption} for caption in ["a red heart", "", "clock 1"]]
+    for precompute in (False, True):
+        text = make_text(
+            options(text_encoder=str(tmp_path), train_text_encoder=False, precompute_text=precompute),
+            ["a red heart", "clock 1"],
+            "cpu",
+        )
+        arguments = text.arguments(CaptionBatches(text, "text", seed=0)(rows, [0, 1, 2], 0)["text"])
+        assert arguments["encoder_attention_mask"].tolist() == [[1] * 3 + [0] * 3, [0] * 6, [1] * 2 + [0] * 4]
+        assert torch.allclose(arguments["encoder_hidden_states"][0, :3], expected[0], atol=1e-5)
+        assert not any(parameter.requires_grad for parameter in text.encoder.parameters())
+        generator = make_transformer(text_hidden_size=12, text_length=6)
+        assert text.join(generator) is generator
+
+
+def test_an_encoder_is_found_in_a_saved_model_with_text(tmp_path, small):
+    small.encoder.save_pretrained(tmp_path / "text_encoder")
+    small.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer, encoder = load_text_encoder(str(tmp_path))
+    frozen = FrozenText(tokenizer, encoder, 6)
+    states, mask = frozen.arguments(frozen.collate(["red heart"])).values()
+    expected, expected_mask = encode_prompts(small.tokenizer, small.encoder.eval(), ["red heart"], 6)
+    assert torch.equal(mask, expected_mask) and torch.allclose(states, expected, atol=1e-6)
+    assert small.fingerprint == frozen.fingerprint != FrozenText(learn_vocabulary(["a"], 6), encoder, 6).fingerprint
+
+
+def test_a_small_encoder_learns_with_the_generator_and_some_words_are_hidden_from_it(small):
+    torch.manual_seed(0)
+    model = small.join(make_transformer(text_hidden_size=128, text_length=6, text_dropout=0.0))
+    codes, grain_map = torch.zeros(4, 8, 8, dtype=torch.long), torch.zeros(4, 4, 4, dtype=torch.long)
+    inputs = small.collate(["red heart", "clock", "", "flag of åland"])
+    model(codes, grain_map, **inputs).loss.backward()
+    gradients = {name: weight.grad for name, weight in model.text_encoder.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    words = gradients["embeddings.word_embeddings.weight"].abs().sum(1)
+    assert words[small.tokenizer.convert_tokens_to_ids("heart")] > 0
+
+    seen = []
+    model.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        for _ in range(200):
+            model.train()(codes, grain_map, **inputs)
+    unknown = sum((ids == small.tokenizer.unk_token_id).sum().item() for ids in seen)
+    assert 30 < unknown < 95  # 5 % of 200 x 6 words: 60, 4.6 standard deviations
+    model.eval()(codes, grain_map, **inputs)
+    assert torch.equal(seen[-1], inputs["input_ids"])
