@@ -26,6 +26,7 @@ setup(
         "safetensors>=0.6",
         "huggingface-hub>=1.5",
         "evaluate>=0.4.6",
+        "constriction>=0.5",
         "numpy",
         "pillow",
         "pyyaml",

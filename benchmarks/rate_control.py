@@ -33,6 +33,7 @@ from dq_hf.data.images import ImageCollator, first_rows, load_images
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics import PerceptualDistance, psnr, ssim
 from dq_hf.metrics.code_statistics import count_bits
+from dq_hf.modeling.grain_map_dq import refinement_shares
 from dq_hf.modeling.image_processing_dq import from_bytes
 from dq_hf.pictures import new_figure
 
@@ -92,7 +93,9 @@ def measure(args, vae, perceptual):
     """
     processor, loader = load_data(args, vae.config)
     num_granularities = len(vae.config.granularities)
-    shares = {ratio: fine_shares(ratio, num_granularities) for ratio in args.fine_ratios} | {ROUTER: None}
+    if num_granularities == 1:
+        raise ValueError("the model must have at least two granularities; with one there is no rate to control")
+    shares = {ratio: refinement_shares(ratio, num_granularities) for ratio in args.fine_ratios} | {ROUTER: None}
     values = {}  # {setting: {figure: [one tensor or list a batch]}}
 
     def record(setting, images, **counts):
@@ -140,14 +143,6 @@ def load_data(args, config):
         dataset = first_rows(dataset, args.max_images)
     collate = ImageCollator(processor, args.image_column)
     return processor, torch.utils.data.DataLoader(dataset, args.batch_size, collate_fn=collate)
-
-
-def fine_shares(ratio, num_granularities):
-    """Shares for `encode`: of K - 1 refinements of a region each is made with chance `ratio`, for K = 2 the ratio itself."""
-    if num_granularities == 1:
-        raise ValueError("the model must have at least two granularities; with one there is no rate to control")
-    steps = num_granularities - 1
-    return [math.comb(steps, g) * ratio**g * (1 - ratio) ** (steps - g) for g in range(1, num_granularities)]
 
 
 def as_uint8(images):

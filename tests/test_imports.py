@@ -20,7 +20,7 @@ GROUND_TO_TOP = [  # a room may import those of the rows before its own, and its
     {"demo"},
     {"scripts", "commands"},
 ]
-ALLOWED_BESIDES = {("networks", "data"), ("commands", "scripts")}  # within a row
+ALLOWED_BESIDES = {("networks", "data"), ("codec", "pipelines"), ("commands", "scripts")}  # within a row
 
 
 def modules():

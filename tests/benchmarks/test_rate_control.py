@@ -56,14 +56,6 @@ def test_files_are_counted_whole(codec, kind):
     assert (np.asarray(decoded) == pixels(written)).all()  # Huffman tables change the length only
 
 
-def test_three_granularities_go_from_all_coarse_to_all_fine():
-    assert rate_control.fine_shares(0.3, 2) == [0.3]
-    assert rate_control.fine_shares(0, 3) == [0, 0] and rate_control.fine_shares(1, 3) == [0, 1]
-    assert rate_control.fine_shares(0.25, 3) == pytest.approx([2 * 0.25 * 0.75, 0.0625])
-    with pytest.raises(ValueError, match="two granularities"):
-        rate_control.fine_shares(0.5, 1)
-
-
 def test_between_two_settings_bits_count_in_logarithms():
     curve = [{"bits": 100, "PSNR": 20.0, "D": 0.5}, {"bits": 400, "PSNR": 26.0, "D": 0.1}]
     assert rate_control.at_equal(curve, "bits", 200, "PSNR") == pytest.approx(23)

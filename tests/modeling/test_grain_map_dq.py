@@ -13,6 +13,7 @@ from dq_hf.modeling.grain_map_dq import (
     expand_grain_map,
     one_hot_gates,
     rank_routing,
+    refinement_shares,
     top_left_cells,
 )
 
@@ -72,6 +73,12 @@ def test_ranking_of_one_granularity_is_all_coarse():
 def test_shares_that_cannot_be_are_refused(shares, error, message):
     with pytest.raises(error, match=message):
         check_shares("name", shares, num_granularities=3)
+
+
+def test_a_chance_of_every_refinement_goes_from_all_coarse_to_all_fine():
+    assert refinement_shares(0.3, 2) == [0.3] and refinement_shares(0.5, 1) == []
+    assert refinement_shares(0, 3) == [0, 0] and refinement_shares(1, 3) == [0, 1]
+    assert refinement_shares(0.25, 3) == pytest.approx([2 * 0.25 * 0.75, 0.0625])
 
 
 def test_shares_are_a_list_and_one_number_is_a_list_of_one():

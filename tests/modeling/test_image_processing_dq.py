@@ -195,8 +195,8 @@ def test_images_of_several_sizes_make_one_batch_only_by_resizing(processor):
         ([1, 2], TypeError, "got int"),
         (Image.new("I", (2, 2)), ValueError, "mode 'I' has no fixed range"),
         (Image.new("F", (2, 2)), ValueError, "mode 'F' has no fixed range"),
-        (RGB[..., 0], ValueError, r"shape \(height, width, 3\) or \(3, height, width\), got \(6, 8\)"),
-        (RGB[..., :1], ValueError, r"got \(6, 8, 1\); for grey or transparent images use PIL"),
+        (RGB[0, 0], ValueError, r"shape \(height, width, channels\) or .*; got \(3,\)"),
+        (RGB[..., :2], ValueError, r"got \(6, 8, 2\)"),
         (np.concatenate([RGB, RGB], axis=2), ValueError, r"got \(6, 8, 6\)"),
         (RGB[:0], ValueError, r"got \(0, 8, 3\)"),
         (RGB.astype(np.int64), TypeError, r"must be uint8 \(0 ... 255\) or float \(0 ... 1\), got torch.int64"),
@@ -216,14 +216,21 @@ def test_bad_images_are_refused(processor, images, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(size=64), ValueError, "size must be {.*}, got 64"),
-        (dict(size={"height": 64}), ValueError, "size must be {.*}, got"),
-        (dict(size={"height": 64, "widht": 64}), ValueError, "size must be {.*}, got"),
+        (dict(size="64"), ValueError, "size must be {.*} or one number, got '64'"),
+        (dict(size=True), ValueError, "size must be {.*} or one number, got True"),
+        (dict(size=(1, 2, 3)), ValueError, "size must be {.*} or one number, got"),
+        (dict(size={"height": 64}), ValueError, "size must be {.*} or one number, got"),
+        (dict(size={"height": 64, "widht": 64}), ValueError, "size must be {.*} or one number, got"),
+        (dict(size=0), ValueError, "positive whole numbers"),
         (dict(size={"height": 0, "width": 64}), ValueError, "positive whole numbers"),
         (dict(size={"height": 64.0, "width": 64}), ValueError, "positive whole numbers"),
         (dict(size={"height": True, "width": 64}), ValueError, "positive whole numbers"),
         (dict(do_resize="no"), TypeError, "do_resize must be True or False, got 'no'"),
-        (dict(sise=64), TypeError, "no argument sise; it has size and do_resize|sise"),
+        (dict(do_rescale=1), TypeError, "do_rescale must be True or False, got 1"),
+        (dict(do_normalize="yes"), TypeError, "do_normalize must be True or False, got 'yes'"),
+        (dict(sise=64), TypeError, "no argument sise; it has size, do_resize"),
+        (dict(image_mean=[0.48, 0.46, 0.41]), ValueError, r"image_mean must be \[0.5, 0.5, 0.5\], which the models"),
+        (dict(resample=0), ValueError, "resample must be 3, .* got 0"),
     ],
 )
 def test_bad_options_are_refused(processor, options, error, message):
@@ -231,8 +238,56 @@ def test_bad_options_are_refused(processor, options, error, message):
         DQImageProcessor(**options)
     with pytest.raises(error, match=message):
         processor(RGB, **options)
-    with pytest.raises(ValueError, match="return_tensors must be \"pt\", got 'np'"):
-        processor(RGB, return_tensors="np")
+
+
+@pytest.mark.parametrize("name", ["return_tensors", "data_format", "input_data_format"])
+def test_other_formats_are_refused(processor, name):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'tf'"):
+        processor(RGB, **{name: "tf"})
+
+
+def test_arguments_of_transformers_processors_mean_what_they_mean_there(processor):
+    pixel_values = processor(RGB)["pixel_values"]
+    usual = dict(
+        resample=Image.BICUBIC, rescale_factor=1 / 255, image_mean=0.5, image_std=(0.5, 0.5, 0.5), do_pad=False
+    )
+    assert torch.equal(processor(RGB, **usual, do_convert_rgb=True)["pixel_values"], pixel_values)
+    array = processor(RGB, return_tensors="np")["pixel_values"]
+    assert isinstance(array, np.ndarray) and np.array_equal(array, pixel_values.numpy())
+    last = processor(RGB, data_format="channels_last", device="cpu")["pixel_values"]
+    assert torch.equal(last.permute(0, 3, 1, 2), pixel_values)
+    several = processor([RGB, RGB[:2]], return_tensors=None)["pixel_values"]
+    assert [tuple(each.shape) for each in several] == [(3, 6, 8), (3, 2, 8)]
+    for size in (4, (4, 4), [4, 4]):
+        assert DQImageProcessor(size=size).size == {"height": 4, "width": 4}
+        assert processor(RGB, size=size, do_resize=True)["pixel_values"].shape == (1, 3, 4, 4)
+
+    plain = torch.from_numpy(RGB).permute(2, 0, 1)[None].float()
+    torch.testing.assert_close(processor(RGB, do_normalize=False)["pixel_values"], plain / 255)
+    torch.testing.assert_close(processor(Image.fromarray(RGB), do_rescale=False)["pixel_values"], 2 * plain - 1)
+    torch.testing.assert_close(processor(RGB, do_rescale=False, do_normalize=False)["pixel_values"], plain)
+    torch.testing.assert_close(processor(RGB / 255, do_rescale=False)["pixel_values"].float(), pixel_values)
+
+
+def test_grey_and_transparent_arrays_and_their_channels(processor):
+    alpha = np.random.default_rng(2).integers(0, 256, (6, 8, 1), dtype=np.uint8)
+    transparent = np.concatenate([RGB, alpha], axis=2)
+    share = alpha / 255
+    on_white = torch.from_numpy(RGB / 255 * share + (1 - share)).permute(2, 0, 1)[None].float() * 2 - 1
+    for image in (transparent, transparent / 255, torch.from_numpy(transparent).permute(2, 0, 1)):
+        torch.testing.assert_close(processor(image)["pixel_values"], on_white)
+    grey = RGB[..., 0]
+    expected = (torch.from_numpy(grey).float() / 127.5 - 1).expand(1, 3, 6, 8)
+    for image in (grey, grey[..., None], grey[None], torch.from_numpy(grey)):
+        torch.testing.assert_close(processor(image)["pixel_values"], expected)
+    cube = np.random.default_rng(3).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    first = processor(cube, input_data_format="channels_first")["pixel_values"]
+    assert torch.equal(first[0], processor(cube)["pixel_values"][0].permute(1, 2, 0))
+
+
+def test_a_step_that_is_left_out_is_saved(tmp_path):
+    DQImageProcessor(do_normalize=False).save_pretrained(tmp_path)
+    assert DQImageProcessor.from_pretrained(tmp_path).do_normalize is False
 
 
 def test_saving_and_loading_keeps_the_options(tmp_path):

@@ -1,1 +1,5 @@
-"""What an image costs in codes and bits."""
+"""Images as bytes, as tokens for other models, and what they cost."""
+
+from .compress import compress, decompress, read_codes
+
+__all__ = ["compress", "decompress", "read_codes"]

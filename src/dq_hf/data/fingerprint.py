@@ -1,4 +1,4 @@
-"""Fingerprints of sixteen digits: of a model, or of the codes that it gives."""
+"""Fingerprints of sixteen digits: of a model, of the codes that it gives, or of what it makes of codes."""
 
 import hashlib
 import json
@@ -9,7 +9,11 @@ TRAINING_FIELDS = frozenset(
     "budget_gamma router_gradient".split()
 )
 DECODER = ("post_quant_conv.", "decoder.")  # weights behind the codes
+CODEBOOK = ("quantizer.codebook", "quantizer.cluster_size")
 THRESHOLDS = "router.thresholds"
+# Beginnings of fields that matter only to an encoder, and parts of fields that matter only to training or sampling.
+ENCODER_FIELDS = ("router", "entropy_", "encoder_", "block_out_channels", "layers_per_block")
+UNREAD = ("dropout", "loss_weight", "sampling_defaults")
 
 
 def fingerprint(model):
@@ -26,6 +30,23 @@ def codes_fingerprint(vae):
     fields = {name: value for name, value in fields.items() if not name.startswith("decoder_")}
     weights = {name: weight for name, weight in weights.items() if not name.startswith(DECODER)}
     return hash_weights(weights, json.dumps(fields, sort_keys=True))
+
+
+def decoding_fingerprint(vae, transformer=None):
+    """16 hex digits that tell models apart which make other images of codes, or give streams another probability.
+
+    Args:
+        transformer: None: of the VAE alone.
+    """
+    fields, weights = fields_and_weights(vae)
+    fields = {name: value for name, value in fields.items() if not name.startswith(ENCODER_FIELDS)}
+    weights = {name: weight for name, weight in weights.items() if name.startswith(DECODER + CODEBOOK)}
+    digits = hash_weights(weights, json.dumps(fields, sort_keys=True))
+    if transformer is not None:
+        fields, weights = fields_and_weights(transformer)
+        fields = {name: value for name, value in fields.items() if not any(part in name for part in UNREAD)}
+        digits = hash_weights(weights, digits + json.dumps(fields, sort_keys=True))
+    return digits
 
 
 def fields_and_weights(model):

@@ -1,5 +1,6 @@
 """Mixins of models and image processors: atomic saving, pushing to the Hub and loading from it."""
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder,
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
 from .upload import check_push, upload
-from .weights import RESULTS_FILE, check_state_dict, load_strictly, stale_files
+from .weights import RESULTS_FILE, check_state_dict, load_strictly, stale_files, write_index
 
 logger = logging.get_logger(__name__)
 
@@ -216,6 +217,8 @@ class HubMixin(PushMixin):
             super().save_pretrained(folder, **arguments)
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"the weights cannot be written to {folder}: {error}") from error
+        if self.part_folders and re.fullmatch(r"checkpoint-\d+", title):  # as `Trainer` names them
+            write_index(folder)
         if is_exported(type(self)) if export_code is None else export_code:
             write_code(folder, {"": self} | self.parts)
         if (folder / "config.json").is_file():  # else these are an adapter's weights

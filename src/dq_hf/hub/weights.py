@@ -1,5 +1,6 @@
 """Weights in safetensors, strictly: what is missing, unknown, of another shape, not finite or damaged is named."""
 
+import json
 import re
 from pathlib import Path
 
@@ -147,6 +148,20 @@ def weight_files(folder, variant=None):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there, but {index} lists it; save or download it again")
     return files
+
+
+def write_index(folder):
+    """Write the list of all weights in the sub-folders of a model's folder, without which `Trainer` resumes from none.
+
+    Each weight has the name that it has in the whole model; in the file that is named it has the part's own.
+    """
+    weight_map = {}
+    for path in sorted(folder.glob("*/model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = [f"{path.parent.name}.{name}" for name in file.keys()]
+        weight_map |= dict.fromkeys(names, f"{path.parent.name}/{path.name}")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def is_finite(value):

@@ -21,6 +21,7 @@ class DQConfig(DQPreTrainedConfig):
     """
 
     model_type = "dq"
+    keys_to_ignore_at_inference: ClassVar = DQTransformerConfig.keys_to_ignore_at_inference
     sub_configs: ClassVar = {
         "vae_config": DQVAEConfig,
         "transformer_config": DQTransformerConfig,
@@ -62,6 +63,17 @@ class DQConfig(DQPreTrainedConfig):
             raise ValueError(f"label2id must be transformer_config's, {ids}; got {self.label2id}")
         self.id2label, self.label2id = dict(names), dict(ids)
         super().__post_init__(**kwargs)
+
+    @property
+    def num_labels(self):
+        """The generator's `num_classes`. Another number gives the classes new names."""
+        return self.transformer_config.num_labels
+
+    @num_labels.setter
+    def num_labels(self, num_labels):
+        self.transformer_config.num_labels = num_labels
+        self.id2label = dict(self.transformer_config.id2label)
+        self.label2id = dict(self.transformer_config.label2id)
 
     def validate_fields(self):
         self.vae_config.validate()

@@ -1,6 +1,7 @@
 """Configuration of DQ-Transformer, which generates variable-length codes from coarse to fine (stage 2)."""
 
 import math
+from typing import ClassVar
 
 from .configuration_utils_dq import (
     MOST_COUNT,
@@ -41,6 +42,15 @@ class DQTransformerConfig(DQPreTrainedConfig):
     """
 
     model_type = "dqtransformer"
+    attribute_map: ClassVar = {"max_position_embeddings": "max_stream_length"}
+    keys_to_ignore_at_inference: ClassVar = [
+        "content_loss",
+        "position_loss",
+        "coarse_position_loss",
+        "fine_position_loss",
+        "position_losses",
+        "stream",
+    ]  # what `Trainer` does not gather
 
     grid_sizes: list[list[int]] = ((16, 16), (32, 32))
     codebook_size: int = 1024
@@ -62,10 +72,15 @@ class DQTransformerConfig(DQPreTrainedConfig):
     position_loss_weight: int | float = 1.0
     sampling_defaults: dict[str, int | float] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, num_labels=None, **kwargs):
+        if num_labels is not None:
+            if self.num_classes not in (0, num_labels):
+                raise ValueError(f"num_labels is num_classes, {self.num_classes}; got {num_labels}")
+            self.num_classes = num_labels
         if self.id2label is None and isinstance(self.label2id, dict):
             self.id2label = {i: name for name, i in self.label2id.items()}
-        elif self.id2label is None and isinstance(self.num_classes, int):  # else transformers names two classes
+        elif self.id2label is None:  # else transformers names two classes
+            self.validate_types()
             require_at_most(self, MOST_WIDTH, "num_classes")
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_classes)}
         super().__post_init__(**kwargs)
@@ -82,6 +97,36 @@ class DQTransformerConfig(DQPreTrainedConfig):
             self.sampling_defaults = {}
         if self.label2id is None:
             self.label2id = {name: i for i, name in self.id2label.items()}
+
+    @property
+    def num_labels(self):
+        """`num_classes`. Another number gives the classes new names."""
+        return self.num_classes
+
+    @num_labels.setter
+    def num_labels(self, num_labels):
+        if num_labels != self.num_classes:
+            self.num_classes = num_labels
+            self.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+            self.label2id = {name: i for i, name in self.id2label.items()}
+
+    @property
+    def num_hidden_layers(self):
+        """Layers of both stacks."""
+        return self.num_position_layers + self.num_content_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value):
+        raise NotImplementedError("set num_position_layers and num_content_layers, whose sum num_hidden_layers is")
+
+    @property
+    def vocab_size(self):
+        """`content_vocab_size`."""
+        return self.content_vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value):
+        raise NotImplementedError("set codebook_size and num_classes, which vocab_size follows from")
 
     @property
     def num_cells(self):

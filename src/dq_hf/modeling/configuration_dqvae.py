@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import ClassVar
 
 from .configuration_utils_dq import (
     MOST_COUNT,
@@ -56,6 +57,7 @@ class DQVAEConfig(DQPreTrainedConfig):
     """
 
     model_type = "dqvae"
+    keys_to_ignore_at_inference: ClassVar = ["reconstruction_loss", "vq_loss", "budget_loss"]  # by `Trainer`
 
     image_size: int | list[int] = 256
     granularities: list[int] | tuple[int, ...] = (16, 8)
@@ -97,6 +99,11 @@ class DQVAEConfig(DQPreTrainedConfig):
         if self.decoder_block_out_channels is None:
             num_levels = len(self.block_out_channels) - num_granularities + 1
             self.decoder_block_out_channels = list(self.block_out_channels[:num_levels])
+
+    @property
+    def num_hidden_layers(self):
+        """Levels of encoder and decoder."""
+        return len(self.block_out_channels) + len(self.decoder_block_out_channels)
 
     @property
     def initial_thresholds(self):

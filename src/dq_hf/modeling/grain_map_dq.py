@@ -33,6 +33,12 @@ def check_shares(name, shares, num_granularities):
     return list(shares)
 
 
+def refinement_shares(chance, num_granularities):
+    """Shares as in `check_shares` where each of a region's K - 1 refinements is made with this chance; for K = 2 it is the share."""
+    steps = num_granularities - 1
+    return [math.comb(steps, g) * chance**g * (1 - chance) ** (steps - g) for g in range(1, num_granularities)]
+
+
 def check_thresholds(name, thresholds, num_granularities):
     """Raise `ValueError` unless these are K - 1 finite ascending numbers."""
     finer = num_granularities - 1

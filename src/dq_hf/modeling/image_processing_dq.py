@@ -11,59 +11,109 @@ from .hub_dq import ProcessorHubMixin, without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
+FORMATS = ("channels_first", "channels_last")
+FIXED_ARGUMENTS = {  # of transformers' processors: the only value here
+    "resample": Image.Resampling.BICUBIC,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+    "do_center_crop": True,
+    "do_pad": False,
+}
 
 
 class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
     """PIL images, numpy arrays or torch tensors, one or a list, to `pixel_values` in [-1, 1], and back.
 
     Args:
-        size: {"height", "width"} in pixels. With `do_resize` the image is scaled until it covers this size, keeping
-            its shape (bicubic, antialiased), and the centre is cut out.
+        size: {"height", "width"} in pixels, (height, width), or one number for both. With `do_resize` the image is scaled
+            until it covers this size, keeping its shape (bicubic, antialiased), and the centre is cut out.
         do_resize: False keeps every image at its own size; all images of one call must then have the same.
+        do_rescale: False leaves bytes in [0, 255]; floats are in [0, 1] already, and stay.
+        do_normalize: False leaves out the step from [0, 1] to [-1, 1], the range that the models take.
+        kwargs: `FIXED_ARGUMENTS`, other arguments of transformers' processors, with their only value.
     """
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, size=None, do_resize=True, **kwargs):
-        if unknown := sorted(set(kwargs) - FILE_KEYS):
-            raise TypeError(f"DQImageProcessor has no argument {', '.join(unknown)}; it has size and do_resize")
-        super().__init__(**without_remote_code(kwargs))
+    def __init__(self, size=None, do_resize=True, do_rescale=True, do_normalize=True, **kwargs):
+        super().__init__(**without_remote_code(other_arguments(kwargs)))
         self.size = check_size({"height": 256, "width": 256} if size is None else size)
-        self.do_resize = check_do_resize(do_resize)
+        self.do_resize = check_flag("do_resize", do_resize)
+        self.do_rescale = check_flag("do_rescale", do_rescale)
+        self.do_normalize = check_flag("do_normalize", do_normalize)
 
     @classmethod
     def for_model(cls, config, do_resize=True):
         """The processor that gives images the size of a tokenizer with this `DQVAEConfig`."""
-        height, width = config.image_height_width
-        return cls(size={"height": height, "width": width}, do_resize=do_resize)
+        return cls(size=config.image_height_width, do_resize=do_resize)
 
-    def __call__(self, images, size=None, do_resize=None, return_tensors="pt"):
+    def to_dict(self):
+        """What its file holds: no steps that are done anyway."""
+        steps = {"do_rescale": True, "do_normalize": True}
+        return {name: value for name, value in super().to_dict().items() if value != steps.get(name)}
+
+    def __call__(
+        self,
+        images,
+        size=None,
+        do_resize=None,
+        do_rescale=None,
+        do_normalize=None,
+        return_tensors="pt",
+        data_format="channels_first",
+        input_data_format=None,
+        device=None,
+        **kwargs,
+    ):
         """`pixel_values` (B, 3, height, width) float32 in [-1, 1], in a `BatchFeature`.
 
         Args:
             images: an image or a list. PIL in any mode with a fixed range, turned upright by its EXIF orientation,
-                transparent parts on white; arrays and tensors of three channels, first or last, integers 0 ... 255
-                (uint8) or floats in [0, 1]; four dimensions are a batch.
-            size, do_resize: instead of the processor's own.
-            return_tensors: always "pt".
+                transparent parts on white; arrays and tensors of three channels, four with transparency, one or none if
+                grey, first or last, integers 0 ... 255 (uint8) or floats in [0, 1]; four dimensions are a batch.
+            size, do_resize, do_rescale, do_normalize: instead of the processor's own.
+            return_tensors: "pt" or "np"; None: a list of tensors, which may have several sizes.
+            data_format: "channels_first", or "channels_last" for (B, height, width, 3).
+            input_data_format: likewise, of arrays and tensors. Default: where there are three channels.
+            device: of the result.
+            kwargs: `FIXED_ARGUMENTS`.
 
         Raises:
-            TypeError: not an image, or an array of another dtype.
+            TypeError: not an image, an array of another dtype, or an unknown argument.
             ValueError: wrong channels, values out of range or NaN, or different sizes that cannot be stacked.
         """
-        if return_tensors != "pt":
-            raise ValueError(f'return_tensors must be "pt", got {return_tensors!r}')
+        check_choice("return_tensors", return_tensors, ("pt", "np", None))
+        check_choice("data_format", data_format, FORMATS)
+        check_choice("input_data_format", input_data_format, (*FORMATS, None))
+        other_arguments(kwargs)
         size = self.size if size is None else check_size(size)
-        do_resize = self.do_resize if do_resize is None else check_do_resize(do_resize)
-        tensors = [to_tensor(image) for image in flatten_images(images)]
-        if not tensors:
+        do_resize = self.do_resize if do_resize is None else check_flag("do_resize", do_resize)
+        do_rescale = self.do_rescale if do_rescale is None else check_flag("do_rescale", do_rescale)
+        do_normalize = self.do_normalize if do_normalize is None else check_flag("do_normalize", do_normalize)
+        images = flatten_images(images)
+        if not images:
             raise ValueError("images must hold at least one image, got an empty list")
+        tensors = [to_tensor(image, input_data_format) for image in images]
         if do_resize:
             tensors = [resize_and_crop(tensor, size["height"], size["width"]) for tensor in tensors]
-        shapes = {tuple(tensor.shape[1:]) for tensor in tensors}
+        if not do_rescale:
+            tensors = [tensor * 255 if is_bytes(image) else tensor for tensor, image in zip(tensors, images)]
+        if do_normalize:
+            tensors = [tensor * 2 - 1 for tensor in tensors]
+        if data_format == "channels_last":
+            tensors = [tensor.permute(1, 2, 0) for tensor in tensors]
+        if device is not None:
+            tensors = [tensor.to(device) for tensor in tensors]
+        if return_tensors is None:
+            return BatchFeature({"pixel_values": tensors})
+        shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
-            raise ValueError(f"images of one call must have one size, got {sorted(shapes)}; use do_resize=True")
-        return BatchFeature({"pixel_values": torch.stack(tensors) * 2 - 1})
+            sizes = sorted({tuple(side for side in shape if side != 3) for shape in shapes})
+            raise ValueError(f"images of one call must have one size, got {sizes}; use do_resize=True")
+        pixel_values = torch.stack(tensors)
+        return BatchFeature({"pixel_values": pixel_values.cpu().numpy() if return_tensors == "np" else pixel_values})
 
     preprocess = __call__
 
@@ -103,20 +153,45 @@ def from_bytes(images):
     return images.float() / 255 * 2 - 1
 
 
+def other_arguments(arguments):
+    """Those of a processor's file; raises TypeError at an unknown one, ValueError at another value than in `FIXED_ARGUMENTS`."""
+    if unknown := sorted(set(arguments) - FILE_KEYS - set(FIXED_ARGUMENTS)):
+        raise TypeError(
+            f"DQImageProcessor has no argument {', '.join(unknown)}; it has size, do_resize, do_rescale and do_normalize"
+        )
+    for name, only in FIXED_ARGUMENTS.items():
+        value = arguments.get(name)
+        several = [value] * 3 if isinstance(only, list) and isinstance(value, (int, float)) else value
+        if not (value is None or (list(several) if isinstance(several, tuple) else several) == only):
+            raise ValueError(f"{name} must be {only}, which the models were trained with; got {value}")
+    return {name: value for name, value in arguments.items() if name in FILE_KEYS}
+
+
 def check_size(size):
-    """A copy of `size`, checked to be {"height": n, "width": n} with positive integers."""
+    """`size`, a number, (height, width) or a dictionary, as {"height": n, "width": n}, checked to be positive integers."""
+    if type(size) is int:
+        size = (size, size)
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        size = dict(zip(("height", "width"), size))
     if not isinstance(size, dict) or set(size) != {"height", "width"}:
-        raise ValueError(f'size must be {{"height": ..., "width": ...}}, got {size!r}')
+        raise ValueError(f'size must be {{"height": ..., "width": ...}} or one number, got {size!r}')
     if any(type(side) is not int or not 1 <= side <= MOST_WIDTH for side in size.values()):
         raise ValueError(f"size must hold positive whole numbers up to {MOST_WIDTH}, got {size!r}")
     return dict(size)
 
 
-def check_do_resize(do_resize):
-    """`do_resize`, checked to be a bool."""
-    if not isinstance(do_resize, bool):
-        raise TypeError(f"do_resize must be True or False, got {do_resize!r}")
-    return do_resize
+def check_flag(name, value):
+    """`value`, checked to be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_choice(name, value, choices):
+    """Raise `ValueError` unless a value is one of these."""
+    if value not in choices:
+        names = ", ".join(str(choice) if choice is None else f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be one of {names}; got {value!r}")
 
 
 def flatten_images(images):
@@ -128,23 +203,22 @@ def flatten_images(images):
     return [images]
 
 
-def to_tensor(image):
-    """One image as (3, height, width) float32 in [0, 1]."""
+def is_bytes(image):
+    """Whether an image's values are in [0, 255], not in [0, 1]."""
+    return isinstance(image, Image.Image) or image.dtype in (np.uint8, torch.uint8)
+
+
+def to_tensor(image, data_format=None):
+    """One image as (3, height, width) float32 in [0, 1]; `data_format` of an array is one of `FORMATS`, or None."""
     if isinstance(image, Image.Image):
         return pil_to_tensor(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise TypeError(f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}")
-    channels_last = isinstance(image, np.ndarray)
-    tensor = torch.as_tensor(np.ascontiguousarray(image) if channels_last else image)  # torch has no negative strides
-    if tensor.ndim != 3 or 3 not in (tensor.shape[0], tensor.shape[-1]) or tensor.numel() == 0:
-        raise ValueError(
-            f"an image must have shape (height, width, 3) or (3, height, width), got {tuple(tensor.shape)}; "
-            'for grey or transparent images use PIL, Image.fromarray(array).convert("RGB")'
-        )
-    if tensor.shape[-1] == 3 and (channels_last or tensor.shape[0] != 3):
-        tensor = tensor.permute(2, 0, 1)
+    is_array = isinstance(image, np.ndarray)
+    tensor = torch.as_tensor(np.ascontiguousarray(image) if is_array else image)  # torch has no negative strides
+    tensor = channels_first(tensor, data_format or find_channels(tensor, FORMATS[is_array]))
     if tensor.dtype == torch.uint8:
-        return tensor.float() / 255
+        return to_rgb(tensor.float() / 255)
     if not tensor.is_floating_point():
         raise TypeError(f"an image array must be uint8 (0 ... 255) or float (0 ... 1), got {tensor.dtype}; convert it")
     low, high = tensor.aminmax()
@@ -153,7 +227,38 @@ def to_tensor(image):
             f"a float image must be finite and lie in [0, 1], got values from {float(low):.4g} to {float(high):.4g}; "
             "images that are already in [-1, 1] go to the model without the processor"
         )
-    return tensor.float()
+    return to_rgb(tensor.float())
+
+
+def find_channels(tensor, usual):
+    """Which of `FORMATS` an array has: three channels before four before one, and where both are possible the usual one."""
+    for channels in (3, 4, 1):
+        places = [place for place, end in zip(FORMATS, (0, -1)) if tensor.ndim == 3 and tensor.shape[end] == channels]
+        if places:
+            return usual if usual in places else places[0]
+    return usual
+
+
+def channels_first(tensor, data_format):
+    """An array (C, H, W), C among 1, 3 and 4, from one in `data_format`, or grey (H, W); ValueError at another shape."""
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 2:
+        tensor = tensor[None]
+    elif tensor.ndim == 3 and data_format == "channels_last":
+        tensor = tensor.permute(2, 0, 1)
+    if tensor.ndim != 3 or len(tensor) not in (1, 3, 4) or tensor.numel() == 0:
+        raise ValueError(
+            f"an image must have shape (height, width, channels) or (channels, height, width) with 3 channels, 4 with "
+            f"transparency or 1, or (height, width); got {shape}"
+        )
+    return tensor
+
+
+def to_rgb(tensor):
+    """Three channels of 1, 3 or 4, float in [0, 1]; what is transparent lies on white."""
+    if len(tensor) == 4:
+        return tensor[:3] * tensor[3:] + 1 - tensor[3:]
+    return tensor.expand(3, -1, -1)
 
 
 def pil_to_tensor(image):

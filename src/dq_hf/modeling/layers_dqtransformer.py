@@ -1,5 +1,7 @@
 """Blocks of the two causal stacks: attention, MLP, stack, head, and a cache that grows."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import Cache
@@ -54,6 +56,7 @@ class DQAttention(nn.Module):
     """Causal multi-head self-attention; q, k, v and output with bias."""
 
     is_causal = True
+    gives_weights = False  # also where the attention implementation does not
 
     def __init__(self, config: DQTransformerConfig, layer_idx):
         super().__init__()
@@ -74,7 +77,7 @@ class DQAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(
+        output, weights = attention(
             self,
             query,
             key,
@@ -83,7 +86,30 @@ class DQAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )
-        return self.o_proj(output.flatten(2))
+        if weights is None and self.gives_weights:
+            weights = causal_weights(query, key, self.scaling)
+        return self.o_proj(output.flatten(2)), weights
+
+
+@torch.no_grad()
+def causal_weights(query, key, scaling):
+    """Attention weights (B, heads, L, L) of queries and keys (B, heads, L, width), without a cache."""
+    behind = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(behind, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+
+
+@contextmanager
+def attention_weights(model):
+    """While it lasts, all attention of a model gives its weights. What else it gives stays the same."""
+    modules = [module for module in model.modules() if isinstance(module, DQAttention)]
+    for module in modules:
+        module.gives_weights = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gives_weights = False
 
 
 class DQMLP(nn.Module):
@@ -110,7 +136,7 @@ class DQTransformerLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None):
-        attended = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values)
+        attended, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 

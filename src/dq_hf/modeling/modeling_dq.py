@@ -226,6 +226,10 @@ class DQForImageGeneration(HubMixin, ComposedModel):
         attention_mask=None,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
+        return_loss=True,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
     ):
         """The generator's training losses on images (B, 3, height, width); see `DQTransformerOutput`.
 
@@ -235,6 +239,7 @@ class DQForImageGeneration(HubMixin, ComposedModel):
         Args:
             class_labels, encoder_hidden_states, encoder_attention_mask: as in the generator's `forward`.
             input_ids, attention_mask: (B, T) of texts, as `text_dq.tokenize` gives them, instead of the states.
+            return_loss, output_attentions, output_hidden_states, return_dict: as in the generator's `forward`.
         """
         with torch.no_grad():
             encoded = self.vae.eval().encode(pixel_values)
@@ -244,9 +249,33 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             if self.text_encoder is None:
                 raise ValueError("input_ids need a text encoder, and this model has none: give encoder_hidden_states")
             encoder_hidden_states, encoder_attention_mask = encode_tokens(self.text_encoder, input_ids, attention_mask)
-        return self.transformer(
-            encoded.codes, encoded.grain_map, class_labels, encoder_hidden_states, encoder_attention_mask
+        outputs = dict(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
+        return self.transformer(
+            encoded.codes,
+            encoded.grain_map,
+            class_labels,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            return_loss,
+            **{name: value for name, value in outputs.items() if value is not None},
+        )
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in torch. Weights of one part may have the names that they have in its file: transformers.Trainer resumes so."""
+        for name, part in self.parts.items():
+            if state_dict.keys() <= part.state_dict().keys():
+                state_dict = {f"{name}.{key}": value for key, value in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def get_input_embeddings(self):
+        """The generator's."""
+        return self.transformer.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        """Another table in the generator."""
+        self.transformer.set_input_embeddings(value)
 
     @torch.no_grad()
     def encode_prompt(self, prompt=None, negative_prompt=None):

@@ -3,19 +3,21 @@
 The Position-Transformer says where the next code goes, the Content-Transformer which code it is.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .conditioning_dq import Condition, TextPrefix, class_condition
 from .configuration_dqtransformer import DQTransformerConfig
 from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
 from .hub_dq import HubMixin
-from .layers_dqtransformer import DQHead, DQStack
+from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights
 from .modeling_utils_dq import TorchInitMixin, check_indices
 from .sequence_dq import DQStream, StreamLayout
 
@@ -34,6 +36,9 @@ class DQTransformerOutput(ModelOutput):
         content_logits: (B, L-1, content vocabulary), element i predicts the content of element i+1.
         position_logits: (B, L-1, fine position vocabulary), likewise its position.
         stream: the streams that the logits belong to.
+        hidden_states: on request, a tuple of (B, T+L-1, width), T the text's slots: the input of the Position-Transformer,
+            and what each layer gives, those of the Position-Transformer first.
+        attentions: on request, a tuple of (B, heads, T+L-1, T+L-1), the weights of each layer.
     """
 
     loss: torch.Tensor | None = None
@@ -45,6 +50,8 @@ class DQTransformerOutput(ModelOutput):
     content_logits: torch.Tensor | None = None
     position_logits: torch.Tensor | None = None
     stream: DQStream | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -83,6 +90,8 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["DQTransformerLayer"]
+    _can_record_outputs = {"hidden_states": DQTransformerLayer, "attentions": OutputRecorder(DQAttention, index=1)}
+    _input_embed_layer = "content_embedding"  # FSDP asks for it
 
     def __init__(self, config: DQTransformerConfig):
         config.validate()
@@ -110,10 +119,6 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def get_input_embeddings(self):
-        """The contents' table; FSDP asks for it."""
-        return self.content_embedding
-
     @property
     def input_device(self):
         """Device of the contents' table; where accelerate has offloaded it, the one that it comes to when called."""
@@ -121,8 +126,18 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         execution_device = getattr(hook, "execution_device", None)
         return self.content_embedding.weight.device if execution_device is None else execution_device
 
+    @capture_outputs
     def forward(
-        self, codes, grain_map, class_labels=None, encoder_hidden_states=None, encoder_attention_mask=None
+        self,
+        codes,
+        grain_map,
+        class_labels=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        return_loss=True,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
     ) -> DQTransformerOutput:
         """Training losses, and the logits that they are made of.
 
@@ -134,6 +149,9 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             encoder_hidden_states: (B, T, text_hidden_size) float, of a text encoder, for a model with text; None: no
                 text. In training mode each image's is hidden with probability `text_dropout`.
             encoder_attention_mask: (B, T), 0 where there is no token; None: all are there.
+            return_loss: False leaves `loss` out.
+            output_attentions, output_hidden_states, return_dict: as in transformers. Attention weights have a gradient
+                with attn_implementation "eager" only.
 
         Raises:
             TypeError, ValueError: tensors of another type, shape or range; labels missing or not wanted.
@@ -143,7 +161,8 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         if self.training:
             condition = self.drop_out(condition)
         stream = self.layout.pack(codes, grain_map, condition.labels)
-        position_logits, content_logits = self.logits(stream, condition)
+        with attention_weights(self) if output_attentions else nullcontext():
+            position_logits, content_logits = self.logits(stream, condition)
 
         positions, granularities = stream.positions[:, 1:], stream.granularities[:, 1:]
         inside = torch.arange(positions.shape[1], device=positions.device) < stream.lengths[:, None] - 1
@@ -155,8 +174,9 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             ]
         )
         position_loss = position_losses.mean()
+        loss = self.config.content_loss_weight * content_loss + self.config.position_loss_weight * position_loss
         return DQTransformerOutput(
-            loss=self.config.content_loss_weight * content_loss + self.config.position_loss_weight * position_loss,
+            loss=loss if return_loss else None,
             content_loss=content_loss,
             position_loss=position_loss,
             coarse_position_loss=position_losses[0],
@@ -197,6 +217,10 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         """
         codes, grain_map = self.check_codes(codes, grain_map)
         condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
+        return self.log_prob_under(condition, codes, grain_map)
+
+    def log_prob_under(self, condition, codes, grain_map) -> DQLogProbOutput:
+        """As `log_prob`, of codes and grain map that are checked already, under a `Condition`."""
         stream = self.layout.pack(codes, grain_map, condition.labels)
         state = StreamState(self.layout, condition.labels, ascending=True)
         logits = self.logits(stream, condition)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dqvae import DQVAEConfig
 from .grain_map_dq import check_shares, count_codes, expand_grain_map, top_left_cells
@@ -74,6 +75,8 @@ class DQVAEOutput(ModelOutput):
         vq_loss: scalar.
         budget_loss: scalar, with a feature router that chose the grain map.
         codes, grain_map, num_codes, router_logits, entropy: as in `DQVAEEncoderOutput`.
+        hidden_states: on request, a tuple: the input of the encoder's first level, and what each level gives, (B, C, H, W)
+            of its own resolution, those of the encoder first.
     """
 
     loss: torch.Tensor | None = None
@@ -86,6 +89,7 @@ class DQVAEOutput(ModelOutput):
     num_codes: torch.Tensor | None = None
     router_logits: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class DQVAEEncoder(nn.Module):
@@ -155,17 +159,23 @@ class DQVAEDecoder(nn.Module):
         return self.output(hidden_states)
 
 
-class ThresholdsMixin:
-    """Stands before `PreTrainedModel`: `entropy_thresholds` of a configuration go before those of the weights."""
+class ExactBuffersMixin:
+    """Stands before `PreTrainedModel`: codebook and thresholds are float32 in any dtype.
+
+    `entropy_thresholds` of a configuration go before those of the weights.
+    """
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for module in (model.quantizer, model.router):  # transformers keeps them so in half precision only
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.float())
         model.router.finish_loading(model.config)
         return (model, info) if output_loading_info else model
 
 
-class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
+class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
     """The tokenizer: encoder, router, quantiser, decoder (arXiv 2305.11718, section 3.1).
 
     Any image size that the coarsest granularity divides is accepted, square or not.
@@ -180,6 +190,7 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["DQLevel", "DQMiddle"]
     _keep_in_fp32_modules_strict = {"quantizer", "router.thresholds"}
+    _can_record_outputs = {"hidden_states": DQLevel}
     _keys_to_ignore_on_load_missing = {"router.thresholds"}  # folders of before have them in the configuration
 
     def __init__(self, config: DQVAEConfig):
@@ -193,6 +204,14 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
         self.decoder = DQVAEDecoder(config)
         self.post_init()
 
+    def get_input_embeddings(self):
+        """What reads the pixels: the encoder's first convolution."""
+        return self.encoder.conv_in
+
+    def set_input_embeddings(self, value):
+        """Another module in its place."""
+        self.encoder.conv_in = value
+
     def region_scores(self, pixel_values):
         """How much each region of images (B, 3, height, width) deserves finer codes, (B, h, w) float32: the router's score."""
         pixel_values = self._check_pixel_values(pixel_values)
@@ -201,7 +220,7 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
             features = self.encoder(pixel_values.to(self.encoder.conv_in.weight.dtype))
         return self.router.look(pixel_values, features).score
 
-    def encode(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEEncoderOutput:
+    def encode(self, pixel_values, fine_ratio=None, grain_map=None, return_dict=True) -> DQVAEEncoderOutput:
         """Tokenise images.
 
         The router chooses each region's granularity, unless one of the two options prescribes it. In training mode
@@ -214,6 +233,7 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
                 that the router's own score ranks first. With more than two granularities a list of shares, one for
                 each granularity but the coarsest.
             grain_map: (B, h, w) integers, the granularity of each region.
+            return_dict: False gives a tuple, as in transformers and diffusers.
 
         Raises:
             TypeError, ValueError: an input of another type, shape or range.
@@ -237,7 +257,7 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
         top_left = top_left_cells(fine_grain_map, num_granularities)
         learn = self.quant_conv.weight.requires_grad  # else the codebook would leave the vectors that it stands for
         quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left, learn)
-        return DQVAEEncoderOutput(
+        output = DQVAEEncoderOutput(
             codes=quantizer_output.codes,
             grain_map=routed.grain_map,
             quantized=quantizer_output.quantized.to(hidden_states.dtype),
@@ -249,13 +269,14 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
             gates=routed.gates,
             budget_loss=routed.loss,
         )
+        return output if return_dict else output.to_tuple()
 
     def cell_weights(self, fine_grain_map):
         """Loss weight (B, 1, H, W) of each cell of the fine grid, 4^-(K-1-g), so that every code counts once."""
         return 4.0 ** (fine_grain_map - len(self.config.granularities) + 1)[:, None]
 
-    def decode(self, quantized) -> DQVAEDecoderOutput:
-        """Image of code vectors (B, D, H, W) on the finest granularity's grid."""
+    def decode(self, quantized, return_dict=True) -> DQVAEDecoderOutput:
+        """Image of code vectors (B, D, H, W) on the finest granularity's grid; `return_dict` as in `encode`."""
         if not isinstance(quantized, torch.Tensor) or not quantized.is_floating_point():
             got = getattr(quantized, "dtype", type(quantized).__name__)
             raise TypeError(f"quantized must be a float tensor, got {got}")
@@ -267,14 +288,15 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
         if not (self.training or torch.compiler.is_compiling() or torch.isfinite(quantized).all()):
             raise ValueError("quantized must be finite, got NaN or infinite values")
         hidden_states = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
-        return DQVAEDecoderOutput(sample=self.decoder(hidden_states))
+        sample = self.decoder(hidden_states)
+        return DQVAEDecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def decode_codes(self, codes) -> DQVAEDecoderOutput:
+    def decode_codes(self, codes, return_dict=True) -> DQVAEDecoderOutput:
         """Image of codes (B, H, W), integers in [0, codebook_size), on the finest granularity's grid."""
         codes = check_indices(
             "codes", codes, (None, None, None), self.config.codebook_size, self.quantizer.codebook.device
         )
-        return self.decode(self.quantizer.lookup(codes))
+        return self.decode(self.quantizer.lookup(codes), return_dict)
 
     def decode_each(self, codes, present=None) -> DQVAEDecoderOutput:
         """As `decode_codes`, one image at a time.
@@ -292,8 +314,27 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
             samples = [self.decode(image[None]).sample for image in vectors]
         return DQVAEDecoderOutput(sample=torch.cat(samples))
 
-    def forward(self, pixel_values, fine_ratio=None, grain_map=None) -> DQVAEOutput:
-        """Reconstruct images, with the model's own losses (L1, VQ, budget); arguments as in `encode`."""
+    @capture_outputs
+    def forward(
+        self,
+        pixel_values,
+        fine_ratio=None,
+        grain_map=None,
+        return_loss=True,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+    ) -> DQVAEOutput:
+        """Reconstruct images, with the model's own losses (L1, VQ, budget).
+
+        Args:
+            pixel_values, fine_ratio, grain_map: as in `encode`.
+            return_loss: False leaves `loss` out.
+            output_hidden_states, return_dict: as in transformers.
+            output_attentions: refused; the tokenizer's attention is torch's own, which does not give its weights.
+        """
+        if output_attentions:
+            raise ValueError("a tokenizer gives no attention weights; leave out output_attentions")
         encoded = self.encode(pixel_values, fine_ratio=fine_ratio, grain_map=grain_map)
         sample = self.decode(encoded.quantized).sample
         reconstruction_loss = (sample.float() - pixel_values.float()).abs().mean()
@@ -301,7 +342,7 @@ class DQVAEModel(HubMixin, ThresholdsMixin, TorchInitMixin, PreTrainedModel):
         if encoded.budget_loss is not None:
             loss = loss + encoded.budget_loss
         return DQVAEOutput(
-            loss=loss,
+            loss=loss if return_loss else None,
             sample=sample,
             reconstruction_loss=reconstruction_loss,
             vq_loss=encoded.loss,

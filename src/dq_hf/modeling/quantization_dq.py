@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 
@@ -39,9 +40,17 @@ class DQQuantizer(nn.Module):
         self.beta = config.commitment_beta
         self.restart_dead_codes = config.restart_dead_codes
         self.frozen = False
-        self.register_buffer("codebook", torch.randn(config.codebook_size, config.codebook_dim))
-        self.register_buffer("cluster_size", torch.ones(config.codebook_size))
-        self.register_buffer("embed_sum", self.codebook.clone())
+        codebook = torch.randn(config.codebook_size, config.codebook_dim, dtype=torch.float32)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("cluster_size", torch.ones(config.codebook_size, dtype=torch.float32))
+        self.register_buffer("embed_sum", codebook.clone())
+        self._is_hf_initialized = not codebook.is_meta  # transformers then leaves it as it is
+
+    def reset_parameters(self):
+        """Codes from a normal distribution, each used once so far."""
+        init.normal_(self.codebook)
+        init.ones_(self.cluster_size)
+        init.copy_(self.embed_sum, self.codebook)
 
     def _apply(self, fn, recurse=True):
         """As in torch, but the dtype stays."""

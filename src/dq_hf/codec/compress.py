@@ -1,0 +1,189 @@
+"""Images to bytes and back: `compress` and `decompress`."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModel
+
+from ..data.fingerprint import decoding_fingerprint
+from ..modeling.generation_dq import evaluation_mode
+from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.modeling_dqvae import DQVAEModel
+from ..pipelines.class_labels import class_ids
+from .container import DAMAGED, GENERATOR, STATIC, Header, read_file, write_file
+from .generator_prior import GeneratorPrior
+from .rate_search import fit
+from .static_prior import StaticPrior
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, class_label=None, model_id=None) -> bytes:
+    """An image as a file of few bytes, of which the same model makes an image again.
+
+    Args:
+        model: `DQVAEModel`; or `DQForImageGeneration` or `DQPipeline`, which the prior "generator" needs.
+        image: PIL image, array or tensor, as for `DQImageProcessor`, of any size, which it keeps.
+        prior: "static": by how often each code is used; takes milliseconds, and gives the same bytes on every machine.
+            "generator": by the generator's probabilities; about a third shorter, takes seconds, both ways, and is for
+            images of the generator's own size. Where it cannot be used, the file has the static prior, and a warning says
+            so.
+        fine_ratio: as in `DQVAEModel.encode`; None: the router decides.
+        max_bytes: the largest fine ratio with which the file has at most so many bytes, in steps of one region or a
+            thousandth. With more than two granularities each refinement of a region has that chance.
+        class_label: name or id of the image's class, for the prior "generator"; None: of any class.
+        model_id: repository of the model on the Hub, to be named in the file, so that `decompress` can find it.
+
+    Raises:
+        TypeError, ValueError: arguments of another type or range, or that do not go together; `max_bytes` that no ratio
+            reaches.
+    """
+    vae, transformer = parts(model)
+    check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, model_id)
+    if class_label is not None:
+        (class_label,) = class_ids([class_label], transformer.config)
+    pixel_values = DQImageProcessor.for_model(vae.config, do_resize=False)(image)["pixel_values"]
+    if len(pixel_values) != 1:
+        raise ValueError(f"image must be one image, got {len(pixel_values)}")
+    height, width = pixel_values.shape[2:]
+    factor = vae.config.granularities[0]
+    rows, columns = shape = region_shape(factor, height, width)
+    margins = (0, columns * factor - width, 0, rows * factor - height)
+    pixel_values = torch.nn.functional.pad(pixel_values, margins, mode="replicate").to(vae.device)
+
+    static = StaticPrior(vae)
+    chosen = static if prior == "static" else GeneratorPrior(model, class_label)
+    if chosen.shape not in (None, shape):
+        rows, columns = chosen.shape
+        logger.warning(
+            "the generator is for images of %dx%d pixels, got %dx%d: the file has the static prior",
+            *(columns * factor, rows * factor, width, height),
+        )
+        chosen = static
+
+    def write_by(prior, codes, grain_map):
+        header = Header(fingerprint(model, prior.flag), height, width, prior.flag, model_id, prior.class_label)
+        return write_file(header, prior.encode(codes, grain_map), codes, grain_map)
+
+    def write(codes, grain_map):
+        codes, grain_map = codes.cpu(), grain_map.cpu()
+        file = write_by(chosen, codes, grain_map)
+        if chosen is static or decode(chosen, file) is not None:
+            return file
+        logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
+        return write_by(static, codes, grain_map)
+
+    with evaluation_mode(vae):
+        if max_bytes is not None:
+            return fit(vae, pixel_values, max_bytes, chosen.least_bits, write)
+        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+        return write(encoded.codes[0], encoded.grain_map[0])
+
+
+@torch.no_grad()
+def decompress(model, data):
+    """The PIL image of a file that `compress` wrote.
+
+    Args:
+        model: as for `compress`, or its folder or repository; None: the repository that the file names.
+        data: bytes.
+
+    Raises:
+        TypeError: not bytes.
+        ValueError: anything but an intact file of this model, in words: damaged or cut off, of another model, of a newer
+            format, or of the prior "generator" where this machine comes to other probabilities.
+        OSError: a model that cannot be loaded.
+    """
+    header, _, _ = read_file(data)
+    model = find_model(model, header)
+    codes, _ = read_codes(model, data)
+    vae, _ = parts(model)
+    with evaluation_mode(vae):
+        pixel_values = vae.decode_codes(codes).sample[..., : header.height, : header.width]
+    (image,) = DQImageProcessor.for_model(vae.config).post_process(pixel_values)
+    return image
+
+
+def read_codes(model, data):
+    """Codes (1, H, W) and grain map (1, h, w) of a file, as `DQVAEModel.encode` gave them; arguments, errors: `decompress`."""
+    header, _, _ = read_file(data)
+    model = find_model(model, header)
+    vae, transformer = parts(model)
+    if header.prior == GENERATOR and transformer is None:
+        raise ValueError("this file needs a model with a generator (DQForImageGeneration), got a tokenizer alone")
+    own = fingerprint(model, header.prior)
+    if own != header.fingerprint:
+        name = "" if header.model_id is None else f", {header.model_id}"
+        raise ValueError(
+            f"this file is of another model: fingerprint {header.fingerprint.hex()}{name}, got one with {own.hex()}"
+        )
+    prior = StaticPrior(vae) if header.prior == STATIC else GeneratorPrior(model, header.class_label)
+    grids = decode(prior, data)
+    if grids is None:
+        raise ValueError(DAMAGED if header.prior == STATIC else NOT_REPRODUCED)
+    return tuple(grid[None].to(vae.device) for grid in grids)
+
+
+NOT_REPRODUCED = (
+    "this file is intact and of this model, but this machine comes to other probabilities than the one that wrote it; "
+    'decompress it there, or compress the image again with prior "static", which every machine reads'
+)
+
+
+def decode(prior, data):
+    """Codes (H, W) and grain map (h, w) of a file, or None where they are not those that were written."""
+    header, payload, holds = read_file(data)
+    try:
+        codes, grain_map = prior.decode(payload, region_shape(prior.factor, header.height, header.width))
+    except ValueError:
+        return None
+    return (codes, grain_map) if holds(codes, grain_map) else None
+
+
+def parts(model):
+    """The tokenizer and the generator, or None, of a model."""
+    if isinstance(model, DQVAEModel):
+        return model, None
+    if not all(hasattr(model, name) for name in ("vae", "transformer")):
+        raise TypeError(f"model must be a DQVAEModel, DQForImageGeneration or DQPipeline, got {type(model).__name__}")
+    return model.vae, model.transformer
+
+
+def fingerprint(model, flag):
+    """8 bytes, of all weights that decoding with a prior depends on."""
+    vae, transformer = parts(model)
+    return bytes.fromhex(decoding_fingerprint(vae, transformer if flag == GENERATOR else None))
+
+
+def find_model(model, header):
+    """A model, loaded where it is a name."""
+    name = header.model_id if model is None else model
+    if name is None:
+        raise ValueError(f"this file names no model: give the one with fingerprint {header.fingerprint.hex()}")
+    return AutoModel.from_pretrained(name).eval() if isinstance(name, (str, Path)) else name
+
+
+def region_shape(factor, height, width):
+    """Rows and columns of regions with sides of `factor` pixels that cover an image."""
+    return -(-height // factor), -(-width // factor)
+
+
+def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, model_id):
+    """Raise TypeError or ValueError unless the arguments of `compress` go together."""
+    if prior not in ("static", "generator"):
+        raise ValueError(f'prior must be "static" or "generator", got {prior!r}')
+    if prior == "generator" and transformer is None:
+        raise ValueError(
+            'prior "generator" needs a model with a generator (DQForImageGeneration), got a tokenizer alone'
+        )
+    if prior == "static" and class_label is not None:
+        raise ValueError('class_label is for prior "generator" only; leave it out')
+    if max_bytes is not None:
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+            raise TypeError(f"max_bytes must be a whole number, got {max_bytes!r}")
+        if fine_ratio is not None:
+            raise ValueError("give either fine_ratio or max_bytes, not both")
+    if model_id is not None and not (isinstance(model_id, str) and model_id):
+        raise TypeError(f"model_id must be the name of a repository, got {model_id!r}")
