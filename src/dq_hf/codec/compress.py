@@ -13,14 +13,16 @@ from ..modeling.modeling_dqvae import DQVAEModel
 from ..pipelines.class_labels import class_ids
 from .container import DAMAGED, GENERATOR, STATIC, Header, read_file, write_file
 from .generator_prior import GeneratorPrior
-from .rate_search import fit
+from .rate_search import finest_that_fits
 from .static_prior import StaticPrior
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, class_label=None, model_id=None) -> bytes:
+def compress(
+    model, image, prior="static", fine_ratio=None, max_bytes=None, class_label=None, prompt=None, model_id=None
+) -> bytes:
     """An image as a file of few bytes, of which the same model makes an image again.
 
     Args:
@@ -34,6 +36,7 @@ def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, clas
         max_bytes: the largest fine ratio with which the file has at most so many bytes, in steps of one region or a
             thousandth. With more than two granularities each refinement of a region has that chance.
         class_label: name or id of the image's class, for the prior "generator"; None: of any class.
+        prompt: a text that says what the image shows, for the prior "generator" of a model with text.
         model_id: repository of the model on the Hub, to be named in the file, so that `decompress` can find it.
 
     Raises:
@@ -41,7 +44,7 @@ def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, clas
             reaches.
     """
     vae, transformer = parts(model)
-    check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, model_id)
+    check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, prompt, model_id)
     if class_label is not None:
         (class_label,) = class_ids([class_label], transformer.config)
     pixel_values = DQImageProcessor.for_model(vae.config, do_resize=False)(image)["pixel_values"]
@@ -54,7 +57,7 @@ def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, clas
     pixel_values = torch.nn.functional.pad(pixel_values, margins, mode="replicate").to(vae.device)
 
     static = StaticPrior(vae)
-    chosen = static if prior == "static" else GeneratorPrior(model, class_label)
+    chosen = static if prior == "static" else GeneratorPrior(model, class_label, prompt)
     if chosen.shape not in (None, shape):
         rows, columns = chosen.shape
         logger.warning(
@@ -63,23 +66,24 @@ def compress(model, image, prior="static", fine_ratio=None, max_bytes=None, clas
         )
         chosen = static
 
-    def write_by(prior, codes, grain_map):
-        header = Header(fingerprint(model, prior.flag), height, width, prior.flag, model_id, prior.class_label)
+    def write(prior, codes, grain_map):
+        condition = prior.class_label, prior.prompt
+        header = Header(fingerprint(model, prior), height, width, prior.flag, model_id, *condition)
         return write_file(header, prior.encode(codes, grain_map), codes, grain_map)
-
-    def write(codes, grain_map):
-        codes, grain_map = codes.cpu(), grain_map.cpu()
-        file = write_by(chosen, codes, grain_map)
-        if chosen is static or decode(chosen, file) is not None:
-            return file
-        logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
-        return write_by(static, codes, grain_map)
 
     with evaluation_mode(vae):
         if max_bytes is not None:
-            return fit(vae, pixel_values, max_bytes, chosen.least_bits, write)
-        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
-        return write(encoded.codes[0], encoded.grain_map[0])
+            codes, grain_map = finest_that_fits(
+                vae, pixel_values, max_bytes, chosen.least_bits, lambda *grids: len(write(chosen, *grids))
+            )
+        else:
+            encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+            codes, grain_map = encoded.codes[0], encoded.grain_map[0]
+    file = write(chosen, codes, grain_map)
+    if chosen is static or decode(chosen, file) is not None:
+        return file
+    logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
+    return write(static, codes, grain_map)
 
 
 @torch.no_grad()
@@ -111,18 +115,18 @@ def read_codes(model, data):
     header, _, _ = read_file(data)
     model = find_model(model, header)
     vae, transformer = parts(model)
-    if header.prior == GENERATOR and transformer is None:
+    if header.flag == GENERATOR and transformer is None:
         raise ValueError("this file needs a model with a generator (DQForImageGeneration), got a tokenizer alone")
-    own = fingerprint(model, header.prior)
+    own = fingerprint(model, header)
     if own != header.fingerprint:
         name = "" if header.model_id is None else f", {header.model_id}"
         raise ValueError(
             f"this file is of another model: fingerprint {header.fingerprint.hex()}{name}, got one with {own.hex()}"
         )
-    prior = StaticPrior(vae) if header.prior == STATIC else GeneratorPrior(model, header.class_label)
+    prior = StaticPrior(vae) if header.flag == STATIC else GeneratorPrior(model, header.class_label, header.prompt)
     grids = decode(prior, data)
     if grids is None:
-        raise ValueError(DAMAGED if header.prior == STATIC else NOT_REPRODUCED)
+        raise ValueError(DAMAGED if prior.flag == STATIC else NOT_REPRODUCED)
     return tuple(grid[None].to(vae.device) for grid in grids)
 
 
@@ -151,10 +155,13 @@ def parts(model):
     return model.vae, model.transformer
 
 
-def fingerprint(model, flag):
-    """8 bytes, of all weights that decoding with a prior depends on."""
+def fingerprint(model, prior):
+    """8 bytes, of all that decoding depends on with a prior, or with that of a `Header`."""
     vae, transformer = parts(model)
-    return bytes.fromhex(decoding_fingerprint(vae, transformer if flag == GENERATOR else None))
+    behind = []
+    if prior.flag == GENERATOR:
+        behind = [transformer] if prior.prompt is None else [transformer, model.text_encoder, model.tokenizer]
+    return bytes.fromhex(decoding_fingerprint(vae, *behind))
 
 
 def find_model(model, header):
@@ -170,7 +177,7 @@ def region_shape(factor, height, width):
     return -(-height // factor), -(-width // factor)
 
 
-def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, model_id):
+def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, prompt, model_id):
     """Raise TypeError or ValueError unless the arguments of `compress` go together."""
     if prior not in ("static", "generator"):
         raise ValueError(f'prior must be "static" or "generator", got {prior!r}')
@@ -178,12 +185,14 @@ def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, mode
         raise ValueError(
             'prior "generator" needs a model with a generator (DQForImageGeneration), got a tokenizer alone'
         )
-    if prior == "static" and class_label is not None:
-        raise ValueError('class_label is for prior "generator" only; leave it out')
+    if prior == "static" and not class_label is prompt is None:
+        raise ValueError('class_label and prompt are for prior "generator" only; leave them out')
     if max_bytes is not None:
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
             raise TypeError(f"max_bytes must be a whole number, got {max_bytes!r}")
         if fine_ratio is not None:
             raise ValueError("give either fine_ratio or max_bytes, not both")
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a text, got {prompt!r}")
     if model_id is not None and not (isinstance(model_id, str) and model_id):
         raise TypeError(f"model_id must be the name of a repository, got {model_id!r}")

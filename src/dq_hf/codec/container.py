@@ -28,7 +28,7 @@ class Header:
     Args:
         fingerprint: 8 bytes, of the weights that decoding depends on.
         height, width: pixels, before padding.
-        prior: STATIC or GENERATOR.
+        flag: STATIC or GENERATOR, the prior.
         model_id: repository of the model; None: not named.
         class_label: id of the generator prior's class.
         prompt: of the generator prior.
@@ -37,7 +37,7 @@ class Header:
     fingerprint: bytes
     height: int
     width: int
-    prior: int = STATIC
+    flag: int = STATIC
     model_id: str | None = None
     class_label: int | None = None
     prompt: str | None = None
@@ -45,7 +45,7 @@ class Header:
 
 def write_file(header, payload, codes, grain_map):
     """The bytes of a file; codes (H, W) and grain map (h, w) are those that the payload holds."""
-    flags = header.prior
+    flags = header.flag
     flags |= HAS_MODEL * (header.model_id is not None)
     flags |= HAS_CLASS * (header.class_label is not None) | HAS_PROMPT * (header.prompt is not None)
     data = MAGIC + bytes([FORMAT_VERSION, flags]) + header.fingerprint
@@ -58,7 +58,7 @@ def write_file(header, payload, codes, grain_map):
         data += write_text(header.prompt)
     data += payload
     data += checksum(data, codes, grain_map)
-    return data + crc(data) if header.prior == GENERATOR else data
+    return data + crc(data) if header.flag == GENERATOR else data
 
 
 def read_file(data):
@@ -83,7 +83,7 @@ def read_file(data):
     if version == 0 or flags >= 16:
         raise ValueError(DAMAGED)
     header = Header(reader.take(8), reader.number(), reader.number(), flags & GENERATOR)
-    if header.prior == GENERATOR:
+    if header.flag == GENERATOR:
         reader.data = data = data[:-CHECK_BYTES]
         if crc(data) != reader.whole[-CHECK_BYTES:]:
             raise ValueError(DAMAGED)

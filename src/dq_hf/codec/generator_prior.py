@@ -8,32 +8,17 @@ bits differently, which changes one of those tables in about one image of a mill
 """
 
 import copy
-import math
 
 import torch
 
 from ..modeling.constraints_dq import StreamState
-from ..modeling.generation_dq import Replay, evaluation_mode
+from ..modeling.text_dq import encode_prompts
 from .container import GENERATOR
 from .entropy_coder import EntropyDecoder, EntropyEncoder
 
 MOST_FREQUENT = 2**16 - 1  # what the largest probability becomes
 # Of those; what is rounded to 0 gets a sixteenth of one, or rare codes of a large codebook would take too much from others.
 UNIT = 16
-
-
-class Encode(Replay):
-    """Gives the elements of one stream that is there already, as `Replay`, and writes them to an `EntropyEncoder`."""
-
-    def __init__(self, positions, contents, encoder):
-        super().__init__(positions, contents)
-        self.encoder = encoder
-
-    def choose(self, symbol, logits, allowed, inputs):
-        """As `Greedy.choose`, for one image."""
-        chosen = super().choose(symbol, logits, allowed, inputs)
-        self.encoder.encode(int(allowed[0, : int(chosen)].sum()), frequencies(logits[0, allowed[0]]))
-        return chosen
 
 
 class Decode:
@@ -57,62 +42,70 @@ def frequencies(logits):
 
 
 class GeneratorPrior:
-    """What the generator knows of images of a class or, where it was trained for it, of any.
+    """What the generator knows of images of a class, of a prompt or, where it was trained for it, of any.
 
     Args:
         model: `DQForImageGeneration` or `DQPipeline`.
         class_label: id of the class, or None.
+        prompt: a text, or None.
 
     Raises:
-        TypeError, ValueError: no class where the model needs one, or one that it does not have.
+        TypeError, ValueError: a condition that the model does not take, or none where it needs one.
     """
 
     flag = GENERATOR
 
-    def __init__(self, model, class_label=None):
+    def __init__(self, model, class_label=None, prompt=None):
         self.factor = model.vae.config.granularities[0]  # side of a region in pixels
-        self.fast = model.transformer  # for estimates
-        self.exact = copy.deepcopy(model.transformer).cpu().double().eval()
-        self.exact.set_attn_implementation("eager")
-        self.shape = tuple(self.exact.config.grid_sizes[0])
-        self.class_label = class_label
-        self.condition = self._condition(self.exact)
+        self.transformer = exact_copy(model.transformer)
+        self.shape = tuple(self.transformer.config.grid_sizes[0])
+        self.class_label, self.prompt = class_label, prompt
+        self.condition = self._condition(model)
 
+    @torch.no_grad()
     def encode(self, codes, grain_map):
-        """The payload of codes (H, W) and grain map (h, w), of the generator's grids."""
-        stream = self.exact.layout.pack(codes[None].cpu(), grain_map[None].cpu(), self.condition.labels)
+        """The payload of codes (H, W) and grain map (h, w), of the generator's grids: all elements in one pass."""
+        stream = self.transformer.layout.pack(codes[None].cpu(), grain_map[None].cpu(), self.condition.labels)
         encoder = EntropyEncoder()
-        self._run(Encode(stream.positions, stream.contents, encoder))
+        for element in self.transformer.predictions(stream, self.condition):
+            for logits, allowed, chosen in element:
+                index = int(allowed[0, : int(chosen)].sum())
+                encoder.encode(index, frequencies(logits[0, allowed[0]]))
         return encoder.to_bytes()
 
     def decode(self, payload, shape):
-        """As `StaticPrior.decode`."""
+        """As `StaticPrior.decode`, one element after the other."""
         if shape != self.shape:
             raise ValueError(f"images must have {self.shape} regions, got {shape}")
-        codes, grain_map = self._run(Decode(EntropyDecoder(payload))).grids()
+        state = StreamState(self.transformer.layout, self.condition.labels, ascending=True)
+        for _ in self.transformer.run_steps(state, self.condition, Decode(EntropyDecoder(payload))):
+            pass
+        codes, grain_map = state.grids()
         return codes[0], grain_map[0]
 
-    @torch.no_grad()
     def least_bits(self, codes, grain_map):
-        """About the bits of codes (H, W) and grain map (h, w), 1 % less for safety."""
-        with evaluation_mode(self.fast):
-            grids = (grid[None].to(self.fast.input_device) for grid in (codes, grain_map))
-            output = self.fast.log_prob_under(self._condition(self.fast), *grids)
-        return 0.99 * output.nats.item() / math.log(2)
-
-    def _run(self, source):
-        """The `StreamState` at the end of a stream."""
-        state = StreamState(self.exact.layout, self.condition.labels, ascending=True)
-        for _ in self.exact.run_steps(state, self.condition, source):
-            pass
-        return state
+        """As of `StaticPrior`: here 0, because `encode` is the way to know more."""
+        return 0
 
     @torch.no_grad()
-    def _condition(self, transformer):
+    def _condition(self, model):
         """The `Condition` of one image."""
-        config = transformer.config
+        config = self.transformer.config
+        states = ()
+        if self.prompt is not None:
+            if getattr(model, "text_encoder", None) is None or getattr(model, "tokenizer", None) is None:
+                raise ValueError("prompt needs a model with text, with its text_encoder and tokenizer; leave it out")
+            encoder = exact_copy(model.text_encoder)
+            states = encode_prompts(model.tokenizer, encoder, self.prompt, config.text_length)
         without_class = config.num_classes > 0 and self.class_label is None
         if without_class and config.class_dropout == 0:
             raise ValueError("this model was trained with a class for every image: give class_label")
-        condition = transformer.condition(0 if without_class else self.class_label, 1)
+        condition = self.transformer.condition(0 if without_class else self.class_label, 1, *states)
         return condition.hide(labels=torch.ones_like(condition.labels) > 0) if without_class else condition
+
+
+def exact_copy(module):
+    """A model on the CPU, in float64, with plain attention."""
+    module = copy.deepcopy(module).cpu().double().eval()
+    module.set_attn_implementation("eager")
+    return module

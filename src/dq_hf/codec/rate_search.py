@@ -9,16 +9,15 @@ from ..modeling.grain_map_dq import expand_grain_map, rank_routing, refinement_s
 MOST_RATIOS = 1000  # that are tried
 
 
-def fit(vae, pixel_values, max_bytes, least_bits, write):
-    """The file with the largest fine ratio that has at most `max_bytes`.
+def finest_that_fits(vae, pixel_values, max_bytes, least_bits, length):
+    """Codes (H, W) and grain map (h, w) with the largest fine ratio whose file has at most `max_bytes`.
 
-    Length does not always grow with the ratio, so that all ratios are looked at, from the largest on, and those written
-    that may fit.
+    Length does not always grow with the ratio, so that all ratios are looked at, from the largest on.
 
     Args:
         pixel_values: (1, 3, height, width).
-        least_bits: of codes (H, W) and grain map (h, w), a number below which no payload is.
-        write: of the same, the file.
+        least_bits: of codes and grain map, a number below which no file is, at once.
+        length: of the same, the bytes of their file.
 
     Raises:
         ValueError: no ratio reaches it; the message says how many bytes are needed.
@@ -40,14 +39,17 @@ def fit(vae, pixel_values, max_bytes, least_bits, write):
 
     steps = min(math.prod(shape), MOST_RATIOS) if num_granularities > 1 else 0
     ratios = [step / steps for step in range(steps, 0, -1)] + [0.0]
-    least_bytes = {}
+    least, lengths = {}, {}
     for ratio in ratios:
-        least_bytes[ratio] = int(least_bits(*coding(ratio)) / 8)
-        if least_bytes[ratio] <= max_bytes and len(file := write(*coding(ratio))) <= max_bytes:
-            return file
-    smallest = math.inf
-    for ratio in sorted(ratios, key=least_bytes.get):
-        if least_bytes[ratio] >= smallest:
+        grids = coding(ratio)
+        least[ratio] = least_bits(*grids) / 8
+        if least[ratio] <= max_bytes:
+            lengths[ratio] = length(*grids)
+            if lengths[ratio] <= max_bytes:
+                return grids
+    smallest = min(lengths.values(), default=math.inf)
+    for ratio in sorted(set(ratios) - set(lengths), key=least.get):
+        if least[ratio] >= smallest:
             break
-        smallest = min(smallest, len(write(*coding(ratio))))
+        smallest = min(smallest, length(*coding(ratio)))
     raise ValueError(f"max_bytes must be at least {smallest} for this image and model, got {max_bytes}")

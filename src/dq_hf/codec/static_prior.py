@@ -21,7 +21,7 @@ class StaticPrior:
 
     flag = STATIC
     shape = None  # of any images
-    class_label = None
+    class_label = prompt = None
 
     def __init__(self, vae):
         self.num_granularities = len(vae.config.granularities)

@@ -32,11 +32,11 @@ def codes_fingerprint(vae):
     return hash_weights(weights, json.dumps(fields, sort_keys=True))
 
 
-def decoding_fingerprint(vae, transformer=None):
+def decoding_fingerprint(vae, transformer=None, text_encoder=None, text_tokenizer=None):
     """16 hex digits that tell models apart which make other images of codes, or give streams another probability.
 
     Args:
-        transformer: None: of the VAE alone.
+        transformer, text_encoder, text_tokenizer: None: probabilities do not depend on them.
     """
     fields, weights = fields_and_weights(vae)
     fields = {name: value for name, value in fields.items() if not name.startswith(ENCODER_FIELDS)}
@@ -46,6 +46,9 @@ def decoding_fingerprint(vae, transformer=None):
         fields, weights = fields_and_weights(transformer)
         fields = {name: value for name, value in fields.items() if not any(part in name for part in UNREAD)}
         digits = hash_weights(weights, digits + json.dumps(fields, sort_keys=True))
+    if text_encoder is not None:
+        words = json.dumps(text_tokenizer.get_vocab(), sort_keys=True)
+        digits = hash_weights(text_encoder.state_dict(), digits + words)
     return digits
 
 

@@ -217,26 +217,36 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         """
         codes, grain_map = self.check_codes(codes, grain_map)
         condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
-        return self.log_prob_under(condition, codes, grain_map)
-
-    def log_prob_under(self, condition, codes, grain_map) -> DQLogProbOutput:
-        """As `log_prob`, of codes and grain map that are checked already, under a `Condition`."""
         stream = self.layout.pack(codes, grain_map, condition.labels)
-        state = StreamState(self.layout, condition.labels, ascending=True)
-        logits = self.logits(stream, condition)
-        elements = list(zip(stream.positions.unbind(1), stream.contents.unbind(1)))
-        state.append(*elements[0])
-        log_probs = [[torch.zeros_like(each[:, 0, 0], dtype=precise(each.dtype))] for each in logits]  # of the start
-        for i, (positions, contents) in enumerate(elements[1:]):
-            allowed = state.allowed_positions(), state.allowed_contents(positions)
-            for column, each, mask, chosen in zip(log_probs, logits, allowed, (positions, contents)):
-                scores = each[:, i].masked_fill(~mask, -torch.inf).log_softmax(1, dtype=precise(each.dtype))
-                column.append(scores.gather(1, chosen[:, None])[:, 0])
-            state.append(positions, contents)
-        position_log_probs, content_log_probs = (torch.stack(column, dim=1) for column in log_probs)
+        columns = []
+        for element in self.predictions(stream, condition):
+            columns.append([])
+            for logits, allowed, chosen in element:
+                scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(1, dtype=precise(logits.dtype))
+                columns[-1].append(scores.gather(1, chosen[:, None])[:, 0])
+        start = [[torch.zeros_like(column) for column in columns[0]]]
+        position_log_probs, content_log_probs = (torch.stack(column, dim=1) for column in zip(*start, *columns))
         return DQLogProbOutput(
             position_log_probs=position_log_probs, content_log_probs=content_log_probs, stream=stream
         )
+
+    def predictions(self, stream, condition):
+        """What is said of streams, one element behind the start after the other, in the training order.
+
+        Yields:
+            A pair, of the element's position and of its content: logits (B, V), what is allowed (B, V) bool, and what the
+            stream has (B,) long.
+        """
+        state = StreamState(self.layout, condition.labels, ascending=True)
+        position_logits, content_logits = self.logits(stream, condition)
+        (start, *elements) = zip(stream.positions.unbind(1), stream.contents.unbind(1))
+        state.append(*start)
+        for i, (positions, contents) in enumerate(elements):
+            yield (
+                (position_logits[:, i], state.allowed_positions(), positions),
+                (content_logits[:, i], state.allowed_contents(positions), contents),
+            )
+            state.append(positions, contents)
 
     def pack(self, codes, grain_map, class_labels=None) -> DQStream:
         """Streams of codes and grain map; arguments and errors as in `forward`."""
