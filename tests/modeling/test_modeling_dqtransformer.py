@@ -7,7 +7,7 @@ from conftest import make_transformer, seeded
 from slow_sampling import SlowTransformer
 
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, Replay, next_element, random_streams
+from dq_hf.modeling.generation_dq import Draw, Replay, next_element, own_generators, uniform_numbers
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
 
 NUM_CODES = 16
@@ -502,7 +502,7 @@ def test_an_element_is_the_same_with_the_cache_and_from_the_whole_prefix(models)
     labels = torch.tensor([0, 2])
     generated = model.generate(labels, generator=seeded(1), guidance_scale=2.0)
     condition = model.condition(labels)
-    uniforms = random_streams(seeded(1), 2, model.config.longest_stream)
+    uniforms = uniform_numbers(own_generators(seeded(1), 2), model.config.longest_stream)
     source = Draw(uniforms, SamplingOptions())
     state = StreamState(model.layout, labels)
     granularities = []

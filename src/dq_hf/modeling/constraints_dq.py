@@ -1,5 +1,7 @@
 """What may come next in a stream: the rules that sampling and code lengths share (paper section 3.2)."""
 
+import copy
+
 import torch
 
 
@@ -23,13 +25,15 @@ class StreamState:
             layout: `StreamLayout`.
             labels: (B,) long, of the start tokens.
             fixed_fine_positions: the finest codes fill what is left, in the training order; False: they are free.
-            ascending: cells come in the training order in the coarser granularities, too.
+            ascending: cells come in the training order in the coarser granularities, too; for all, or (B,) bool.
         """
         self.layout = layout
         self.tables = layout.tables(labels.device)
         self.labels = labels
         self.fixed_fine_positions = fixed_fine_positions
-        self.ascending = ascending
+        self.ascending = (
+            None if ascending is False else torch.as_tensor(ascending, device=labels.device).expand_as(labels)
+        )
         self.position_ids = torch.arange(layout.position_vocab_size, device=labels.device)
         self.content_ids = torch.arange(layout.content_vocab_size, device=labels.device)
         batch, fine_cells = len(labels), layout.num_cells[-1]
@@ -54,8 +58,8 @@ class StreamState:
             first = torch.where(free, rank, len(rank)).amin(1, keepdim=True)
             free &= (rank == first) | ~finest[:, None]
         half_covered = self._half_covered()
-        if self.ascending:
-            free &= self._in_order(free, half_covered) | finest[:, None]
+        if self.ascending is not None:
+            free &= self._in_order(free, half_covered) | (finest | ~self.ascending)[:, None]
         end_allowed = torch.where(finest, self.taken.all(1), ~half_covered.any(1))
 
         num_cells = tables.num_cells[granularity]
@@ -71,6 +75,10 @@ class StreamState:
         token = (self.layout.content_pad + special)[:, None]
         is_code = self.content_ids < self.layout.content_pad
         return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
+
+    def steer(self, logits):
+        """Position logits (B, V), changed by what is known of the stream; here nothing is."""
+        return logits
 
     def append(self, positions, contents):
         """Write the chosen element (B,), (B,) into the grids and move on."""
@@ -99,16 +107,39 @@ class StreamState:
         grain_map = self.fine_grain_map[:, corners].view(batch, *self.layout.grid_sizes[0])
         return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
 
+    def select(self, rows):
+        """The streams of some rows, (N,) long, as a state of its own."""
+        chosen = copy.copy(self)
+        for name in (
+            "labels",
+            "taken",
+            "codes",
+            "fine_grain_map",
+            "granularity",
+            "start_is_next",
+            "finished",
+            "lengths",
+        ):
+            setattr(chosen, name, getattr(self, name)[rows])
+        longest = int(chosen.lengths.max())
+        chosen.elements = [tuple(column[rows] for column in element) for element in self.elements[:longest]]
+        chosen.last = chosen.elements[-1]
+        return chosen
+
+    def last_rank(self):
+        """Place (B,) of the last element in the training order of its granularity; -1 if it is no cell."""
+        contents, positions, granularities = self.last
+        rank = self.tables.rank[granularities]
+        place = positions.clamp(max=rank.shape[1] - 1)[:, None]
+        return torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
+
     def _in_order(self, free, half_covered):
         """The free cells (B, F) that may come in ascending order: behind the last one, and no later than one that must."""
         rank, region = self.tables.rank[self.granularity], self.tables.region[self.granularity]  # (B, F)
-        contents, positions, _ = self.last
-        place = positions.clamp(max=rank.shape[1] - 1)[:, None]
-        last_rank = torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
         begun = half_covered.gather(1, region)
         due = torch.where(free & begun, rank, rank.shape[1]).amin(1, keepdim=True)  # of a region that is half covered
         may_come = self.tables.opens_region[self.granularity] | begun
-        return may_come & (rank > last_rank[:, None]) & (rank <= due)
+        return may_come & (rank > self.last_rank()[:, None]) & (rank <= due)
 
     def _half_covered(self):
         """Which regions are covered in part, (B, regions) bool; none in the coarsest granularity."""

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
+from .known_dq import KnownState, known_elements
 from .layers_dqtransformer import make_cache
 from .sampling_options_dq import SamplingOptions
 
@@ -77,9 +78,7 @@ class Draw:
     def choose(self, symbol, logits, allowed, inputs):
         """As `Greedy.choose`; the warpers are applied to what is allowed."""
         scores = self.warpers[symbol](None, logits.float().masked_fill(~allowed, -torch.inf))
-        cumulative = scores.double().softmax(1).cumsum(1)
-        threshold = (inputs[symbol] * cumulative[:, -1])[:, None]
-        return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return draw_index(scores, inputs[symbol])
 
 
 class Replay:
@@ -167,7 +166,7 @@ def next_element(model, elements, places, state, source, inputs, caches=(None, N
     contents, positions, granularities = elements
     hidden_states = model.position_transformer(model.embed(*with_twin(*elements), places), caches[0])
     logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
-    next_positions = source.choose(POSITION, logits, state.allowed_positions(), inputs)
+    next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
 
     contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
     positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
@@ -196,6 +195,10 @@ class DQSamplingMixin:
         encoder_attention_mask=None,
         negative_encoder_hidden_states=None,
         negative_encoder_attention_mask=None,
+        codes=None,
+        grain_map=None,
+        fine_ratio=None,
+        num_candidates=1,
         **options,
     ):
         """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
@@ -214,13 +217,30 @@ class DQSamplingMixin:
                 caches then have room for the longest stream from the start. None: nothing is compiled.
             encoder_hidden_states, encoder_attention_mask, negative_encoder_hidden_states,
                 negative_encoder_attention_mask: for a model with text, as in `condition`.
+            grain_map: (h, w) or (B, h, w) integers, the granularity of each region; -1 where the model decides. An
+                image with anything known is drawn in the training order.
+            codes: (H, W) or (B, H, W) integers on the finest grid, as `encode` gives them, where the grain map is known;
+                -1 where the model decides.
+            fine_ratio: share of each image's regions, in [0, 1], that become fine (the nearest whole number); the model
+                decides which. With more than two granularities a list of shares, one for each granularity but the coarsest.
+            num_candidates: streams that are drawn of each image. One of them is kept, drawn by how well it
+                explains what is known (`log_weights`); the first, where nothing is. The last state has the kept ones, all
+                others have the candidates of an image one after the other.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
                 position_top_p, guidance_scale, fine_positions.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
-        check_num_images(num_images)
+        check_count("num_images", num_images)
+        check_count("num_candidates", num_candidates)
+        known = known_elements(self.config, self.input_device, codes, grain_map, fine_ratio)
+        if num_candidates != 1 and (known is None or not do_sample):
+            raise ValueError(
+                "num_candidates above 1 needs do_sample, and something that is known: grain_map, codes or fine_ratio"
+            )
+        if known is not None and num_images is None and len(known) > 1:
+            num_images = len(known)
         with torch.no_grad():
             condition = self.condition(
                 class_labels,
@@ -243,18 +263,40 @@ class DQSamplingMixin:
         if options.guidance_scale != 1:
             condition.hidden()  # or an error, before the work
         self.check_compile_config(compile_config)
-        source = Greedy()
+        source, batch, device = Greedy(), len(condition), condition.labels.device
+        condition = condition.repeat(num_candidates)
         if do_sample:
-            uniforms = random_streams(generator, len(condition), self.config.longest_stream)
-            source = Draw(uniforms.to(condition.labels.device), options)
-        state = StreamState(self.layout, condition.labels, options.fine_positions == "fixed")
-        return self.run_steps(state, condition, source, options.guidance_scale, compile_config)
+            generators = own_generators(generator, batch)
+            source = Draw(uniform_numbers(generators, self.config.longest_stream, num_candidates).to(device), options)
+        is_fixed = options.fine_positions == "fixed"
+        if known is None:
+            state = StreamState(self.layout, condition.labels, is_fixed)
+        else:
+            if len(known) not in (1, batch):
+                raise ValueError(f"grain_map must be of one image or of each of {batch} images, got {len(known)}")
+            state = KnownState(self.layout, condition.labels, known.rows(batch, num_candidates), is_fixed)
+        steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config)
+        if num_candidates == 1:
+            return steps
+        return self.keep_candidates(steps, condition, uniform_numbers(generators, 1)[0, 0].to(device))
 
     @torch.no_grad()
     def run_steps(self, *arguments):
         """`generation_steps`, in evaluation mode and without gradients, neither of which reaches the caller."""
         with evaluation_mode(self):
             yield from generation_steps(self, *arguments)
+
+    @torch.no_grad()
+    def keep_candidates(self, steps, condition, uniforms):
+        """The steps, and a last state with one candidate of each image: drawn by how well it explains what is known."""
+        for state in steps:
+            yield state
+        num_candidates = len(condition) // len(uniforms)
+        with evaluation_mode(self):
+            log_weights = self.log_weights(state, condition).view(-1, num_candidates)
+        kept = draw_index(log_weights, uniforms)
+        kept = kept.where(state.known.anything.view(-1, num_candidates)[:, 0], 0)
+        yield state.select(torch.arange(len(uniforms), device=kept.device) * num_candidates + kept)
 
     def generation_output(self, state) -> DQGenerationOutput:
         """What the streams of a `StreamState` say, as far as they go."""
@@ -277,12 +319,12 @@ class DQSamplingMixin:
             )
 
 
-def check_num_images(num_images):
-    """Raise TypeError or ValueError unless this is a number of images, or None."""
-    if num_images is not None and (isinstance(num_images, bool) or not isinstance(num_images, int)):
-        raise TypeError(f"num_images must be a whole number, got {num_images!r}")
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
+def check_count(name, count):
+    """Raise TypeError or ValueError unless this is a whole number of at least 1, or None."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        raise TypeError(f"{name} must be a whole number, got {count!r}")
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 _MODES = threading.Lock()
@@ -324,22 +366,35 @@ def make_warpers(temperature, top_k, top_p):
     return warpers
 
 
-def random_streams(generator, num_images, num_steps):
-    """Uniform numbers in [0, 1), (steps, 2, B) float64: for each image from a generator of its own.
+def draw_index(scores, uniforms):
+    """One index (B,) of each row, drawn with the softmax of scores (B, V) by numbers (B,) in [0, 1)."""
+    cumulative = scores.double().softmax(1).cumsum(1)
+    threshold = (uniforms * cumulative[:, -1])[:, None]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
 
-    Image i's generator is seeded by the i-th draw from `generator`, or the first one from `generator[i]`.
-    """
+
+def own_generators(generator, num_images):
+    """A generator for each image, seeded by the i-th draw from `generator`, or the first one from `generator[i]`."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_images
     if len(generators) != num_images:
         raise ValueError(f"generator must be one or a list of {num_images}, one for each image; got {len(generators)}")
     if any(source is not None and not isinstance(source, torch.Generator) for source in generators):
         raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
-    columns = []
+    own = []
     for source in generators:
         device = "cpu" if source is None else source.device
         seed = torch.randint(2**63 - 1, (), generator=source, device=device).item()
-        own = torch.Generator().manual_seed(seed)
-        columns.append(torch.rand(num_steps, 2, dtype=torch.float64, generator=own))
+        own.append(torch.Generator().manual_seed(seed))
+    return own
+
+
+def uniform_numbers(generators, num_steps, num_candidates=1):
+    """Uniform numbers in [0, 1), (steps, 2, B) float64: each image's from its generator, one candidate after the other."""
+    columns = [
+        torch.rand(num_steps, 2, dtype=torch.float64, generator=own)
+        for own in generators
+        for _ in range(num_candidates)
+    ]
     return torch.stack(columns, dim=2)
 
 
