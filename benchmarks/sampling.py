@@ -19,10 +19,9 @@ from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, random_streams
+from dq_hf.modeling.generation_dq import Draw, next_element, own_generators, uniform_numbers
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
-from dq_hf.modeling.step_loop_dq import next_element
 
 
 @dataclass
@@ -117,7 +116,8 @@ def time_cached(model, batch_size, args):
 def time_rerun(model, generated, args):
     """Seconds in all, from every n-th element; raises RuntimeError if an element is not what `generated` has."""
     batch_size, length = generated.contents.shape
-    uniforms = random_streams(torch.Generator().manual_seed(args.seed), batch_size, model.config.longest_stream)
+    generators = own_generators(torch.Generator().manual_seed(args.seed), batch_size)
+    uniforms = uniform_numbers(generators, model.config.longest_stream)
     source = Draw(uniforms.to(model.device), SamplingOptions())
     state = StreamState(model.layout, torch.zeros_like(generated.lengths))
     places = torch.arange(length, device=model.device)

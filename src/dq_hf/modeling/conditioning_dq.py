@@ -50,6 +50,17 @@ class Condition:
         prefix = self.prefix if self.null_prefix is None else self.null_prefix.expand_as(self.prefix)
         return replace(self, labels=labels, prefix=prefix)
 
+    def repeat(self, repeats):
+        """Each image's condition so often, one after the other."""
+        if repeats == 1:
+            return self
+        changed = {"labels": self.labels.repeat_interleave(repeats)}
+        if self.prefix is not None:
+            changed["prefix"] = self.prefix.repeat_interleave(repeats, dim=0)
+        if self.null_prefix is not None and self.null_prefix.dim() == 3:
+            changed["null_prefix"] = self.null_prefix.repeat_interleave(repeats, dim=0)
+        return replace(self, **changed)
+
     def hide(self, labels=None, prefixes=None):
         """This condition, but with the twin's label or prefix where (B,) bool is true; None: nowhere."""
         hidden, changed = self.hidden(), {}

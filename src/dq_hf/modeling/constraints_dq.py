@@ -1,8 +1,8 @@
 """What may come next in a stream: the rules that sampling and code lengths share (paper section 3.2)."""
 
-import torch
+import copy
 
-from .sequence_dq import DQStream
+import torch
 
 
 class StreamState:
@@ -25,13 +25,15 @@ class StreamState:
             layout: `StreamLayout`.
             labels: (B,) long, of the start tokens.
             fixed_fine_positions: the finest codes fill what is left, in the training order; False: they are free.
-            ascending: cells come in the training order in the coarser granularities, too.
+            ascending: cells come in the training order in the coarser granularities, too; for all, or (B,) bool.
         """
         self.layout = layout
         self.tables = layout.tables(labels.device)
         self.labels = labels
         self.fixed_fine_positions = fixed_fine_positions
-        self.ascending = ascending
+        self.ascending = (
+            None if ascending is False else torch.as_tensor(ascending, device=labels.device).expand_as(labels)
+        )
         self.position_ids = torch.arange(layout.position_vocab_size, device=labels.device)
         self.content_ids = torch.arange(layout.content_vocab_size, device=labels.device)
         batch, fine_cells = len(labels), layout.num_cells[-1]
@@ -42,10 +44,9 @@ class StreamState:
         self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
         self.finished = torch.zeros_like(self.start_is_next)
         self.lengths = torch.zeros_like(labels)
-        # Contents, positions and granularities (3, B, L) of all elements; with a column for what comes after the end.
-        padding = torch.stack([self.lengths + token for token in layout.padding])
-        self.elements = padding[..., None].repeat(1, 1, layout.longest_stream + 1)
-        self.last = padding.unbind()  # of the last element, which is none yet
+        # Contents, positions and granularities (B,) of the last element, which is none yet.
+        self.last = (torch.full_like(labels, layout.content_pad), torch.zeros_like(labels), self.granularity)
+        self.elements = []  # every `last` so far, kept by the step loop
 
     def allowed_positions(self):
         """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
@@ -57,8 +58,8 @@ class StreamState:
             first = torch.where(free, rank, len(rank)).amin(1, keepdim=True)
             free &= (rank == first) | ~finest[:, None]
         half_covered = self._half_covered()
-        if self.ascending:
-            free &= self._in_order(free, half_covered) | finest[:, None]
+        if self.ascending is not None:
+            free &= self._in_order(free, half_covered) | (finest | ~self.ascending)[:, None]
         end_allowed = torch.where(finest, self.taken.all(1), ~half_covered.any(1))
 
         num_cells = tables.num_cells[granularity]
@@ -69,21 +70,15 @@ class StreamState:
         return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
 
     def allowed_contents(self, positions):
-        """Which contents go with positions of the present granularity: (B, content vocabulary) bool for (B,).
-
-        And (B, L, content vocabulary) for (B, L).
-        """
-        special = (positions.t() - self.tables.num_cells[self.granularity]).t()[
-            ..., None
-        ]  # 0 pad, 1 end, 2 and more: start
+        """Which contents go with the chosen positions (B,), (B, content vocabulary) bool."""
+        special = positions - self.tables.num_cells[self.granularity]  # 0 pad, 1 end, 2 and more: start
+        token = (self.layout.content_pad + special)[:, None]
         is_code = self.content_ids < self.layout.content_pad
-        return torch.where(special >= 0, self.content_ids == self.layout.content_pad + special, is_code)
+        return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
 
-    def positions_are_fixed(self):
-        """Of which streams all positions that are still to come are known, (B,) bool."""
-        if not self.fixed_fine_positions:
-            return self.finished
-        return (self.granularity == self.layout.num_granularities - 1) & ~self.start_is_next
+    def steer(self, logits):
+        """Position logits (B, V), changed by what is known of the stream; here nothing is."""
+        return logits
 
     def append(self, positions, contents):
         """Write the chosen element (B,), (B,) into the grids and move on."""
@@ -93,8 +88,7 @@ class StreamState:
         self.codes = torch.where(covered, contents[:, None], self.codes)
         self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
         self.taken |= covered
-        self.elements.scatter_(2, self.lengths.expand(3, -1)[..., None], torch.stack(self.last)[..., None])
-        self.lengths = self.lengths + ~self.finished
+        self.lengths += ~self.finished
         is_end = contents == self.layout.content_end
         is_finest = self.granularity == self.layout.num_granularities - 1
         self.finished |= is_end & is_finest
@@ -102,11 +96,9 @@ class StreamState:
         self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
 
     def stream(self):
-        """The elements so far, a `DQStream`."""
-        elements = self.elements[:, :, : int(self.lengths.max())]
-        inside = torch.arange(elements.shape[2], device=elements.device) < self.lengths[:, None]
-        columns = [torch.where(inside, column, token) for column, token in zip(elements, self.layout.padding)]
-        return DQStream(*columns, self.lengths)
+        """Contents and positions (B, L) long of the elements so far."""
+        contents, positions, _ = zip(*self.elements)
+        return torch.stack(contents, dim=1), torch.stack(positions, dim=1)
 
     def grids(self):
         """Codes (B, H, W) and grain map (B, h, w) written so far."""
@@ -115,16 +107,39 @@ class StreamState:
         grain_map = self.fine_grain_map[:, corners].view(batch, *self.layout.grid_sizes[0])
         return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
 
+    def select(self, rows):
+        """The streams of some rows, (N,) long, as a state of its own."""
+        chosen = copy.copy(self)
+        for name in (
+            "labels",
+            "taken",
+            "codes",
+            "fine_grain_map",
+            "granularity",
+            "start_is_next",
+            "finished",
+            "lengths",
+        ):
+            setattr(chosen, name, getattr(self, name)[rows])
+        longest = int(chosen.lengths.max())
+        chosen.elements = [tuple(column[rows] for column in element) for element in self.elements[:longest]]
+        chosen.last = chosen.elements[-1]
+        return chosen
+
+    def last_rank(self):
+        """Place (B,) of the last element in the training order of its granularity; -1 if it is no cell."""
+        contents, positions, granularities = self.last
+        rank = self.tables.rank[granularities]
+        place = positions.clamp(max=rank.shape[1] - 1)[:, None]
+        return torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
+
     def _in_order(self, free, half_covered):
         """The free cells (B, F) that may come in ascending order: behind the last one, and no later than one that must."""
         rank, region = self.tables.rank[self.granularity], self.tables.region[self.granularity]  # (B, F)
-        contents, positions, _ = self.last
-        place = positions.clamp(max=rank.shape[1] - 1)[:, None]
-        last_rank = torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
         begun = half_covered.gather(1, region)
         due = torch.where(free & begun, rank, rank.shape[1]).amin(1, keepdim=True)  # of a region that is half covered
         may_come = self.tables.opens_region[self.granularity] | begun
-        return may_come & (rank > last_rank[:, None]) & (rank <= due)
+        return may_come & (rank > self.last_rank()[:, None]) & (rank <= due)
 
     def _half_covered(self):
         """Which regions are covered in part, (B, regions) bool; none in the coarsest granularity."""

@@ -19,8 +19,11 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
+from .known_dq import KnownState, known_elements
+from .layers_dqtransformer import make_cache
 from .sampling_options_dq import SamplingOptions
-from .step_loop_dq import generation_steps
+
+POSITION, CONTENT = 0, 1  # the two symbols of an element
 
 
 @dataclass
@@ -75,9 +78,7 @@ class Draw:
     def choose(self, symbol, logits, allowed, inputs):
         """As `Greedy.choose`; the warpers are applied to what is allowed."""
         scores = self.warpers[symbol](None, logits.float().masked_fill(~allowed, -torch.inf))
-        cumulative = scores.double().softmax(1).cumsum(1)
-        threshold = (inputs[symbol] * cumulative[:, -1])[:, None]
-        return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return draw_index(scores, inputs[symbol])
 
 
 class Replay:
@@ -99,6 +100,82 @@ class Replay:
         return inputs[symbol]
 
 
+def generation_steps(model, state, condition, source, guidance_scale=1.0, compile_config=None):
+    """Choose one element of every image after the other; yields the `StreamState` after each.
+
+    Args:
+        model: `DQTransformerForImageGeneration`, in evaluation mode.
+        state: `StreamState` of the condition's labels, at the beginning of its streams.
+        condition: `Condition`.
+        source: where the elements come from: `Draw`, `Greedy` or `Replay`.
+        guidance_scale: as in `SamplingOptions`.
+        compile_config: as in `generate`.
+    """
+    hidden = condition.hidden() if guidance_scale != 1 else None
+    most_elements = model.config.longest_stream
+    places = torch.arange(most_elements, device=condition.labels.device)
+    room = None if compile_config is None else condition.prefix_length + most_elements
+    caches = [
+        make_cache(num_layers, room)
+        for num_layers in (model.config.num_position_layers, model.config.num_content_layers)
+    ]
+    if condition.prefix is not None:
+        prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
+        model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
+    first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
+    state.append(first, state.allowed_contents(first).long().argmax(1))
+    state.elements.append(state.last)
+
+    step = compiled_step = append_next
+    if compile_config is not None:
+        compiled_step = torch.compile(step, **compile_config.to_dict())
+    for i in range(1, most_elements):
+        step(model, state, places[i - 1 : i], source, source.inputs(i), caches, hidden, guidance_scale)
+        step = compiled_step  # the first step is not compiled: it makes the caches' buffers
+        state.elements.append(state.last)
+        yield state
+        if state.finished.all():  # the one place that waits for the device
+            return
+
+
+def append_next(model, state, place, source, inputs, caches, hidden, guidance_scale):
+    """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
+    last = [column[:, None] for column in state.last]
+    state.append(*next_element(model, last, place, state, source, inputs, caches, hidden, guidance_scale))
+
+
+def next_element(model, elements, places, state, source, inputs, caches=(None, None), hidden=None, guidance_scale=1.0):
+    """Position and content (B,) of the element behind these.
+
+    Args:
+        elements: contents, positions and granularities, (B, L) each: those behind what the caches hold, or all.
+        places: (L,) long, of these elements in the streams.
+        state: `StreamState` that says what may come.
+        source, inputs: choose from it, see `Greedy`.
+        caches: of the Position- and the Content-Transformer.
+        hidden: twin of the condition, for a guidance scale other than 1.
+    """
+
+    def with_twin(contents, positions, granularities):
+        """(2B, L): the rows of the condition, and those of its hidden twin."""
+        if hidden is None:
+            return contents, positions, granularities
+        twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
+        return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
+
+    contents, positions, granularities = elements
+    hidden_states = model.position_transformer(model.embed(*with_twin(*elements), places), caches[0])
+    logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
+    next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
+
+    contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
+    positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
+    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
+    hidden_states = hidden_states + model.embed_positions(*with_twin(contents, positions, granularities)[1:])
+    logits = guide(model.content_head(model.content_transformer(hidden_states, caches[1])[:, -1]), guidance_scale)
+    return next_positions, source.choose(CONTENT, logits, state.allowed_contents(next_positions), inputs)
+
+
 class DQSamplingMixin:
     """Gives `generate` and `generate_steps` to the generator. (Not named GenerationMixin, which transformers looks for.)"""
 
@@ -114,16 +191,19 @@ class DQSamplingMixin:
         do_sample=True,
         generator=None,
         compile_config=None,
-        lookahead=1,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         negative_encoder_hidden_states=None,
         negative_encoder_attention_mask=None,
+        codes=None,
+        grain_map=None,
+        fine_ratio=None,
+        num_candidates=1,
         **options,
     ):
-        """Sample codes from coarse to fine, one element of every image a pass; without dropout in any mode.
+        """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
 
-        A Python generator: it yields the `StreamState` after every pass, and whoever watches may stop.
+        A Python generator: it yields the `StreamState` after every step, and whoever watches may stop.
 
         Args:
             class_labels: one integer, or one for each image; None for an unconditional model.
@@ -134,21 +214,33 @@ class DQSamplingMixin:
                 The draw seeds the image's own random stream, so that its result depends on nothing else. Default:
                 torch's global generator.
             compile_config: a `transformers.CompileConfig` compiles the step, once for each batch size and setting; the
-                caches are then read as a whole. None: nothing is compiled.
-            lookahead: elements that a pass reads where the finest positions are fixed: the last one and guesses of those
-                behind it, of which it keeps as many as come out as guessed. More than 1 changes the number of passes and
-                what one costs, but neither the images (to the rounding of the logits, as between batch sizes) nor free
-                positions.
+                caches then have room for the longest stream from the start. None: nothing is compiled.
             encoder_hidden_states, encoder_attention_mask, negative_encoder_hidden_states,
                 negative_encoder_attention_mask: for a model with text, as in `condition`.
+            grain_map: (h, w) or (B, h, w) integers, the granularity of each region; -1 where the model decides. An
+                image with anything known is drawn in the training order.
+            codes: (H, W) or (B, H, W) integers on the finest grid, as `encode` gives them, where the grain map is known;
+                -1 where the model decides.
+            fine_ratio: share of each image's regions, in [0, 1], that become fine (the nearest whole number); the model
+                decides which. With more than two granularities a list of shares, one for each granularity but the coarsest.
+            num_candidates: streams that are drawn of each image. One of them is kept, drawn by how well it
+                explains what is known (`log_weights`); the first, where nothing is. The last state has the kept ones, all
+                others have the candidates of an image one after the other.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
                 position_top_p, guidance_scale, fine_positions.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
-        if num_images is not None:
-            check_count("num_images", num_images)
+        check_count("num_images", num_images)
+        check_count("num_candidates", num_candidates)
+        known = known_elements(self.config, self.input_device, codes, grain_map, fine_ratio)
+        if num_candidates != 1 and (known is None or not do_sample):
+            raise ValueError(
+                "num_candidates above 1 needs do_sample, and something that is known: grain_map, codes or fine_ratio"
+            )
+        if known is not None and num_images is None and len(known) > 1:
+            num_images = len(known)
         with torch.no_grad():
             condition = self.condition(
                 class_labels,
@@ -170,13 +262,23 @@ class DQSamplingMixin:
         ).over({"guidance_scale": 1.0})
         if options.guidance_scale != 1:
             condition.hidden()  # or an error, before the work
-        self.check_passes(compile_config, lookahead)
-        source = Greedy()
+        self.check_compile_config(compile_config)
+        source, batch, device = Greedy(), len(condition), condition.labels.device
+        condition = condition.repeat(num_candidates)
         if do_sample:
-            uniforms = random_streams(generator, len(condition), self.config.longest_stream)
-            source = Draw(uniforms.to(condition.labels.device), options)
-        state = StreamState(self.layout, condition.labels, options.fine_positions == "fixed")
-        return self.run_steps(state, condition, source, options.guidance_scale, compile_config, lookahead)
+            generators = own_generators(generator, batch)
+            source = Draw(uniform_numbers(generators, self.config.longest_stream, num_candidates).to(device), options)
+        is_fixed = options.fine_positions == "fixed"
+        if known is None:
+            state = StreamState(self.layout, condition.labels, is_fixed)
+        else:
+            if len(known) not in (1, batch):
+                raise ValueError(f"grain_map must be of one image or of each of {batch} images, got {len(known)}")
+            state = KnownState(self.layout, condition.labels, known.rows(batch, num_candidates), is_fixed)
+        steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config)
+        if num_candidates == 1:
+            return steps
+        return self.keep_candidates(steps, condition, uniform_numbers(generators, 1)[0, 0].to(device))
 
     @torch.no_grad()
     def run_steps(self, *arguments):
@@ -184,43 +286,44 @@ class DQSamplingMixin:
         with evaluation_mode(self):
             yield from generation_steps(self, *arguments)
 
+    @torch.no_grad()
+    def keep_candidates(self, steps, condition, uniforms):
+        """The steps, and a last state with one candidate of each image: drawn by how well it explains what is known."""
+        for state in steps:
+            yield state
+        num_candidates = len(condition) // len(uniforms)
+        with evaluation_mode(self):
+            log_weights = self.log_weights(state, condition).view(-1, num_candidates)
+        kept = draw_index(log_weights, uniforms)
+        kept = kept.where(state.known.anything.view(-1, num_candidates)[:, 0], 0)
+        yield state.select(torch.arange(len(uniforms), device=kept.device) * num_candidates + kept)
+
     def generation_output(self, state) -> DQGenerationOutput:
         """What the streams of a `StreamState` say, as far as they go."""
         codes, grain_map = state.grids()
-        stream = state.stream()
+        contents, positions = state.stream()
         return DQGenerationOutput(
-            codes=codes,
-            grain_map=grain_map,
-            positions=stream.positions,
-            contents=stream.contents,
-            lengths=stream.lengths,
+            codes=codes, grain_map=grain_map, positions=positions, contents=contents, lengths=state.lengths
         )
 
-    def check_passes(self, compile_config, lookahead):
-        """Refuse values of another type or range, and attention that takes no mask for what they need."""
-        attention = self.config._attn_implementation
-        if compile_config is not None and not isinstance(compile_config, CompileConfig):
+    def check_compile_config(self, compile_config):
+        """Refuse another type, and attention that has no mask for a cache with room behind the last element."""
+        if compile_config is None:
+            return
+        if not isinstance(compile_config, CompileConfig):
             raise TypeError(f"compile_config must be a transformers.CompileConfig, got {compile_config!r}")
-        check_count("lookahead", lookahead)
-        if compile_config is not None and lookahead > 1:
-            raise ValueError("lookahead above 1 does not work with compile_config; give one of the two")
-        if (
-            compile_config is not None and "flash" in attention
-        ):  # no mask for a cache with room behind the last element
+        if "flash" in self.config._attn_implementation:
             raise ValueError(
-                f'compile_config does not work with attn_implementation {attention!r}; load the model with "sdpa"'
-            )
-        if lookahead > 1 and attention not in ("sdpa", "eager"):  # no mask for images at different places
-            raise ValueError(
-                f'lookahead above 1 does not work with attn_implementation {attention!r}; load the model with "sdpa"'
+                f"compile_config does not work with attn_implementation {self.config._attn_implementation!r}; "
+                'load the model with "sdpa"'
             )
 
 
 def check_count(name, count):
-    """Raise TypeError or ValueError unless this is a whole number of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int):
+    """Raise TypeError or ValueError unless this is a whole number of at least 1, or None."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
         raise TypeError(f"{name} must be a whole number, got {count!r}")
-    if count < 1:
+    if count is not None and count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")
 
 
@@ -263,20 +366,41 @@ def make_warpers(temperature, top_k, top_p):
     return warpers
 
 
-def random_streams(generator, num_images, num_steps):
-    """Uniform numbers in [0, 1), (steps, 2, B) float64: for each image from a generator of its own.
+def draw_index(scores, uniforms):
+    """One index (B,) of each row, drawn with the softmax of scores (B, V) by numbers (B,) in [0, 1)."""
+    cumulative = scores.double().softmax(1).cumsum(1)
+    threshold = (uniforms * cumulative[:, -1])[:, None]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=scores.shape[1] - 1)
 
-    Image i's generator is seeded by the i-th draw from `generator`, or the first one from `generator[i]`.
-    """
+
+def own_generators(generator, num_images):
+    """A generator for each image, seeded by the i-th draw from `generator`, or the first one from `generator[i]`."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_images
     if len(generators) != num_images:
         raise ValueError(f"generator must be one or a list of {num_images}, one for each image; got {len(generators)}")
     if any(source is not None and not isinstance(source, torch.Generator) for source in generators):
         raise TypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
-    columns = []
+    own = []
     for source in generators:
         device = "cpu" if source is None else source.device
         seed = torch.randint(2**63 - 1, (), generator=source, device=device).item()
-        own = torch.Generator().manual_seed(seed)
-        columns.append(torch.rand(num_steps, 2, dtype=torch.float64, generator=own))
+        own.append(torch.Generator().manual_seed(seed))
+    return own
+
+
+def uniform_numbers(generators, num_steps, num_candidates=1):
+    """Uniform numbers in [0, 1), (steps, 2, B) float64: each image's from its generator, one candidate after the other."""
+    columns = [
+        torch.rand(num_steps, 2, dtype=torch.float64, generator=own)
+        for own in generators
+        for _ in range(num_candidates)
+    ]
     return torch.stack(columns, dim=2)
+
+
+def guide(logits, scale):
+    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, V) of both conditions to (B, V). Scale 1: as they are."""
+    if scale == 1:
+        return logits
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)

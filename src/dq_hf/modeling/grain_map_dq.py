@@ -3,6 +3,7 @@
 A region is one cell of the coarsest grid; `grain_map` (B, h, w) long holds each region's granularity, 0 = coarsest.
 """
 
+import itertools
 import math
 from numbers import Real
 
@@ -49,22 +50,36 @@ def check_thresholds(name, thresholds, num_granularities):
         )
 
 
+def share_counts(shares, num_regions):
+    """How many of an image's regions have each granularity, coarsest first, K whole numbers.
+
+    Args:
+        shares: of each granularity but the coarsest. The number of regions at least as fine as a granularity is the
+            nearest whole one, halves upwards.
+    """
+    at_least, finest_first = [0], 0.0
+    for share in shares[::-1]:
+        finest_first += share
+        at_least.append(math.floor(finest_first * num_regions + 0.5))
+    at_least.append(num_regions)
+    return [more - less for less, more in itertools.pairwise(at_least)][::-1]
+
+
 def rank_routing(score, shares):
     """Grain map (B, h, w) with prescribed shares of each image's regions, the highest scores finest.
 
     Args:
         score: (B, h, w) float, how much a region deserves finer codes.
-        shares: share of regions, in [0, 1], at each granularity but the coarsest; counts are rounded to whole regions.
+        shares: share of regions, in [0, 1], at each granularity but the coarsest; counted as in `share_counts`.
     """
     num_regions = score[0].numel()
     order = score.flatten(1).argsort(dim=1, descending=True, stable=True)
     ranks = torch.arange(num_regions, device=score.device).expand_as(order)
     grain_map = torch.zeros_like(order)
-    finest_first = 0.0
-    for granularity in range(len(shares), 0, -1):  # a region within the first `count` ranks is at least this fine
-        finest_first += shares[granularity - 1]
-        count = math.floor(finest_first * num_regions + 0.5)
-        grain_map = torch.where((ranks < count) & (grain_map == 0), granularity, grain_map)
+    counts = share_counts(shares, num_regions)
+    for granularity in range(len(shares), 0, -1):  # a region within the first ranks is at least this fine
+        is_finer = ranks < sum(counts[granularity:])
+        grain_map = torch.where(is_finer & (grain_map == 0), granularity, grain_map)
     return torch.zeros_like(grain_map).scatter(1, order, grain_map).view(score.shape)
 
 

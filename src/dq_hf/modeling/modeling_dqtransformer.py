@@ -17,6 +17,7 @@ from .configuration_dqtransformer import DQTransformerConfig
 from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
 from .hub_dq import HubMixin
+from .known_dq import KnownState
 from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights
 from .modeling_utils_dq import TorchInitMixin, check_indices
 from .sequence_dq import DQStream, StreamLayout
@@ -218,35 +219,58 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         codes, grain_map = self.check_codes(codes, grain_map)
         condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
         stream = self.layout.pack(codes, grain_map, condition.labels)
-        columns = []
-        for element in self.predictions(stream, condition):
-            columns.append([])
-            for logits, allowed, chosen in element:
-                scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(1, dtype=precise(logits.dtype))
-                columns[-1].append(scores.gather(1, chosen[:, None])[:, 0])
-        start = [[torch.zeros_like(column) for column in columns[0]]]
-        position_log_probs, content_log_probs = (torch.stack(column, dim=1) for column in zip(*start, *columns))
+        position_log_probs, content_log_probs = element_log_probs(self.predictions(stream, condition))
         return DQLogProbOutput(
             position_log_probs=position_log_probs, content_log_probs=content_log_probs, stream=stream
         )
 
-    def predictions(self, stream, condition):
-        """What is said of streams, one element behind the start after the other, in the training order.
+    def predictions(self, stream, condition, state=None):
+        """What is said of streams, one element behind the start after the other.
+
+        Args:
+            stream: `DQStream`.
+            condition: `Condition`.
+            state: `StreamState` at the beginning of these streams; None: in the training order, nothing known.
 
         Yields:
             A pair, of the element's position and of its content: logits (B, V), what is allowed (B, V) bool, and what the
             stream has (B,) long.
         """
-        state = StreamState(self.layout, condition.labels, ascending=True)
+        if state is None:
+            state = StreamState(self.layout, condition.labels, ascending=True)
         position_logits, content_logits = self.logits(stream, condition)
         (start, *elements) = zip(stream.positions.unbind(1), stream.contents.unbind(1))
         state.append(*start)
         for i, (positions, contents) in enumerate(elements):
             yield (
-                (position_logits[:, i], state.allowed_positions(), positions),
+                (state.steer(position_logits[:, i]), state.allowed_positions(), positions),
                 (content_logits[:, i], state.allowed_contents(positions), contents),
             )
             state.append(positions, contents)
+
+    def log_weights(self, state, condition):
+        """Logarithms (B,) of finished streams' probability, over that with which they are drawn where something is known.
+
+        These are weights of samples of what is unknown given what is known (sequential importance sampling), without
+        temperatures, top-k, top-p and guidance: probabilities of the codes that are known, and of not contradicting what
+        else is.
+
+        Args:
+            state: `KnownState`.
+            condition: `Condition`.
+        """
+        contents, positions = state.stream()
+        granularities = torch.stack([granularities for _, _, granularities in state.elements], dim=1)
+        stream = DQStream(contents=contents, positions=positions, granularities=granularities, lengths=state.lengths)
+        fixed = state.fixed_fine_positions
+        log_probs, proposed = (
+            sum(element_log_probs(self.predictions(stream, condition, start))).double().sum(1)
+            for start in (
+                StreamState(self.layout, condition.labels, fixed, ascending=True),
+                KnownState(self.layout, condition.labels, state.known, fixed),
+            )
+        )
+        return log_probs - proposed
 
     def pack(self, codes, grain_map, class_labels=None) -> DQStream:
         """Streams of codes and grain map; arguments and errors as in `forward`."""
@@ -351,6 +375,18 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             coarser = table(positions.clamp(max=table.num_embeddings - 1))
             embedded = torch.where((granularities == granularity)[..., None], coarser, embedded)
         return embedded
+
+
+def element_log_probs(predictions):
+    """Log-probabilities (B, L) of every position and of every content of streams, in nats, from `predictions`: two."""
+    columns = []
+    for element in predictions:
+        columns.append([])
+        for logits, allowed, chosen in element:
+            scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(1, dtype=precise(logits.dtype))
+            columns[-1].append(scores.gather(1, chosen[:, None])[:, 0])
+    start = [[torch.zeros_like(column) for column in columns[0]]]
+    return [torch.stack(column, dim=1) for column in zip(*start, *columns)]
 
 
 def masked_cross_entropy(logits, targets, mask):

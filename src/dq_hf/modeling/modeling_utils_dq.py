@@ -15,8 +15,8 @@ class TorchInitMixin:
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 
-def check_indices(name, values, shape, limit, device):
-    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (None: any), in [0, limit).
+def check_indices(name, values, shape, limit, device, lowest=0):
+    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (None: any), in [lowest, limit).
 
     Raises:
         TypeError: not a tensor of integers.
@@ -31,8 +31,8 @@ def check_indices(name, values, shape, limit, device):
     values = values.to(device=device, dtype=torch.long)
     if torch.compiler.is_compiling():  # a graph cannot ask for values
         return values
-    if values.numel() and (values.min() < 0 or values.max() >= limit):
+    if values.numel() and (values.min() < lowest or values.max() >= limit):
         raise ValueError(
-            f"{name} must lie in 0 ... {limit - 1}, got values from {int(values.min())} to {int(values.max())}"
+            f"{name} must lie in {lowest} ... {limit - 1}, got values from {int(values.min())} to {int(values.max())}"
         )
     return values

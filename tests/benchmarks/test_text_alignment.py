@@ -1,0 +1,61 @@
+import pytest
+import text_alignment
+import torch
+from datasets import ClassLabel, Dataset
+
+from dq_hf import DEFAULT_MODEL
+from dq_hf.networks.extractors import FeatureExtractor
+
+
+def test_lab_of_known_colours():
+    # IEC 61966-2-1 and CIE 15 for D65, as published tables have them, to a tenth.
+    colours = torch.tensor([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 0, 255], [119, 119, 119]], dtype=torch.uint8)
+    expected = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86], [50.03, 0, 0]]
+    assert torch.allclose(text_alignment.lab(colours), torch.tensor(expected, dtype=torch.double), atol=0.1)
+
+
+def test_main_colour_is_that_of_most_pixels_that_are_not_white():
+    images = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    images[0, :, :3] = torch.tensor([200, 30, 40])[:, None, None]
+    images[0, :, 3] = torch.tensor([60, 140, 225])[:, None]
+    images[1, :, :2, :2] = torch.tensor([40, 90, 30])[:, None, None]  # a dark green
+    assert text_alignment.main_colours(images) == ["red", "green", "white"]
+
+
+class MeanColour(FeatureExtractor):
+    suffix = "mean colour"
+
+    def __init__(self):
+        super().__init__()
+        self.freeze("mean colour")
+
+    def features(self, images):
+        return images.mean((2, 3))
+
+
+def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(monkeypatch):
+    gallery = text_alignment.Gallery.__new__(text_alignment.Gallery)
+    colours = torch.tensor([[250, 0, 0], [200, 10, 0], [0, 250, 0], [0, 200, 10], [0, 0, 250]])
+    images = colours.to(torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4)
+    gallery.concepts = ["red", "red", "green", "green", "blue"]
+    gallery.extractor = MeanColour()
+    raw = gallery.raw_features(images)
+    gallery.mean, gallery.std = raw.mean(0), raw.std(0)
+    gallery.features = gallery.standardised(raw)
+    gallery.ranges = {"train": range(5)}
+    gallery.rows = Dataset.from_dict(
+        {"captions": [["a"], ["b"], ["c"], ["d"], ["e"]], "style": [0, 1, 0, 1, 0]}
+    ).cast_column("style", ClassLabel(names=["flat", "3d"]))
+
+    monkeypatch.setattr(text_alignment, "RANKS", (1, 3))
+    assert gallery.recalls(images, list(range(5))) == [0.8, 0.8]  # blue has no second picture
+    assert gallery.recalls(images[[0]], [0], ["green"]) == [0.0, 1.0]  # red, then the greens
+    rows, prompts = gallery.prompts("train", 9, seed=0)
+    assert sorted(zip(rows, prompts)) == list(
+        enumerate(["a, flat style", "b, 3d style", "c, flat style", "d, 3d style"])
+    )
+
+
+def test_a_class_model_is_refused():
+    with pytest.raises(ValueError, match="was not trained with text"):
+        text_alignment.main(text_alignment.Arguments(model=DEFAULT_MODEL, output=None))
