@@ -823,7 +823,7 @@ def test_a_model_with_text_is_a_whole_folder_that_samples_from_prompts(worded):
     model = DQForImageGeneration.from_pretrained(worded / "model")
     generated = model.generate(prompt=["moon, number 1", "sun"], generator=torch.Generator().manual_seed(1))
     assert generated.codes.shape == (2, 8, 8)
-    assert Image.open(worded / "model" / "samples.png").size == (6 * 16, 16)  # one of each held-out image
+    assert Image.open(worded / "model" / "samples.png").size == (8 * 16, 16)  # one of each held-out image
     assert card_figures(worded / "model")["captions of the samples"].startswith("moon, number 0; moon, number 1")
 
 
