@@ -102,6 +102,47 @@ def class_names(dataset, label_column):
     return feature.names
 
 
+def find_labels(splits, label_column=None):
+    """The column with the class labels, and the names of the classes; (None, []) where there are none.
+
+    Args:
+        splits: {name: rows}, a data set or, but for the first, a list.
+        label_column: the column; None: "label", if it has any label; "none": no classes.
+
+    Raises:
+        ValueError: no such column, or rows whose label is no class.
+    """
+    train_set, column = next(iter(splits.values())), label_column or "label"
+    if label_column == "none" or (label_column is None and not has_labels(train_set, column)):
+        return None, []
+    names = class_names(train_set, column)
+    for split, rows in splits.items():
+        labels = labels_of(rows, column)
+        wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
+        if wrong:
+            raise ValueError(
+                f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]} (-1 "
+                "stands for a hidden one); choose a split with labels, or train without classes (--label_column none)"
+            )
+    return column, names
+
+
+def has_labels(dataset, label_column):
+    """Whether a data set has a column with any label; of a stream, whether it has the column."""
+    if label_column not in (dataset.features or {}):
+        return False
+    return not isinstance(dataset, datasets.Dataset) or any(
+        label is not None for label in labels_of(dataset, label_column)
+    )
+
+
+def labels_of(rows, label_column):
+    """The labels of a data set or a list of rows; none of a stream, whose rows are looked at as they come."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.with_format(None)[label_column][:]
+    return [row[label_column] for row in rows] if isinstance(rows, list) else []
+
+
 def decode_image(value):
     """The whole PIL image of a row's value: a PIL image, a path, bytes, or a dict of both.
 
@@ -232,7 +273,7 @@ class ImageCollator:
             pixel_values = self.augmentation(pixel_values, rows, self.epoch)
         batch = {"pixel_values": pixel_values}
         if self.label_column is not None:
-            batch["class_labels"] = torch.tensor([row[self.label_column] for row in rows])
+            batch["class_labels"] = labels_to_tensor([row[self.label_column] for row in rows])
         if self.more is not None:
             batch |= self.more(rows, [zlib.crc32(image.flatten().numpy()) for image in pixel_values], self.epoch)
         return batch
@@ -243,3 +284,13 @@ class ImageCollator:
             return decode_image(value)
         except ValueError as error:
             raise ValueError(f"an image cannot be read: {describe(value, row, error)}; remove it") from error
+
+
+def labels_to_tensor(labels):
+    """(B,) long; ValueError at a label that is None or hidden."""
+    if any(label is None or label < 0 for label in labels):
+        raise ValueError(
+            f"each image must have a label, got {labels}; choose a split with labels, or train without classes "
+            "(--label_column none)"
+        )
+    return torch.tensor(labels)
