@@ -58,7 +58,7 @@ def run(args):
         numbers = range(first, min(first + args.batch_size, args.num_images))
         labels = chosen_classes(args, pipe.transformer.config, numbers)
         count = len(numbers) if labels is None else 1
-        output = pipe(labels, num_images_per_label=count, generator=generator, **chosen_sampling(args))
+        output = pipe(class_labels=labels, num_images_per_label=count, generator=generator, **chosen_sampling(args))
         for image, grain_map in zip(output.images, output.grain_maps):
             if args.show_grain_map:
                 image = image_grid([enlarge(image, scale), draw_grain_map(image, grain_map, scale)], columns=2)
