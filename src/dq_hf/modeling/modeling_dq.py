@@ -41,12 +41,6 @@ PARTS = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}  # s
 PART_FOLDERS = (*PARTS, "text_encoder")  # the last one may be missing
 TOKENIZER_FOLDER = "tokenizer"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-SET_BY_LOADING = {
-    "transformers_version",
-    "dtype",
-    "architectures",
-    "_name_or_path",
-}  # of a text encoder's configuration
 
 
 class ComposedModel(TorchInitMixin, PreTrainedModel):
