@@ -108,6 +108,7 @@ class DQPipeline(DiffusionPipeline):
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=("codes",),
         compile_config=None,
+        lookahead: int = 1,
         **options,
     ) -> DQPipelineOutput:
         """Sample images.
@@ -117,13 +118,13 @@ class DQPipeline(DiffusionPipeline):
             class_labels: a class name or id, or a list, for a model with classes.
             num_images_per_prompt, num_images_per_label: two names of how many images are made of each prompt and label,
                 one after the other. Default: 1. Without prompts and labels: images in all.
-            generator, compile_config: as in `DQTransformerForImageGeneration.generate_steps`.
+            generator, compile_config, lookahead: as in `DQTransformerForImageGeneration.generate_steps`.
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: states of texts
                 instead of the texts, see `encode_prompt`.
             output_type: "pil", "np", "pt" or "codes" (nothing is decoded).
             return_dict: False gives a tuple (images, codes, grain_maps) instead of a `DQPipelineOutput`.
-            callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every element of the
-                streams. It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
+            callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every pass (with
+                lookahead 1, every element of the streams). It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
                 -1, and the image is decoded with zeros in their place. Tensors that it returns must be those that it got.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
                 the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,). A
@@ -148,7 +149,7 @@ class DQPipeline(DiffusionPipeline):
         self._guidance_scale, self._interrupt = options.get("guidance_scale"), False
         bring_to_device(self.transformer)
         steps = self.transformer.generate_steps(
-            **conditions, generator=generator, compile_config=compile_config, **options
+            **conditions, generator=generator, compile_config=compile_config, lookahead=lookahead, **options
         )
         state = self.sample(steps, callback_on_step_end, tensor_inputs)
         output = self.decode(state, output_type)
