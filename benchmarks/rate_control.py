@@ -1,43 +1,58 @@
-"""What rate control gives: quality against codes and bits as more regions are coded finely, beside JPEG and WebP.
+"""What rate control gives: quality against real bytes as more regions are coded finely, beside JPEG, WebP and AVIF.
 
-    python benchmarks/rate_control.py --output docs/evidence-tables.md --plot docs/images/rate_control.png
+    python benchmarks/rate_control.py --max_images 96 --output docs/evidence-tables.md --plot docs/images/rate_control.png
     python benchmarks/rate_control.py --model runs/vae/model --data path/to/images --max_images 1000
 
-Every image is encoded with `encode(..., fine_ratio=r)` for each r, with the router's own choice, and with JPEG and WebP at
-each quality, all from the same 8-bit pixels, and what is decoded is rounded to 8 bits before it is measured.
+Every image is encoded with `encode(..., fine_ratio=r)` for each r, with the router's own choice, and with the other codecs at
+each quality, all from the same 8-bit pixels, and what is decoded is rounded to 8 bits before it is measured. Codes and grain
+map are then written as `dq_hf.codec.compress` does, with the static prior and, where the model has a generator, with the
+generator prior, each image under its class; beside it stands the ideal, the code length that the generator itself gives
+(`log_prob`).
 
-The bits of DQ-VAE are those of its codes and its grain map as numbers of fixed length: nothing is entropy coded. The
-files of JPEG and WebP are entropy coded, but have headers, which weigh much for small images. So their bits are counted
-twice, of the file and without all that a decoder could add that knows the quality and the size of the images:
+All files have headers, which weigh much for small images. So bits are counted twice, of the file and without all that a
+decoder could add that knows the model or the quality, and the size of the images:
 
+- "static payload", "generator payload": what the entropy coder wrote.
 - "JPEG scan": the entropy-coded data between the header of the scan and the end marker, with the standard's Huffman
   tables. (The file has its own, which are shorter.)
 - "WebP stream": the VP8 frame, without the RIFF container, start code, width and height.
+- "AVIF data": the AV1 data, without the boxes around it.
+
+What no table of bits shows is the receiver's copy of the model; the report says how large it is.
 """
 
 import io
 import math
+import os
+import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image
-from report import write_section
+from report import describe_device, write_section
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQImageProcessor
+from dq_hf.codec import compress, decompress
+from dq_hf.codec.container import Header, write_file
+from dq_hf.codec.generator_prior import GeneratorPrior
+from dq_hf.codec.static_prior import StaticPrior
 from dq_hf.data.images import ImageCollator, first_rows, load_images
-from dq_hf.loading import load_tokenizer
+from dq_hf.loading import load_models
 from dq_hf.metrics import PerceptualDistance, psnr, ssim
 from dq_hf.metrics.code_statistics import count_bits
+from dq_hf.metrics.references import reference_labels
 from dq_hf.modeling.grain_map_dq import refinement_shares
 from dq_hf.modeling.image_processing_dq import from_bytes
 from dq_hf.pictures import new_figure
 
 ROUTER = "router"
+FIXED = "fixed length"
 DIGITS = {"PSNR": 2, "SSIM": 3}  # a perceptual distance gets four
 
 
@@ -47,6 +62,7 @@ class Arguments:
     data: str = field(default="examples/data/emoji", metadata={"help": "folder of images or Parquet, or a Hub id"})
     split: str = field(default="test", metadata={"help": "which images of them"})
     image_column: str = field(default="image", metadata={"help": "where they are"})
+    label_column: str = field(default="label", metadata={"help": "their classes, for a model with classes"})
     max_images: int | None = field(default=None, metadata={"help": "at most so many, drawn once and for all"})
     fine_ratios: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)],
@@ -57,12 +73,13 @@ class Arguments:
     )
     qualities: list[int] = field(
         default_factory=lambda: [1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95],
-        metadata={"help": "of JPEG and WebP, 1 ... 100"},
+        metadata={"help": "of JPEG, WebP and AVIF, 1 ... 100"},
     )
-    subsampling: str = field(default="4:2:0", metadata={"help": "of JPEG's colours; or 4:4:4"})
+    subsampling: str = field(default="4:2:0", metadata={"help": "of JPEG's and AVIF's colours; or 4:4:4"})
     perceptual: str = field(
         default="efficientnet-lite0", metadata={"help": "network of the perceptual distance, or lpips"}
     )
+    timed_images: int = field(default=4, metadata={"help": "images whose way to bytes and back is timed"})
     batch_size: int = field(default=32, metadata={"help": "images at a time"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     device: str = field(default="cpu", metadata={"help": "torch device"})
@@ -72,10 +89,13 @@ class Arguments:
 
 def main(args):
     torch.set_num_threads(args.threads)
-    vae = load_tokenizer(args.model).to(args.device).eval()
+    vae, pipe = load_models(args.model)
+    vae.to(args.device).eval()
     perceptual = PerceptualDistance(args.perceptual)
-    points, curves, num_images = measure(args, vae, perceptual)
-    report = make_report(args, vae, perceptual, points, curves, num_images)
+    processor, dataset, labels = load_data(args, vae, pipe)
+    points, curves = measure(args, vae, pipe, perceptual, processor, dataset, labels)
+    seconds = measure_seconds(args, pipe or vae, dataset, labels, processor)
+    report = make_report(args, vae, pipe, perceptual, points, curves, seconds, len(dataset))
     print(report)
     if args.plot is not None:
         draw(points, curves, perceptual.figure).savefig(args.plot)
@@ -84,38 +104,57 @@ def main(args):
         write_section(Path(args.output), title, report)
 
 
-def measure(args, vae, perceptual):
+@torch.no_grad()
+def measure(args, vae, pipe, perceptual, processor, dataset, labels):
     """Means over the images.
 
     Returns:
-        {fine ratio or ROUTER: {"codes", "bits", "PSNR", ...}}, {"JPEG file": [{"bits", "PSNR", ...}], ...} with rising
-        bits, and the number of images.
+        {fine ratio or ROUTER: {"codes", "fixed length", "static file", ..., "PSNR", ...}} and {"JPEG file": [{"bits",
+        "PSNR", ...}], ...} with rising bits.
     """
-    processor, loader = load_data(args, vae.config)
     num_granularities = len(vae.config.granularities)
     if num_granularities == 1:
         raise ValueError("the model must have at least two granularities; with one there is no rate to control")
     shares = {ratio: refinement_shares(ratio, num_granularities) for ratio in args.fine_ratios} | {ROUTER: None}
-    values = {}  # {setting: {figure: [one tensor or list a batch]}}
+    collate = ImageCollator(processor, args.image_column)
+    loader = torch.utils.data.DataLoader(dataset, args.batch_size, collate_fn=collate)
+    static = StaticPrior(vae)
+    generators = {} if pipe is None else {label: GeneratorPrior(pipe, label) for label in sorted(set(labels), key=str)}
+    values = {}  # {setting: {figure: [one number an image]}}
 
     def record(setting, images, **counts):
         figures = counts | quality(as_uint8(images), references, perceptual)
         for name, each in figures.items():
             values.setdefault(setting, {}).setdefault(name, []).extend(float(value) for value in each)
 
+    done = 0
     for batch in tqdm(loader, desc="measure"):
         originals = processor.post_process(batch["pixel_values"])
         references = as_uint8(originals)
         pixel_values = processor(originals)["pixel_values"].to(args.device)
+        chosen = labels[done : done + len(originals)]
+        done += len(originals)
         for ratio, share in shares.items():
-            with torch.no_grad():
-                encoded = vae.encode(pixel_values, fine_ratio=share)
-                sample = vae.decode_codes(encoded.codes).sample
+            encoded = vae.encode(pixel_values, fine_ratio=share)
+            sample = vae.decode_codes(encoded.codes).sample
             regions = encoded.grain_map[0].numel()
-            bits = count_bits(encoded.num_codes, regions, vae.config.codebook_size, num_granularities)
-            record(("DQ-VAE", ratio), processor.post_process(sample), codes=encoded.num_codes, bits=bits)
+            counts = {
+                "codes": encoded.num_codes,
+                FIXED: count_bits(encoded.num_codes, regions, vae.config.codebook_size, num_granularities),
+            }
+            grids = list(zip(encoded.codes.cpu(), encoded.grain_map.cpu()))
+            ways = {"static": [static] * len(chosen)}
+            if pipe is not None:
+                ways["generator"] = [generators[label] for label in chosen]
+                given = torch.tensor(chosen) if pipe.transformer.config.num_classes else None
+                nats = pipe.transformer.log_prob(encoded.codes, encoded.grain_map, given).nats
+                counts["ideal"] = nats / math.log(2)
+            for way, priors in ways.items():
+                lengths = [dq_bits(prior, image, *pair) for prior, image, pair in zip(priors, originals, grids)]
+                counts[f"{way} file"], counts[f"{way} payload"] = zip(*lengths)
+            record(("DQ-VAE", ratio), processor.post_process(sample), **counts)
         for number in args.qualities:
-            for codec, code in (("JPEG", code_jpeg), ("WebP", code_webp)):
+            for codec, (code, _) in CODECS.items():
                 decoded, file, bare = zip(*(code(image, number, args.subsampling) for image in originals))
                 record((codec, number), decoded, file=file, bare=bare)
 
@@ -124,25 +163,60 @@ def measure(args, vae, perceptual):
     }
     points = {ratio: means["DQ-VAE", ratio] for ratio in shares}
     curves = {}
-    for curve, codec, way in (
-        ("JPEG file", "JPEG", "file"),
-        ("JPEG scan", "JPEG", "bare"),
-        ("WebP file", "WebP", "file"),
-        ("WebP stream", "WebP", "bare"),
-    ):
-        rows = [means[codec, number] | {"bits": means[codec, number][way]} for number in args.qualities]
-        curves[curve] = sorted(rows, key=lambda row: row["bits"])
-    return points, curves, len(values["DQ-VAE", ROUTER]["codes"])
+    for codec, (_, bare) in CODECS.items():
+        for curve, way in ((f"{codec} file", "file"), (f"{codec} {bare}", "bare")):
+            rows = [means[codec, number] | {"bits": means[codec, number][way]} for number in args.qualities]
+            curves[curve] = sorted(rows, key=lambda row: row["bits"])
+    return points, curves
 
 
-def load_data(args, config):
-    """The processor for a model's size, and a loader of images."""
-    processor = DQImageProcessor.for_model(config)
+def dq_bits(prior, image, codes, grain_map):
+    """Bits of the file that `compress` writes, and of the payload in it."""
+    payload = prior.encode(codes, grain_map)
+    header = Header(bytes(8), image.height, image.width, prior.flag, None, prior.class_label)
+    return 8 * len(write_file(header, payload, codes, grain_map)), 8 * len(payload)
+
+
+def measure_seconds(args, model, dataset, labels, processor):
+    """{way: (seconds to bytes, seconds back)} an image, at the router's rate, and quality 50."""
+    rows = dataset.select(range(min(args.timed_images, len(dataset))))
+    batch = ImageCollator(processor, args.image_column)(list(rows))
+    images = processor.post_process(batch["pixel_values"])
+    labels = labels[: len(images)]
+
+    def timed(function, inputs):
+        begin = time.perf_counter()
+        outputs = [function(each) for each in inputs]
+        return outputs, (time.perf_counter() - begin) / len(outputs)
+
+    def write(image):
+        return save(image, **settings)
+
+    def write_by_generator(image):
+        return compress(model, image, prior="generator", class_label=labels[images.index(image)])
+
+    files, to_bytes = timed(partial(compress, model), images)
+    seconds = {"static": (to_bytes, timed(partial(decompress, model), files)[1])}
+    if hasattr(model, "transformer"):
+        files, to_bytes = timed(write_by_generator, images)
+        seconds["generator"] = to_bytes, timed(partial(decompress, model), files)[1]
+    for codec in CODECS:
+        settings = options(codec, 50, args.subsampling)
+        files, to_bytes = timed(write, images)
+        seconds[codec] = to_bytes, timed(load, files)[1]
+    return seconds
+
+
+def load_data(args, vae, pipe):
+    """The processor for a model's size, the images, and the class of each, all None where the model has no classes."""
+    processor = DQImageProcessor.for_model(vae.config)
     dataset = load_images(args.data, args.split, args.image_column)
     if args.max_images is not None:
         dataset = first_rows(dataset, args.max_images)
-    collate = ImageCollator(processor, args.image_column)
-    return processor, torch.utils.data.DataLoader(dataset, args.batch_size, collate_fn=collate)
+    labels = [None] * len(dataset)
+    if pipe is not None and pipe.transformer.config.num_classes:
+        labels = reference_labels(pipe.transformer.config, dataset, args.label_column)
+    return processor, dataset, labels
 
 
 def as_uint8(images):
@@ -156,11 +230,20 @@ def quality(images, references, perceptual):
     return {"PSNR": psnr(images, references), "SSIM": ssim(images, references), perceptual.figure: distance}
 
 
+def options(codec, quality, subsampling):
+    """Arguments of Pillow's `save`; WebP is always 4:2:0, and slow settings are the better ones."""
+    return {
+        "JPEG": dict(format="JPEG", quality=quality, subsampling=subsampling),
+        "WebP": dict(format="WEBP", quality=quality, method=6),
+        "AVIF": dict(format="AVIF", quality=quality, subsampling=subsampling, speed=2),
+    }[codec]
+
+
 def code_jpeg(image, quality, subsampling):
     """The image that JPEG gives back, bits of the file, and bits of the scan's data alone."""
-    options = dict(format="JPEG", quality=quality, subsampling=subsampling)
-    file = save(image, **options)
-    return load(file), 8 * min(len(file), len(save(image, optimize=True, **options))), 8 * len(jpeg_scan(file))
+    arguments = options("JPEG", quality, subsampling)
+    file = save(image, **arguments)
+    return load(file), 8 * min(len(file), len(save(image, optimize=True, **arguments))), 8 * len(jpeg_scan(file))
 
 
 def jpeg_scan(file):
@@ -173,8 +256,8 @@ def jpeg_scan(file):
 
 
 def code_webp(image, quality, subsampling):
-    """The image that lossy WebP gives back, bits of the file, and bits of the VP8 stream alone; it is always 4:2:0."""
-    file = save(image, format="WEBP", quality=quality, method=6)
+    """The image that lossy WebP gives back, bits of the file, and bits of the VP8 stream alone."""
+    file = save(image, **options("WebP", quality, subsampling))
     return load(file), 8 * len(file), 8 * len(vp8_stream(file))
 
 
@@ -184,6 +267,23 @@ def vp8_stream(file):
         raise ValueError(f"expected a simple lossy WebP file, got one with a chunk {file[12:16]}")
     frame = file[20 : 20 + int.from_bytes(file[16:20], "little")]
     return frame[:3] + frame[10:]
+
+
+def code_avif(image, quality, subsampling):
+    """The image that AVIF gives back, bits of the file, and bits of the AV1 data alone."""
+    file = save(image, **options("AVIF", quality, subsampling))
+    return load(file), 8 * len(file), 8 * len(av1_data(file))
+
+
+def av1_data(file):
+    """What is in the box "mdat" of an AVIF file (ISO/IEC 14496-12)."""
+    place = 0
+    while file[place + 4 : place + 8] != b"mdat":
+        place += int.from_bytes(file[place : place + 4], "big")
+    return file[place + 8 : place + int.from_bytes(file[place : place + 4], "big")]
+
+
+CODECS = {"JPEG": (code_jpeg, "scan"), "WebP": (code_webp, "stream"), "AVIF": (code_avif, "data")}
 
 
 def save(image, **options):
@@ -211,59 +311,92 @@ def at_equal(curve, known, value, wanted):
     return math.exp(found) if wanted == "bits" else float(found)
 
 
-def make_report(args, vae, perceptual, points, curves, num_images):
-    """Three Markdown tables, and how they were made."""
+def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images):
+    """Markdown tables, and how they were made."""
     names = ["PSNR", "SSIM", perceptual.figure]
+    columns = [FIXED, *(f"{way} {what}" for way in seconds for what in ("file", "payload") if way not in CODECS)]
+    best = columns[-2]  # the file of the best prior
+    height, width = vae.config.image_height_width
 
     def texts(figures):
         return [f"{figures[name]:.{DIGITS.get(name, 4)}f}" for name in names]
 
-    height, width = vae.config.image_height_width
-    map_bits = count_bits(0, math.prod(vae.config.grid_sizes[0]), 1, len(vae.config.granularities))
+    def row(*cells):
+        return f"| {' | '.join(map(str, cells))} |"
+
+    def table(*heads):
+        return [row(*heads), "|" + "---:|" * len(heads)]
+
     lines = [
-        f"{Path(args.model).name} on {num_images} images of {args.data}, split {args.split}, {width}x{height}; JPEG "
-        f"{args.subsampling}; {perceptual.network_description}; torch {torch.__version__}, Pillow {PIL.__version__}. Bits: codes "
-        f"of {math.log2(vae.config.codebook_size):g} bits, and {map_bits:g} of the grain map. All means over the images.",
+        f"{Path(args.model).name} on {num_images} images of {args.data}, split {args.split}, {width}x{height}; JPEG and AVIF "
+        f"{args.subsampling}; {perceptual.network_description}; torch {torch.__version__}, Pillow {PIL.__version__}. All means "
+        f"over the images. {receiver(vae, pipe)}",
         "",
-        f"| fine ratio | codes | bits | bits a pixel | {' | '.join(names)} |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        f"Quality, and bits an image. {FIXED.capitalize()}: codes of {math.log2(vae.config.codebook_size):g} bits, and "
+        f"{count_bits(0, math.prod(vae.config.grid_sizes[0]), 1, len(vae.config.granularities)):g} bits of the grain map.",
+        "",
+        *table("fine ratio", "codes", *names, *columns, *(["ideal", "payload above ideal"] if pipe else [])),
     ]
     for ratio, figures in points.items():
-        cells = [ratio, f"{figures['codes']:.1f}", f"{figures['bits']:.0f}", f"{figures['bits'] / height / width:.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} | {' | '.join(texts(figures))} |")
+        cells = [ratio, f"{figures['codes']:.1f}", *texts(figures), *(f"{figures[name]:.0f}" for name in columns)]
+        if pipe:
+            excess = figures["generator payload"] - figures["ideal"]
+            cells += [f"{figures['ideal']:.0f}", f"{excess:.1f} ({excess / figures['ideal']:.1%})"]
+        lines.append(row(*cells))
     lines += [
         "",
-        f"{' / '.join(names)} at equal bits (–: the codec has no setting with so few):",
+        f"Bits for equal PSNR (–: the codec has no setting so bad or so good). {receiver(vae, pipe)}",
         "",
-        f"| bits | DQ-VAE | {' | '.join(curves)} |",
-        "|---:|---:" + "|---:" * len(curves) + "|",
-    ]
-    for figures in points.values():
-        cells = [texts(figures)]
-        for curve in curves.values():
-            cells.append(texts({name: at_equal(curve, "bits", figures["bits"], name) for name in names}))
-        cells = ["–" if "nan" in cell else " / ".join(cell) for cell in cells]
-        lines.append(f"| {figures['bits']:.0f} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Bits for equal PSNR (–: the codec has no setting so bad or so good):",
-        "",
-        f"| PSNR | DQ-VAE | {' | '.join(curves)} |",
-        "|---:|---:" + "|---:" * len(curves) + "|",
+        *table("PSNR", *columns[1:], *curves),
     ]
     for figures in points.values():
         others = [at_equal(curve, "PSNR", figures["PSNR"], "bits") for curve in curves.values()]
         others = ["–" if math.isnan(bits) else f"{bits:.0f}" for bits in others]
-        lines.append(f"| {figures['PSNR']:.2f} | {figures['bits']:.0f} | {' | '.join(others)} |")
+        lines.append(row(f"{figures['PSNR']:.2f}", *(f"{figures[name]:.0f}" for name in columns[1:]), *others))
+    lines += [
+        "",
+        f"{' / '.join(names)} at as many bits as the {best} has (–: the codec has no setting with so few). "
+        f"{receiver(vae, pipe)}",
+        "",
+        *table("bits", "DQ-VAE", *curves),
+    ]
+    for figures in points.values():
+        cells = [texts(figures)]
+        for curve in curves.values():
+            cells.append(texts({name: at_equal(curve, "bits", figures[best], name) for name in names}))
+        lines.append(row(f"{figures[best]:.0f}", *("–" if "nan" in cell else " / ".join(cell) for cell in cells)))
+    lines += [
+        "",
+        f"Seconds an image, {describe_device('cpu', args.threads)}, mean of {min(args.timed_images, num_images)} images; load of "
+        f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. To bytes with the generator includes decoding once.",
+        "",
+        *table("", *seconds),
+        row("to bytes", *(f"{to_bytes:.4f}" for to_bytes, _ in seconds.values())),
+        row("back", *(f"{back:.4f}" for _, back in seconds.values())),
+    ]
     return "\n".join(lines)
+
+
+def receiver(vae, pipe):
+    """How large a model the receiver must have, in words."""
+
+    def megabytes(*modules):
+        return sum(weight.nbytes for module in modules for weight in module.parameters()) / 1e6
+
+    decoder = megabytes(vae.decoder, vae.post_quant_conv) + vae.quantizer.codebook.nbytes / 1e6
+    text = f"The receiver holds decoder and codebook, {decoder:.1f} MB"
+    if pipe is not None:
+        text += f", and for the generator prior the generator, {megabytes(pipe.transformer):.1f} MB more"
+    return f"{text}."
 
 
 def draw(points, curves, perceptual_name):
     """A matplotlib figure: each figure of merit against bits."""
-    figure = new_figure(13, 4.2)
+    figure = new_figure(13, 4.6)
     sweep = [figures for ratio, figures in points.items() if ratio != ROUTER]
     router = points[ROUTER]
-    styles = {"JPEG": "C1", "WebP": "C2"}
+    styles = {"JPEG": "C1", "WebP": "C2", "AVIF": "C4"}
+    ways = {way: color for way, color in (("static", "C0"), ("generator", "C3")) if f"{way} file" in router}
     units = {"PSNR": "PSNR, dB", "SSIM": "SSIM", perceptual_name: f"{perceptual_name} (less is better)"}
     for number, (name, label) in enumerate(units.items(), 1):
         axes = figure.add_subplot(1, 3, number)
@@ -281,18 +414,16 @@ def draw(points, curves, perceptual_name):
                 marker=".",
                 label=curve,
             )
-        axes.plot([row["bits"] for row in sweep], [row[name] for row in sweep], "C0o-", markersize=4, label="DQ-VAE")
-        axes.plot(router["bits"], router[name], "k*", markersize=11, label="DQ-VAE, router's choice", zorder=3)
+        for way, color in ways.items():
+            for what, style in (("file", ":"), ("payload", "-")):
+                bits = [row[f"{way} {what}"] for row in sweep]
+                values = [row[name] for row in sweep]
+                axes.plot(bits, values, color=color, linestyle=style, marker="o", markersize=4, label=f"{way} {what}")
+                axes.plot(router[f"{way} {what}"], router[name], "k*", markersize=8, zorder=3)
         axes.set_xticks(ticks := [number * 10**power for power in range(2, 6) for number in (1, 2, 5)], ticks)
-        axes.set_xlim(0.8 * sweep[0]["bits"], 1.2 * max(row["bits"] for rows in curves.values() for row in rows))
-        down = name == perceptual_name
-        for row, place, side in (
-            (sweep[0], (7, 0 if down else -7), "left"),
-            (sweep[-1], (0, -14 if down else 7), "right"),
-        ):
-            text = f"{row['codes']:.0f} codes"
-            axes.annotate(text, (row["bits"], row[name]), place, textcoords="offset points", ha=side, fontsize=9)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        least = min(sweep[0][f"{way} payload"] for way in ways)
+        axes.set_xlim(0.8 * least, 1.2 * max(row["bits"] for rows in curves.values() for row in rows))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pytest
 import rate_control
-from conftest import make_vae
+from conftest import make_transformer, make_vae
 from PIL import Image
+
+from dq_hf import DQForImageGeneration
 
 
 def photograph(seed, side=32):
@@ -46,12 +48,12 @@ def test_the_vp8_stream_gives_the_image_back_in_a_container_of_its_length(qualit
         rate_control.vp8_stream(rate_control.save(photograph(0), format="WEBP", lossless=True))
 
 
-@pytest.mark.parametrize(("codec", "kind"), [("code_jpeg", "JPEG"), ("code_webp", "WEBP")])
+@pytest.mark.parametrize(("codec", "kind"), [("code_jpeg", "JPEG"), ("code_webp", "WebP"), ("code_avif", "AVIF")])
 def test_files_are_counted_whole(codec, kind):
     image = photograph(2)
     decoded, file, bare = getattr(rate_control, codec)(image, 30, "4:4:4")
-    options = {"subsampling": 0, "optimize": True} if kind == "JPEG" else {"method": 6}
-    written = rate_control.save(image, format=kind, quality=30, **options)
+    arguments = rate_control.options(kind, 30, "4:4:4") | ({"optimize": True} if kind == "JPEG" else {})
+    written = rate_control.save(image, **arguments)
     assert file == 8 * len(written) and 0 < bare < file
     assert (np.asarray(decoded) == pixels(written)).all()  # Huffman tables change the length only
 
@@ -66,36 +68,53 @@ def test_between_two_settings_bits_count_in_logarithms():
         assert math.isnan(rate_control.at_equal(curve, "bits", beyond, "PSNR"))
 
 
+def test_the_av1_data_is_what_the_images_of_one_setting_differ_in():
+    files = [rate_control.save(photograph(seed), **rate_control.options("AVIF", 50, "4:2:0")) for seed in (0, 1)]
+    data = [rate_control.av1_data(file) for file in files]
+    frames = [file.removesuffix(inner) for file, inner in zip(files, data)]
+    assert data[0] != data[1] and 100 < len(frames[0]) == len(frames[1]) < 600
+    different = [one != other for one, other in zip(*frames)]
+    assert sum(different) <= 8  # lengths
+
+
 def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
     (tmp_path / "images").mkdir()
     for seed in range(3):
         photograph(seed, side=16).save(tmp_path / "images" / f"{seed}.png")
-    make_vae(entropy_thresholds=[3.0]).save_pretrained(tmp_path / "vae")
+    vae = make_vae(entropy_thresholds=[3.0])
+    DQForImageGeneration.from_models(vae, make_transformer()).save_pretrained(tmp_path / "both")
     output, plot = tmp_path / "evidence.md", tmp_path / "plot.png"
     output.write_text("# Evidence\n\nBefore.\n")
     rate_control.main(
         rate_control.Arguments(
-            model=str(tmp_path / "vae"),
+            model=str(tmp_path / "both"),
             data=str(tmp_path / "images"),
             split="train",
             fine_ratios=[0.0, 0.25, 1.0],
             qualities=[1, 50, 90],
             batch_size=2,
+            timed_images=1,
             output=str(output),
             plot=str(plot),
         )
     )
     text = output.read_text()
-    assert text.startswith("# Evidence\n\nBefore.\n") and "vae on 3 images" in text and "PD-EffLite0" in text
-    number = r"(-?[\d.]+)"
-    rows = re.findall(rf"^\| ([\d.]+|router) \| {number} \| {number} \| {number} \| {number} \|", text, re.M)
+    assert text.startswith("# Evidence\n\nBefore.\n") and "both on 3 images" in text and "PD-EffLite0" in text
+    assert text.count("The receiver holds") == 3
+    quality, equal_psnr, equal_bits, seconds = re.split("Bits for equal PSNR|at as many bits|Seconds an image", text)
+    rows = [row.split(" | ") for row in re.findall(r"^\| ((?:[\d.]+|router) \| .*) \|$", quality, re.M)]
     assert [row[0] for row in rows] == ["0.0", "0.25", "1.0", "router"]
     codes = [float(row[1]) for row in rows]
     assert codes[:3] == [16, 16 + 3 * 4, 64] and 16 <= codes[3] <= 64  # 4 x 4 regions
-    for row in rows:  # 16 codes to choose from; a bit of the grain map for each region
-        assert float(row[2]) == pytest.approx(4 * float(row[1]) + 16, abs=0.5)
-        assert float(row[3]) == pytest.approx(float(row[2]) / 256, abs=0.0025)
-    equal_bits, equal_psnr = text.split("at equal bits")[1].split("Bits for equal PSNR")
-    assert len(re.findall(r"^\| \d+ \| [^–|]+ / [^–|]+ / [^–|]+ \|( [^|]+ \|){4}$", equal_bits, re.M)) == 4
-    assert len(re.findall(r"^\| [-\d.]+ \| \d+ \|( (?:\d+|–) \|){4}$", equal_psnr, re.M)) == 4
-    assert Image.open(plot).size == (1300, 420)
+    for (
+        row
+    ) in rows:  # 16 codes to choose from; a bit of the grain map for each region; 18 and 22 bytes around payloads
+        fixed, static_file, static, generator_file, generator, ideal = map(float, row[5:11])
+        assert fixed == pytest.approx(4 * float(row[1]) + 16, abs=0.5)
+        assert static_file == pytest.approx(static + 8 * 18, abs=1)
+        assert generator_file == pytest.approx(generator + 8 * 22, abs=1)
+        assert ideal < generator < 1.02 * ideal + 8 and 4 * float(row[1]) < static < fixed + 16
+    assert len(re.findall(r"^\| [-\d.]+( \| \d+){4}( \| (?:\d+|–)){6} \|$", equal_psnr, re.M)) == 4
+    assert len(re.findall(r"^\| \d+ \| [^–|]+ / [^–|]+ / [^–|]+( \| [^|]+){6} \|$", equal_bits, re.M)) == 4
+    assert len(re.findall(r"^\| (?:to bytes|back)( \| [\d.]+){5} \|$", seconds, re.M)) == 2
+    assert Image.open(plot).size == (1300, 460)

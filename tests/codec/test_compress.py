@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dq_hf import DQForImageGeneration, DQPipeline
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline
 from dq_hf.codec import compress, decompress, read_codes
 from dq_hf.codec.container import CHECK_BYTES, read_file
 from dq_hf.codec.static_prior import code_frequencies
@@ -98,6 +98,17 @@ def test_the_generator_prior_gives_the_same_codes_within_the_models_code_length(
     if class_label is not None:
         bits = model.transformer.log_prob(codes, grain_map, header.class_label).nats.item() / math.log(2)
         assert bits / 8 - 1 <= len(payload) <= 1.02 * bits / 8 + 2
+
+
+def test_the_embedded_model_writes_an_image_within_its_code_length():
+    """Streams of real length, whose probabilities two ways of calculating must agree on."""
+    model = DQForImageGeneration.from_pretrained(DEFAULT_MODEL)
+    data = compress(model, picture(3, 64, 64), prior="generator", class_label="food")
+    header, payload, _ = read_file(data)
+    assert header.flag == 1 and header.class_label == 7  # it was read back
+    encoded = model.vae.encode(padded(model.vae, picture(3, 64, 64)))
+    bits = model.transformer.log_prob(encoded.codes, encoded.grain_map, 7).nats.item() / math.log(2)
+    assert bits / 8 - 1 <= len(payload) <= 1.02 * bits / 8 + 2
 
 
 def test_the_generator_prior_of_three_granularities_and_of_no_class():

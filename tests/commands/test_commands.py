@@ -120,9 +120,9 @@ def test_generate_takes_names_and_ids_and_a_seed(run, place):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_generate_writes_single_files_whatever_the_batch_and_the_lookahead(run, place):
+def test_generate_writes_single_files_whatever_the_batch(run, place):
     options = ["--model", "model", "-n", 5, "--seed", 2]
-    printed = run("generate", *options, "--output-dir", "new/images", "--batch-size", 2, "--lookahead", 3)
+    printed = run("generate", *options, "--output-dir", "new/images", "--batch-size", 2)
     assert printed.out == "new/images: 5 images\n"
     names = [f"{i:05d}.png" for i in range(5)]
     assert sorted(path.name for path in Path("new/images").iterdir()) == names
@@ -185,7 +185,6 @@ def test_force_overwrites(run, place):
         (["--seed", "-1"], "seed must lie in 0 ... 18446744073709551615, got -1"),
         (["-n", "0"], "--num-images must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--lookahead", "0"], "--lookahead must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be above 0"),
         (["--top-p", "1.5"], r"top_p must lie in \(0, 1\], got 1.5"),
         (["--position-top-k", "0"], "position_top_k must be at least 1"),
@@ -355,6 +354,36 @@ def test_convert_writes_a_folder_that_loads(run, place):
 )
 def test_convert_refuses(refused, arguments, message):
     assert message in refused("convert", *arguments)
+
+
+@pytest.mark.parametrize("prior", [[], ["--prior", "generator", "--class-label", "1"]])
+def test_compress_and_decompress_give_what_reconstruct_gives(run, place, prior):
+    Image.open("noise.png").crop((0, 0, 8, 8)).save("small.png")
+    printed = run("compress", "small.png", "small.dq", "--model", "model", "--fine-ratio", 0.5, *prior).out
+    length = (place / "small.dq").stat().st_size
+    assert f"bytes  {length} " in printed and ("generator" if prior else "static") in printed
+    assert f"bits   {length / 8:.3f} a pixel" in printed
+    run("decompress", "small.dq", "back.png", "--model", "model")
+    run("reconstruct", "small.png", "expected.png", "--model", "model", "--fine-ratio", 0.5)
+    assert np.array_equal(pixels(Image.open("back.png")), pixels(Image.open("expected.png")))
+
+
+def test_compress_and_decompress_take_any_size_and_number_of_bytes(run, place):
+    Image.open("noise.png").crop((0, 0, 23, 13)).save("odd.png")
+    run("compress", "odd.png", "odd.dq", "--model", "model/vae", "--max-bytes", 40)
+    assert (place / "odd.dq").stat().st_size <= 40
+    assert "23x13" in run("decompress", "odd.dq", "odd.png", "--model", "model", "--force").out
+
+
+def test_compress_and_decompress_refuse_what_cannot_be(refused, run):
+    assert "at least" in refused("compress", "noise.png", "noise.dq", "--model", "model", "--max-bytes", 1)
+    assert "does not exist" in refused("compress", "nothing.png", "noise.dq", "--model", "model")
+    assert "generator" in refused("compress", "noise.png", "noise.dq", "--model", "model", "--class-label", "sun")
+    run("compress", "noise.png", "noise.dq", "--model", "model")
+    assert "--force" in refused("compress", "noise.png", "noise.dq", "--model", "model")
+    assert "another model" in refused("decompress", "noise.dq", "back.png")
+    assert "begin with DQ" in refused("decompress", "noise.png", "back.png")
+    assert "nothing.dq" in refused("decompress", "nothing.dq", "back.png")
 
 
 @pytest.fixture

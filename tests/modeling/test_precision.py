@@ -5,6 +5,7 @@ import torch
 from conftest import make_transformer, make_vae, seeded
 
 from dq_hf import DQForImageGeneration, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
+from dq_hf.modeling.layers_dqtransformer import eager_attention_forward
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +176,13 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients_with_dropout(i
         results.append([output.loss.detach(), *(parameter.grad for parameter in model.parameters()), *codebook])
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+def test_attention_in_float64_is_exact_to_its_last_digits():
+    """The entropy coder of the generator's probabilities relies on it, on two ways to the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 40, 8, dtype=torch.float64, generator=generator)
+    output, _ = eager_attention_forward(torch.nn.Identity(), query, key, value, None, scaling=0.5)
+    scores = (query @ key.transpose(2, 3) * 0.5).exp()
+    expected = (scores / scores.sum(-1, keepdim=True)) @ value
+    assert (output.transpose(1, 2) - expected).abs().max() < 1e-13

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from .. import DEFAULT_MODEL
-from ..hub.folders import check_place
 from ..modeling.sampling_options_dq import DEFAULT_NAMES, OPTION_NAMES, SamplingOptions
 from ..pipelines.seeds import check_seed
 
@@ -96,7 +95,14 @@ def check_writable(path, folder):
     """Raise OSError if a file cannot be written into a folder."""
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"{path} cannot be written; its folder must exist and be writable")
-    check_place(path)
+
+
+def write_file(data, path):
+    """Write bytes through a temporary file, as `save_image`."""
+    from ..hub.folders import whole_file
+
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def save_image(image, path, **options):
@@ -117,6 +123,11 @@ def add_model_options(command):
         default=DEFAULT_MODEL,
         help="Use this model, a folder or a repository of the Hub (default: the embedded emoji model).",
     )
+    add_device_option(command)
+
+
+def add_device_option(command):
+    """--device."""
     command.add_argument("--device", help="Run on this torch device (default: cuda if there is one, else cpu).")
 
 
@@ -201,13 +212,13 @@ def chosen_classes(args, config, numbers):
     if args.class_label is None and not config.num_classes:
         return None
     names = args.class_label or list(range(config.num_classes))
-    ids = class_ids([int(name) if is_id(name, config) else name for name in names], config)
+    ids = class_ids([name_or_id(name, config) for name in names], config)
     return [ids[number % len(ids)] for number in numbers]
 
 
-def is_id(name, config):
-    """Whether a class given on the command line is a number, and not a name."""
-    return name not in config.label2id and re.fullmatch("-?[0-9]+", str(name)) is not None
+def name_or_id(name, config):
+    """A class given on the command line: a number is an id, unless it is a name."""
+    return int(name) if name not in config.label2id and re.fullmatch("-?[0-9]+", str(name)) else name
 
 
 # Which image to encode
@@ -248,18 +259,26 @@ def check_encoding(args):
         raise OSError(f"{args.input} does not exist")
 
 
+def read_image(path):
+    """The PIL image of a file; OSError if there is none."""
+    from ..data.images import decode_image
+
+    if not path.exists():
+        raise OSError(f"{path} does not exist")
+    try:
+        return decode_image(str(path))
+    except ValueError as error:
+        raise OSError(f"{path} is damaged, or no image: {error}") from error
+
+
 def open_image(args):
     """The tokenizer, its processor, and the image as `pixel_values`."""
     device = check_device(args.device)
+    image = read_image(args.input)
 
-    from ..data.images import decode_image
     from ..loading import load_tokenizer
     from ..modeling.image_processing_dq import DQImageProcessor
 
-    try:
-        image = decode_image(str(args.input))
-    except ValueError as error:
-        raise OSError(f"{args.input} is damaged, or no image: {error}") from error
     vae = load_tokenizer(args.model).to(device)
     processor = DQImageProcessor.for_model(vae.config, do_resize=args.resize)
     pixel_values = processor(image)["pixel_values"].to(device)

@@ -259,7 +259,9 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             state: `KnownState`.
             condition: `Condition`.
         """
-        stream = state.stream()
+        contents, positions = state.stream()
+        granularities = torch.stack([granularities for _, _, granularities in state.elements], dim=1)
+        stream = DQStream(contents=contents, positions=positions, granularities=granularities, lengths=state.lengths)
         fixed = state.fixed_fine_positions
         log_probs, proposed = (
             sum(element_log_probs(self.predictions(stream, condition, start))).double().sum(1)
@@ -392,8 +394,3 @@ def masked_cross_entropy(logits, targets, mask):
     losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     weights = mask.flatten().to(losses.dtype)
     return (losses * weights).sum() / weights.sum().clamp(min=1)
-
-
-def precise(dtype):
-    """The dtype of log-probabilities: float32, or float64 for logits in it."""
-    return torch.promote_types(dtype, torch.float32)
