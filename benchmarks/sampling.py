@@ -19,9 +19,10 @@ from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, next_element, own_generators, uniform_numbers
+from dq_hf.modeling.generation_dq import Draw, own_generators, uniform_numbers
 from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
+from dq_hf.modeling.step_loop_dq import next_element
 
 
 @dataclass

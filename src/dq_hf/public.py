@@ -1,5 +1,6 @@
-"""The public classes, registered with transformers: its Auto classes and the task "dq-generation" find them."""
+"""The public classes, registered: transformers' Auto classes and task "dq-generation", and diffusers, find them."""
 
+import diffusers
 from transformers import AutoConfig, AutoModel
 
 # By its module: transformers 5.17 hides the name where torchvision is missing, which this class does not need.
@@ -15,7 +16,7 @@ from .modeling.modeling_dq import DQForImageGeneration
 from .modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling.modeling_dqvae import DQVAEModel
 from .pipelines.image_generation import DQGenerationPipeline
-from .pipelines.pipeline_dq import DQPipeline  # noqa: F401, one of the public classes
+from .pipelines.pipeline_dq import DQPipeline
 
 for config_class, model_class in (
     (DQVAEConfig, DQVAEModel),
@@ -33,3 +34,4 @@ PIPELINE_REGISTRY.register_pipeline(
     default={"model": (DEFAULT_MODEL, None)},
     type="image",
 )
+diffusers.DQPipeline = DQPipeline  # where DiffusionPipeline.from_pretrained looks for the class that a folder names

@@ -120,9 +120,9 @@ def test_generate_takes_names_and_ids_and_a_seed(run, place):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_generate_writes_single_files_whatever_the_batch(run, place):
+def test_generate_writes_single_files_whatever_the_batch_and_the_lookahead(run, place):
     options = ["--model", "model", "-n", 5, "--seed", 2]
-    printed = run("generate", *options, "--output-dir", "new/images", "--batch-size", 2)
+    printed = run("generate", *options, "--output-dir", "new/images", "--batch-size", 2, "--lookahead", 3)
     assert printed.out == "new/images: 5 images\n"
     names = [f"{i:05d}.png" for i in range(5)]
     assert sorted(path.name for path in Path("new/images").iterdir()) == names
@@ -185,6 +185,7 @@ def test_force_overwrites(run, place):
         (["--seed", "-1"], "seed must lie in 0 ... 18446744073709551615, got -1"),
         (["-n", "0"], "--num-images must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--lookahead", "0"], "--lookahead must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be above 0"),
         (["--top-p", "1.5"], r"top_p must lie in \(0, 1\], got 1.5"),
         (["--position-top-k", "0"], "position_top_k must be at least 1"),

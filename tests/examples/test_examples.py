@@ -500,9 +500,50 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
     for message, arguments in (
         ("codes holds the codes of another VAE", "--vae full/model --codes codes"),
         ("--streaming reads images as they come, but --codes has their codes", "--codes codes --streaming"),
-        ("label column 'label' must hold .*, or train without labels .--label_column none", "--codes unlabelled"),
+        (
+            "label column 'label' must hold .*, or train without labels .--label_column none",
+            "--codes unlabelled --label_column label",
+        ),
     ):
         assert re.search(message, refusal(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}"))
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_labels_are_refused_before_the_work(place, plain, hidden):
+    data = place / f"hidden{hidden}"
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_parquet(str(place / "tables" / f"{split}-00000-of-00001.parquet"))
+        labels = rows["label"][:] if split == "train" else [hidden] * len(rows)
+        rows = rows.remove_columns("label").add_column("label", labels, feature=rows.features["label"])
+        data.mkdir(exist_ok=True)
+        rows.to_parquet(data / f"{split}-00000-of-00001.parquet")
+    message = f"split 'test' has 6 rows of 6 whose label is no class, such as {hidden}"
+    for command in (
+        f"{STAGE_2} --max_steps 1 --output_dir no-run",
+        f"encode_dataset.py --output_dir no-labels{hidden}",
+    ):
+        assert message in refusal(place, f"{command} --vae plain/model --data {data}")
+    run_here(
+        place,
+        f"encode_dataset.py --vae plain/model --data {data} --output_dir no-labels{hidden} --label_column none",
+    )
+    run_here(
+        place, f"{STAGE_2} --vae plain/model --codes no-labels{hidden} --output_dir without{hidden} --max_steps 1"
+    )
+    model = DQForImageGeneration.from_pretrained(place / f"without{hidden}" / "model")
+    assert model.transformer.config.num_classes == 0  # as the cache is
+
+
+def test_a_cache_is_written_through_a_link_to_a_path_with_any_signs(place, plain):
+    (place / "disk[v2]" / "codes*").mkdir(parents=True)
+    (place / "linked").symlink_to(place / "disk[v2]" / "codes*")
+    run_here(place, "encode_dataset.py --vae plain/model --data folders --max_images 1 --output_dir linked")
+    assert (place / "linked").is_symlink()
+    assert (place / "disk[v2]" / "codes*" / "codes.json").is_file()
+    rows = load_codes(place / "linked", "train", DQVAEModel.from_pretrained(place / "plain" / "model"))
+    assert len(rows) == 2
+    refused = refusal(place, "encode_dataset.py --vae plain/model --data folders --output_dir /proc")
+    assert "/proc is a mount point" in refused
 
 
 # Both stages
@@ -823,7 +864,7 @@ def test_a_model_with_text_is_a_whole_folder_that_samples_from_prompts(worded):
     model = DQForImageGeneration.from_pretrained(worded / "model")
     generated = model.generate(prompt=["moon, number 1", "sun"], generator=torch.Generator().manual_seed(1))
     assert generated.codes.shape == (2, 8, 8)
-    assert Image.open(worded / "model" / "samples.png").size == (6 * 16, 16)  # one of each held-out image
+    assert Image.open(worded / "model" / "samples.png").size == (8 * 16, 16)  # one of each held-out image
     assert card_figures(worded / "model")["captions of the samples"].startswith("moon, number 0; moon, number 1")
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_transformer, make_vae
 
 from dq_hf import DQForImageGeneration, DQPipeline, DQVAEModel
-from dq_hf.hub.folders import put_in_place, recover, whole_file, whole_folder
+from dq_hf.hub.folders import check_place, put_in_place, recover, whole_file, whole_folder
 from dq_hf.hub.upload import upload
 
 
@@ -33,6 +33,19 @@ def test_a_file_and_a_folder_are_written_through_a_link(tmp_path):
             (partial / "inside").write_text("new")
     assert (tmp_path / "file").is_symlink() and (tmp_path / "folder").is_symlink()
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["file", "folder"]
+
+
+def test_places_that_nothing_can_be_put_in_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "to proc").symlink_to("/proc")
+    (tmp_path / "nowhere yet").symlink_to(tmp_path / "a" / "b")
+    for place in (tmp_path / "new", tmp_path / "a" / "b" / "c", tmp_path, tmp_path / "nowhere yet", tmp_path / "file"):
+        check_place(place)
+    for place in ("/proc", tmp_path / "to proc"):
+        with pytest.raises(OSError, match=f"{place} is a mount point"):
+            check_place(place)
+    with pytest.raises(OSError, match="file is no folder that can be written"):
+        check_place(tmp_path / "file" / "new")
 
 
 def test_a_folder_is_replaced_whole_wherever_it_stops(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
 
@@ -302,3 +305,57 @@ def test_saving_and_loading_keeps_the_options(tmp_path):
     assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == content
     DQImageProcessor().size["height"] = 1
     assert DQImageProcessor().size == {"height": 256, "width": 256}
+
+
+@pytest.mark.parametrize(("mode", "transparent"), [("I;16", 40000), ("I;16", 0), ("L", 7), ("RGB", (9, 9, 9))])
+def test_what_a_file_marks_as_transparent_is_white(processor, tmp_path, mode, transparent):
+    colour = transparent if mode != "RGB" else (9, 9, 9)
+    image = Image.new(mode, (32, 24), colour)
+    image.putpixel((0, 0), 20000 if mode == "I;16" else 100 if mode == "L" else (100, 100, 100))
+    image.save(tmp_path / "a.png", transparency=transparent)
+    pixel_values = processor(Image.open(tmp_path / "a.png"))["pixel_values"][0]
+    assert (pixel_values[:, 1:, 1:] == 1).all()
+    expected = 20000 / 65535 if mode == "I;16" else 100 / 255
+    assert pixel_values[:, 0, 0].tolist() == pytest.approx([2 * expected - 1] * 3)
+
+
+def test_sixteen_bit_colours_that_a_file_marks_as_transparent_are_white(processor, tmp_path):
+    colours = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC) * (24 * 32 - 1) + struct.pack(">3H", 0xFFFF, 0, 0)
+    lines = b"".join(b"\0" + colours[start : start + 32 * 6] for start in range(0, len(colours), 32 * 6))
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">2I5B", 32, 24, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", colours[:6]), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    pixel_values = processor(Image.open(tmp_path / "a.png"))["pixel_values"][0]
+    assert (pixel_values[:, :-1] == 1).all() and pixel_values[:, -1, -1].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 3000), (3000, 1), (24, 4000), (120, 9000), (48, 5000)])
+def test_long_thin_images_are_cut_before_they_are_scaled(height, width):
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    largest = 0
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            nonlocal largest
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and function is torch.nn.functional.interpolate:
+                largest = max(largest, result.numel())
+            return result
+
+    with Watch():
+        pixel_values = DQImageProcessor(size=(24, 32))(image)["pixel_values"][0]
+    assert largest <= 6 * 3 * 32 * 32
+    scale = max(24 / height, 32 / width)
+    whole = torch.nn.functional.interpolate(
+        image[None],
+        size=[max(24, round(height * scale)), max(32, round(width * scale))],
+        mode="bicubic",
+        antialias=True,
+    )[0].clamp(0, 1)
+    top, left = (whole.shape[1] - 24) // 2, (whole.shape[2] - 32) // 2
+    expected = whole[:, top : top + 24, left : left + 32] * 2 - 1
+    assert torch.allclose(pixel_values, expected, atol=1e-3)

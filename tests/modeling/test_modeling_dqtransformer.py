@@ -5,10 +5,12 @@ import pytest
 import torch
 from conftest import make_transformer, seeded
 from slow_sampling import SlowTransformer
+from transformers import CompileConfig
 
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, Replay, next_element, own_generators, uniform_numbers
+from dq_hf.modeling.generation_dq import Draw, Replay, own_generators, uniform_numbers
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
+from dq_hf.modeling.step_loop_dq import CONTENT, POSITION, next_element
 
 NUM_CODES = 16
 KINDS = {
@@ -113,14 +115,14 @@ def test_guided_sampling_equals_the_slow_version(models, scale):
 
 
 class Watched(Replay):
-    """Remembers the logits that it is asked about."""
+    """Remembers the logits that it is asked about, of positions and of contents."""
 
     def __init__(self, *stream):
         super().__init__(*stream)
-        self.logits = []
+        self.logits = [], []
 
     def choose(self, symbol, logits, allowed, inputs):
-        self.logits.append(logits)
+        self.logits[symbol].append(logits)
         return super().choose(symbol, logits, allowed, inputs)
 
 
@@ -133,10 +135,13 @@ def test_guided_logits_are_those_of_the_slow_version_at_every_element(models):
     for _ in model.run_steps(StreamState(model.layout, condition.labels), condition, source, 2.5, None):
         pass
     elements, slow = elements_of(stream, 0), SlowTransformer(model)
-    assert len(source.logits) == 2 * (len(elements) - 1)
+    num_coarse = sum(granularity == 0 for _, _, granularity in elements)
+    assert len(source.logits[POSITION]) == num_coarse  # behind the fine start token positions are fixed
+    assert len(source.logits[CONTENT]) == len(elements) - 2  # and the end is certain
     for i in range(1, len(elements)):
-        for got, expected in zip(source.logits[2 * i - 2 :], slow.guided_logits(elements[: i + 1], 2.5)):
-            torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=1e-4)
+        for column, expected in zip(source.logits, slow.guided_logits(elements[: i + 1], 2.5)):
+            for got in column[i - 1 : i]:
+                torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +390,10 @@ def test_unconditional_models_refuse_labels(tiny_transformer):
         (dict(generator=7), TypeError, "generator must be a torch.Generator or a list of them"),
         (dict(generator=[seeded(), seeded()]), ValueError, "one or a list of 1, one for each image; got 2"),
         (dict(seed=7), TypeError, "seed"),
+        (dict(lookahead=0), ValueError, "lookahead must be at least 1, got 0"),
+        (dict(lookahead=2.0), TypeError, "lookahead must be a whole number"),
+        (dict(lookahead=True), TypeError, "lookahead must be a whole number"),
+        (dict(lookahead=2, compile_config=CompileConfig()), ValueError, "give one of the two"),
     ],
 )
 def test_generate_refuses(tiny_transformer_class, arguments, error, message):

@@ -28,12 +28,12 @@ PROMPTS = ["a red heart", "", "sun and a blue heart", "moon", "  "]
 
 def make_model(kind="clip", **overrides):
     """With a text encoder of a kind, without classes unless they are asked for."""
-    transformer = make_transformer(**TEXT, **overrides)
-    return DQForImageGeneration.from_models(
-        make_vae(), transformer, make_text_encoder(kind), make_text_tokenizer()
-    ).eval()
+    transformer = make_transformer(**TEXT, **SMALL, **overrides)
+    parts = make_vae(image_size=8), transformer, make_text_encoder(kind), make_text_tokenizer()
+    return DQForImageGeneration.from_models(*parts).eval()
 
 
+SMALL = dict(grid_sizes=[[2, 2], [4, 4]])
 CLASSES = dict(num_classes=3, class_dropout=0.2)
 
 
@@ -80,8 +80,9 @@ def test_prompts_that_are_no_texts_are_refused(prompts, error, message):
             model.generate(**{name: prompts})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loader", [DQForImageGeneration, AutoModel])
+@pytest.mark.parametrize(
+    ("kind", "loader"), [("clip", DQForImageGeneration), ("t5", AutoModel), ("bert", DQForImageGeneration)]
+)
 def test_a_saved_model_has_its_text_encoder_and_gives_the_same_images(kind, loader, tmp_path):
     model = make_model(kind)
     model.save_pretrained(tmp_path / "model")
@@ -100,8 +101,7 @@ def test_a_saved_model_has_its_text_encoder_and_gives_the_same_images(kind, load
             assert (tmp_path / "again" / path.relative_to(tmp_path / "model")).read_bytes() == path.read_bytes(), path
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("classes", [{}, CLASSES], ids=["text", "text and class"])
+@pytest.mark.parametrize(("classes", "scale"), [({}, 1.0), (CLASSES, 2.0)], ids=["text", "text and class, guided"])
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(classes, scale):
     model = make_model("bert", **classes)
     labels = [0, 2, 1] if classes else None
@@ -131,7 +131,7 @@ def test_the_empty_prompt_is_no_prompt_and_the_hidden_half_of_guidance():
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_reaches_the_text_encoder_and_losses_are_those_of_its_states(kind):
     model = make_model(kind, text_dropout=0.0)
-    pixel_values = torch.rand(3, 3, 16, 16, generator=seeded(0)) * 2 - 1
+    pixel_values = torch.rand(3, 3, 8, 8, generator=seeded(0)) * 2 - 1
     input_ids, mask = tokenize(model.tokenizer, PROMPTS[:3], LENGTH)
     output = model(pixel_values, input_ids=input_ids, attention_mask=mask)
     states, mask = encode_prompts(model.tokenizer, model.text_encoder, PROMPTS[:3], LENGTH)
@@ -151,7 +151,7 @@ def test_texts_for_a_model_without_them_are_refused():
     with pytest.raises(ValueError, match="takes a prompt: leave out class_labels"):
         make_model().generate([1])
     bare = DQForImageGeneration.from_models(make_vae(), make_transformer(**TEXT))
-    with pytest.raises(ValueError, match="needs text_encoder and tokenizer"):
+    with pytest.raises(ValueError, match="needs a text encoder and its tokenizer"):
         bare.generate(prompt="sun")
     states = torch.ones(1, 2, 8)
     assert bare.generate(encoder_hidden_states=states, generator=seeded(0)).codes.shape == (1, 8, 8)

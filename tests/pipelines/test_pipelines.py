@@ -116,6 +116,22 @@ def test_batches_change_nothing(folder, task, pipe, batch_size):
     assert len({str(codes.tolist()) for codes in output.codes}) == 5
 
 
+def test_several_elements_a_pass_give_the_same_images_and_fewer_steps(task, pipe):
+    inputs, steps = ["sun", "star", "moon"], []
+
+    def callback(pipeline, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    expected = pipe(class_labels=inputs, generator=seeded(7), callback_on_step_end=callback)
+    one_by_one = len(steps)
+    output = pipe(class_labels=inputs, generator=seeded(7), callback_on_step_end=callback, lookahead=4)
+    assert len(steps) < 2 * one_by_one
+    assert [pixels(image) for image in output.images] == [pixels(image) for image in expected.images]
+    results = task(inputs, seed=7, batch_size=2, lookahead=4)
+    assert [pixels(result["image"]) for result in results] == [pixels(image) for image in expected.images]
+
+
 def test_each_image_can_have_its_own_seed(task, pipe):
     results = task(["sun", "moon", None], seed=[4, 5, 6], batch_size=2)
     alone = [task("sun", seed=4), task("moon", seed=5), task(None, seed=6)]
@@ -258,6 +274,7 @@ def test_the_callback_sees_every_element_which_the_progress_bar_counts(folder, m
         (dict(generator=7), TypeError, "generator"),
         (dict(generator=[torch.Generator()]), ValueError, "list of 2, one for each image; got 1"),
         (dict(num_inference_steps=50), TypeError, "num_inference_steps"),
+        (dict(lookahead=0), ValueError, "lookahead must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_of_the_pipeline_are_refused(pipe, arguments, error, message):

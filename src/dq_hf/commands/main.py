@@ -39,6 +39,8 @@ INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
 
 def main(arguments=None):
     """Run one command; an expected failure ends with exit status 1 and one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):  # names of any signs, whatever the terminal takes
+        sys.stdout.reconfigure(errors="backslashreplace")
     args, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         refuse(args.parser, unknown)

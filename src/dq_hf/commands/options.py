@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import DEFAULT_MODEL
+from ..hub.folders import check_place
 from ..modeling.sampling_options_dq import DEFAULT_NAMES, OPTION_NAMES, SamplingOptions
 from ..pipelines.seeds import check_seed
 
@@ -95,6 +96,7 @@ def check_writable(path, folder):
     """Raise OSError if a file cannot be written into a folder."""
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OSError(f"{path} cannot be written; its folder must exist and be writable")
+    check_place(path)
 
 
 def write_file(data, path):

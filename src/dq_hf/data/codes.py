@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from .fingerprint import codes_fingerprint
+from .images import as_pattern
 
 INDEX_FILE = "codes.json"
 CAPTIONS = "captions"  # column
@@ -158,7 +159,7 @@ def load_codes(folder, split, vae):
         raise ValueError(f"{folder}: a file of split {split!r} is damaged ({error}); {AGAIN}") from error
     if num_rows != all_rows[split]:
         raise ValueError(f"{folder}: split {split!r} must have {all_rows[split]} rows, got {num_rows}; {AGAIN}")
-    return datasets.Dataset.from_parquet([str(file) for file in files_of(folder, split)]).with_format("numpy")
+    return datasets.Dataset.from_parquet([as_pattern(file) for file in files_of(folder, split)]).with_format("numpy")
 
 
 class CodeCollator:

@@ -1,7 +1,9 @@
 """Images of any `datasets` source as `pixel_values`, with labels; the one place that decodes an image."""
 
+import glob
 import itertools
 import logging
+import re
 import zlib
 from pathlib import Path
 
@@ -9,12 +11,14 @@ import datasets
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from .image_folders import is_image_folder, load_image_folder
+
 logger = logging.getLogger(__name__)
 MAX_NAMES = 20  # broken images that are named; the others are only counted
 
 
 def load_images(data, split, image_column="image", streaming=False):
-    """A split of a data set: a folder of images (class folders give labels), Parquet, or a Hub id.
+    """A split of a data set: a folder of images (see `image_folders`), Parquet, or a Hub id.
 
     Images are not decoded yet, so that a broken one is no error before `drop_broken_images`, `StreamedImages` or
     `ImageCollator` meets it.
@@ -26,25 +30,54 @@ def load_images(data, split, image_column="image", streaming=False):
         ValueError: no such split or column; the message lists what there is.
         OSError: there is neither such a path nor such a data set.
     """
-    path = Path(data)  # absolute, because datasets has builders of its own named "parquet", "csv", "imagefolder"
-    if path.is_file():
-        splits = datasets.load_dataset("parquet", data_files=str(path.absolute()), streaming=streaming)
+    path = Path(data)
+    if path.is_dir() and is_image_folder(path):
+        dataset = load_image_folder(path, split, streaming)
     else:
-        try:
-            splits = datasets.load_dataset(str(path.absolute() if path.exists() else data), streaming=streaming)
-        except (OSError, ValueError) as error:
-            if path.exists():
-                raise
-            raise OSError(
-                f"{data} is no local folder or file, and no data set of the Hub that could be read: {error}"
-            ) from error
-    if split not in splits:
-        raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
-    dataset = splits[split]
+        splits = load_splits(data, streaming)
+        if split not in splits:
+            raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
+        dataset = splits[split]
     check_column(dataset, image_column, data)
     if dataset.features is None:
         return dataset
     return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def load_splits(data, streaming):
+    """Whatever `datasets` reads from a Parquet file, another folder or the Hub, by split."""
+    path = Path(
+        data
+    ).absolute()  # in full, because datasets has builders of its own named "parquet", "csv", "imagefolder"
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=as_pattern(path), streaming=streaming)
+    if path.is_dir() and glob.has_magic(str(path)):  # which datasets would take for a pattern
+        return datasets.load_dataset("parquet", data_files=parquet_files(path), streaming=streaming)
+    try:
+        return datasets.load_dataset(str(path if path.exists() else data), streaming=streaming)
+    except (OSError, ValueError) as error:
+        if path.exists():
+            raise
+        raise OSError(
+            f"{data} is no local folder or file, and no data set of the Hub that could be read: {error}"
+        ) from error
+
+
+def parquet_files(folder):
+    """{split: its Parquet files}, by the folder at the top, but for `data`, else by the file's name."""
+    splits = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        parts = [part for part in path.relative_to(folder).parts if part != "data"]
+        split = parts[0] if len(parts) > 1 else re.sub(r"-\d+-of-\d+$", "", path.stem)
+        splits.setdefault(split, []).append(as_pattern(path))
+    if not splits:
+        raise ValueError(f"{folder} must hold images or Parquet files; rename it if it holds other data, without []*?")
+    return splits
+
+
+def as_pattern(path):
+    """The pattern of this one file, for `datasets`."""
+    return glob.escape(str(Path(path).absolute()))
 
 
 def check_column(dataset, column, name="the data set"):
@@ -67,6 +100,47 @@ def class_names(dataset, label_column):
             "use dataset.class_encode_column, or train without labels (--label_column none)"
         )
     return feature.names
+
+
+def find_labels(splits, label_column=None):
+    """The column with the class labels, and the names of the classes; (None, []) where there are none.
+
+    Args:
+        splits: {name: rows}, a data set or, but for the first, a list.
+        label_column: the column; None: "label", if it has any label; "none": no classes.
+
+    Raises:
+        ValueError: no such column, or rows whose label is no class.
+    """
+    train_set, column = next(iter(splits.values())), label_column or "label"
+    if label_column == "none" or (label_column is None and not has_labels(train_set, column)):
+        return None, []
+    names = class_names(train_set, column)
+    for split, rows in splits.items():
+        labels = labels_of(rows, column)
+        wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
+        if wrong:
+            raise ValueError(
+                f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]} (-1 "
+                "stands for a hidden one); choose a split with labels, or train without classes (--label_column none)"
+            )
+    return column, names
+
+
+def has_labels(dataset, label_column):
+    """Whether a data set has a column with any label; of a stream, whether it has the column."""
+    if label_column not in (dataset.features or {}):
+        return False
+    return not isinstance(dataset, datasets.Dataset) or any(
+        label is not None for label in labels_of(dataset, label_column)
+    )
+
+
+def labels_of(rows, label_column):
+    """The labels of a data set or a list of rows; none of a stream, whose rows are looked at as they come."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.with_format(None)[label_column][:]
+    return [row[label_column] for row in rows] if isinstance(rows, list) else []
 
 
 def decode_image(value):
@@ -199,7 +273,7 @@ class ImageCollator:
             pixel_values = self.augmentation(pixel_values, rows, self.epoch)
         batch = {"pixel_values": pixel_values}
         if self.label_column is not None:
-            batch["class_labels"] = torch.tensor([row[self.label_column] for row in rows])
+            batch["class_labels"] = labels_to_tensor([row[self.label_column] for row in rows])
         if self.more is not None:
             batch |= self.more(rows, [zlib.crc32(image.flatten().numpy()) for image in pixel_values], self.epoch)
         return batch
@@ -210,3 +284,13 @@ class ImageCollator:
             return decode_image(value)
         except ValueError as error:
             raise ValueError(f"an image cannot be read: {describe(value, row, error)}; remove it") from error
+
+
+def labels_to_tensor(labels):
+    """(B,) long; ValueError at a label that is None or hidden."""
+    if any(label is None or label < 0 for label in labels):
+        raise ValueError(
+            f"each image must have a label, got {labels}; choose a split with labels, or train without classes "
+            "(--label_column none)"
+        )
+    return torch.tensor(labels)

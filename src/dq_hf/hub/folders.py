@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,28 @@ def put_in_place(folder):
     sync(folder.parent, recursive=False)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def check_place(path):
+    """Raise `OSError` now, not after the work, if a file or folder could not be put in place as `path`."""
+    place = Path(path).resolve()  # through a link
+    if is_mount(place):
+        raise OSError(f"{path} is a mount point, which nothing can take the place of; give a name in it instead")
+    parent = next(parent for parent in place.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise OSError(f"{path} cannot be put in place, because {parent} is no folder that can be written")
+
+
+def is_mount(place):
+    """Whether another file system, or another part of the same, is mounted as this path."""
+    table = Path("/proc/self/mountinfo")
+    mounted = [line.split()[4] for line in table.read_bytes().splitlines()] if table.exists() else []
+    return os.path.ismount(place) or os.fsencode(place) in [re.sub(rb"\\(\d{3})", unescape, name) for name in mounted]
+
+
+def unescape(match):
+    """The byte of an octal escape in the table of mounts."""
+    return bytes([int(match[1], 8)])
 
 
 def recover(parent):

@@ -51,9 +51,7 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
             kwargs |= dtypes
         is_quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         if files and not is_quantized:  # else the shapes are others
-            with torch.device("meta"):  # nothing is allocated for weights that do not fit
-                blank = model_class(config)
-            check_weight_files(blank, files)
+            check_weight_files(model_class, config, files)
         kwargs["ignore_mismatched_sizes"] = True  # only so that they are listed; below they are an error
         model, info = load(folder, *args, config=config, output_loading_info=True, **kwargs)
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -63,12 +61,18 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
     mismatched = [
         f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
     ]
+    problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"], "mismatched": mismatched}
+    refuse_weights(model_class, files or [folder], **problems)
+    check_finite(model, files or [folder])
+    return model, info
+
+
+def check_finite(model, files):
+    """Raise `ValueError` if a weight that was loaded from these files is not finite."""
     state_dict = model.state_dict()
     checked = state_dict.keys() - optional_weights(model)
     not_finite = [name for name in checked if not (state_dict[name].is_meta or is_finite(state_dict[name]))]
-    problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"]}
-    refuse_weights(model_class, files or [folder], **problems, mismatched=mismatched, not_finite=not_finite)
-    return model, info
+    refuse_weights(type(model), files, not_finite=not_finite)
 
 
 def refuse_weights(model_class, files, **problems):
@@ -86,13 +90,15 @@ def optional_weights(model):
     return set(model._keys_to_ignore_on_load_missing or ()) | set(model.all_tied_weights_keys)
 
 
-def check_weight_files(model, files):
-    """Compare the headers of safetensors files with a model's weights, of which only the shapes are looked at.
+def check_weight_files(model_class, config, files):
+    """Compare the headers of safetensors files with the weights of a model, before anything is allocated for it.
 
     Raises:
         OSError: a file that is not there, or damaged.
         ValueError: weights that do not fit.
     """
+    with torch.device("meta"):
+        model = model_class(config)
     state_dict, found, repeated = model.state_dict(), {}, []
     for path in files:
         try:
@@ -109,7 +115,7 @@ def check_weight_files(model, files):
         mismatched += [f"{name} {shape} instead of {expected}"] * (shape != expected)
         no_floats += [f"{name} ({dtype})"] * (dtype not in FLOATS)
     refuse_weights(
-        type(model),
+        model_class,
         files,
         missing=state_dict.keys() - found.keys() - optional_weights(model),
         unknown=found.keys() - state_dict.keys(),

@@ -145,20 +145,22 @@ class TextPrefix(nn.Module):
         return self.padding(torch.arange(self.length, device=self.padding.weight.device))
 
 
-def check_text(hidden_states, attention_mask, length, size):
-    """States and mask of a text encoder, or TypeError or ValueError."""
+def check_text(
+    hidden_states, attention_mask, length, size, name="encoder_hidden_states", mask="encoder_attention_mask"
+):
+    """States and mask of a text encoder, or TypeError or ValueError with these names."""
     if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
         got = getattr(hidden_states, "dtype", type(hidden_states).__name__)
-        raise TypeError(f"encoder_hidden_states must be a float tensor (B, T, {size}), got {got}")
+        raise TypeError(f"{name} must be a float tensor (B, T, {size}), got {got}")
     shape = tuple(hidden_states.shape)
     if len(shape) != 3 or shape[2] != size or not 1 <= shape[1] <= length or shape[0] == 0:
         raise ValueError(
-            f"encoder_hidden_states must have shape (B, T, {size}) with T at most text_length {length}, got {shape}; "
+            f"{name} must have shape (B, T, {size}) with T at most text_length {length}, got {shape}; "
             "cut longer texts when they are tokenised"
         )
     if attention_mask is None:
         attention_mask = torch.ones(shape[:2], dtype=torch.long, device=hidden_states.device)
     if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != shape[:2]:
         got = getattr(attention_mask, "shape", type(attention_mask).__name__)
-        raise ValueError(f"encoder_attention_mask must have shape {shape[:2]}, that of the states; got {got}")
+        raise ValueError(f"{mask} must have shape {shape[:2]}, that of {name}; got {got}")
     return hidden_states, attention_mask

@@ -4,6 +4,8 @@ import copy
 
 import torch
 
+from .sequence_dq import DQStream
+
 
 class StreamState:
     """The streams of a batch while they are generated: what may come next, and what came.
@@ -44,9 +46,10 @@ class StreamState:
         self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
         self.finished = torch.zeros_like(self.start_is_next)
         self.lengths = torch.zeros_like(labels)
-        # Contents, positions and granularities (B,) of the last element, which is none yet.
-        self.last = (torch.full_like(labels, layout.content_pad), torch.zeros_like(labels), self.granularity)
-        self.elements = []  # every `last` so far, kept by the step loop
+        # Contents, positions and granularities (3, B, L) of all elements; with a column for what comes after the end.
+        padding = torch.stack([self.lengths + token for token in layout.padding])
+        self.elements = padding[..., None].repeat(1, 1, layout.longest_stream + 1)
+        self.last = padding.unbind()  # of the last element, which is none yet
 
     def allowed_positions(self):
         """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
@@ -70,11 +73,20 @@ class StreamState:
         return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
 
     def allowed_contents(self, positions):
-        """Which contents go with the chosen positions (B,), (B, content vocabulary) bool."""
-        special = positions - self.tables.num_cells[self.granularity]  # 0 pad, 1 end, 2 and more: start
-        token = (self.layout.content_pad + special)[:, None]
+        """Which contents go with positions of the present granularity: (B, content vocabulary) bool for (B,).
+
+        And (B, L, content vocabulary) for (B, L).
+        """
+        # 0 pad, 1 end, 2 and more: start
+        special = (positions.t() - self.tables.num_cells[self.granularity]).t()[..., None]
         is_code = self.content_ids < self.layout.content_pad
-        return torch.where(special[:, None] >= 0, self.content_ids == token, is_code)
+        return torch.where(special >= 0, self.content_ids == self.layout.content_pad + special, is_code)
+
+    def positions_are_fixed(self):
+        """Of which streams all positions that are still to come are known, (B,) bool."""
+        if not self.fixed_fine_positions:
+            return self.finished
+        return (self.granularity == self.layout.num_granularities - 1) & ~self.start_is_next
 
     def steer(self, logits):
         """Position logits (B, V), changed by what is known of the stream; here nothing is."""
@@ -88,7 +100,8 @@ class StreamState:
         self.codes = torch.where(covered, contents[:, None], self.codes)
         self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
         self.taken |= covered
-        self.lengths += ~self.finished
+        self.elements.scatter_(2, self.lengths.expand(3, -1)[..., None], torch.stack(self.last)[..., None])
+        self.lengths = self.lengths + ~self.finished
         is_end = contents == self.layout.content_end
         is_finest = self.granularity == self.layout.num_granularities - 1
         self.finished |= is_end & is_finest
@@ -96,9 +109,11 @@ class StreamState:
         self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
 
     def stream(self):
-        """Contents and positions (B, L) long of the elements so far."""
-        contents, positions, _ = zip(*self.elements)
-        return torch.stack(contents, dim=1), torch.stack(positions, dim=1)
+        """The elements so far, a `DQStream`."""
+        elements = self.elements[:, :, : int(self.lengths.max())]
+        inside = torch.arange(elements.shape[2], device=elements.device) < self.lengths[:, None]
+        columns = [torch.where(inside, column, token) for column, token in zip(elements, self.layout.padding)]
+        return DQStream(*columns, self.lengths)
 
     def grids(self):
         """Codes (B, H, W) and grain map (B, h, w) written so far."""
@@ -121,9 +136,8 @@ class StreamState:
             "lengths",
         ):
             setattr(chosen, name, getattr(self, name)[rows])
-        longest = int(chosen.lengths.max())
-        chosen.elements = [tuple(column[rows] for column in element) for element in self.elements[:longest]]
-        chosen.last = chosen.elements[-1]
+        chosen.elements = self.elements[:, rows]
+        chosen.last = tuple(column[rows] for column in self.last)
         return chosen
 
     def last_rank(self):

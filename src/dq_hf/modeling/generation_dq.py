@@ -20,10 +20,8 @@ from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
 from .known_dq import KnownState, known_elements
-from .layers_dqtransformer import make_cache
 from .sampling_options_dq import SamplingOptions
-
-POSITION, CONTENT = 0, 1  # the two symbols of an element
+from .step_loop_dq import generation_steps
 
 
 @dataclass
@@ -100,82 +98,6 @@ class Replay:
         return inputs[symbol]
 
 
-def generation_steps(model, state, condition, source, guidance_scale=1.0, compile_config=None):
-    """Choose one element of every image after the other; yields the `StreamState` after each.
-
-    Args:
-        model: `DQTransformerForImageGeneration`, in evaluation mode.
-        state: `StreamState` of the condition's labels, at the beginning of its streams.
-        condition: `Condition`.
-        source: where the elements come from: `Draw`, `Greedy` or `Replay`.
-        guidance_scale: as in `SamplingOptions`.
-        compile_config: as in `generate`.
-    """
-    hidden = condition.hidden() if guidance_scale != 1 else None
-    most_elements = model.config.longest_stream
-    places = torch.arange(most_elements, device=condition.labels.device)
-    room = None if compile_config is None else condition.prefix_length + most_elements
-    caches = [
-        make_cache(num_layers, room)
-        for num_layers in (model.config.num_position_layers, model.config.num_content_layers)
-    ]
-    if condition.prefix is not None:
-        prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
-        model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
-    first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
-    state.append(first, state.allowed_contents(first).long().argmax(1))
-    state.elements.append(state.last)
-
-    step = compiled_step = append_next
-    if compile_config is not None:
-        compiled_step = torch.compile(step, **compile_config.to_dict())
-    for i in range(1, most_elements):
-        step(model, state, places[i - 1 : i], source, source.inputs(i), caches, hidden, guidance_scale)
-        step = compiled_step  # the first step is not compiled: it makes the caches' buffers
-        state.elements.append(state.last)
-        yield state
-        if state.finished.all():  # the one place that waits for the device
-            return
-
-
-def append_next(model, state, place, source, inputs, caches, hidden, guidance_scale):
-    """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
-    last = [column[:, None] for column in state.last]
-    state.append(*next_element(model, last, place, state, source, inputs, caches, hidden, guidance_scale))
-
-
-def next_element(model, elements, places, state, source, inputs, caches=(None, None), hidden=None, guidance_scale=1.0):
-    """Position and content (B,) of the element behind these.
-
-    Args:
-        elements: contents, positions and granularities, (B, L) each: those behind what the caches hold, or all.
-        places: (L,) long, of these elements in the streams.
-        state: `StreamState` that says what may come.
-        source, inputs: choose from it, see `Greedy`.
-        caches: of the Position- and the Content-Transformer.
-        hidden: twin of the condition, for a guidance scale other than 1.
-    """
-
-    def with_twin(contents, positions, granularities):
-        """(2B, L): the rows of the condition, and those of its hidden twin."""
-        if hidden is None:
-            return contents, positions, granularities
-        twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
-        return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
-
-    contents, positions, granularities = elements
-    hidden_states = model.position_transformer(model.embed(*with_twin(*elements), places), caches[0])
-    logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
-    next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
-
-    contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
-    positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
-    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
-    hidden_states = hidden_states + model.embed_positions(*with_twin(contents, positions, granularities)[1:])
-    logits = guide(model.content_head(model.content_transformer(hidden_states, caches[1])[:, -1]), guidance_scale)
-    return next_positions, source.choose(CONTENT, logits, state.allowed_contents(next_positions), inputs)
-
-
 class DQSamplingMixin:
     """Gives `generate` and `generate_steps` to the generator. (Not named GenerationMixin, which transformers looks for.)"""
 
@@ -191,6 +113,7 @@ class DQSamplingMixin:
         do_sample=True,
         generator=None,
         compile_config=None,
+        lookahead=1,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         negative_encoder_hidden_states=None,
@@ -201,9 +124,9 @@ class DQSamplingMixin:
         num_candidates=1,
         **options,
     ):
-        """Sample codes from coarse to fine, one element of every image a step; without dropout in any mode.
+        """Sample codes from coarse to fine, one element of every image a pass; without dropout in any mode.
 
-        A Python generator: it yields the `StreamState` after every step, and whoever watches may stop.
+        A Python generator: it yields the `StreamState` after every pass, and whoever watches may stop.
 
         Args:
             class_labels: one integer, or one for each image; None for an unconditional model.
@@ -214,7 +137,11 @@ class DQSamplingMixin:
                 The draw seeds the image's own random stream, so that its result depends on nothing else. Default:
                 torch's global generator.
             compile_config: a `transformers.CompileConfig` compiles the step, once for each batch size and setting; the
-                caches then have room for the longest stream from the start. None: nothing is compiled.
+                caches are then read as a whole. None: nothing is compiled.
+            lookahead: elements that a pass reads where the finest positions are fixed: the last one and guesses of those
+                behind it, of which it keeps as many as come out as guessed. More than 1 changes the number of passes and
+                what one costs, but neither the images (to the rounding of the logits, as between batch sizes) nor free
+                positions.
             encoder_hidden_states, encoder_attention_mask, negative_encoder_hidden_states,
                 negative_encoder_attention_mask: for a model with text, as in `condition`.
             grain_map: (h, w) or (B, h, w) integers, the granularity of each region; -1 where the model decides. An
@@ -262,7 +189,7 @@ class DQSamplingMixin:
         ).over({"guidance_scale": 1.0})
         if options.guidance_scale != 1:
             condition.hidden()  # or an error, before the work
-        self.check_compile_config(compile_config)
+        self.check_passes(compile_config, lookahead)
         source, batch, device = Greedy(), len(condition), condition.labels.device
         condition = condition.repeat(num_candidates)
         if do_sample:
@@ -275,7 +202,7 @@ class DQSamplingMixin:
             if len(known) not in (1, batch):
                 raise ValueError(f"grain_map must be of one image or of each of {batch} images, got {len(known)}")
             state = KnownState(self.layout, condition.labels, known.rows(batch, num_candidates), is_fixed)
-        steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config)
+        steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config, lookahead)
         if num_candidates == 1:
             return steps
         return self.keep_candidates(steps, condition, uniform_numbers(generators, 1)[0, 0].to(device))
@@ -301,21 +228,30 @@ class DQSamplingMixin:
     def generation_output(self, state) -> DQGenerationOutput:
         """What the streams of a `StreamState` say, as far as they go."""
         codes, grain_map = state.grids()
-        contents, positions = state.stream()
+        stream = state.stream()
         return DQGenerationOutput(
-            codes=codes, grain_map=grain_map, positions=positions, contents=contents, lengths=state.lengths
+            codes=codes,
+            grain_map=grain_map,
+            positions=stream.positions,
+            contents=stream.contents,
+            lengths=stream.lengths,
         )
 
-    def check_compile_config(self, compile_config):
-        """Refuse another type, and attention that has no mask for a cache with room behind the last element."""
-        if compile_config is None:
-            return
-        if not isinstance(compile_config, CompileConfig):
+    def check_passes(self, compile_config, lookahead):
+        """Refuse values of another type or range, and attention that takes no mask for what they need."""
+        attention = self.config._attn_implementation
+        if compile_config is not None and not isinstance(compile_config, CompileConfig):
             raise TypeError(f"compile_config must be a transformers.CompileConfig, got {compile_config!r}")
-        if "flash" in self.config._attn_implementation:
+        check_count("lookahead", lookahead)
+        if compile_config is not None and lookahead > 1:
+            raise ValueError("lookahead above 1 does not work with compile_config; give one of the two")
+        if compile_config is not None and "flash" in attention:  # has no mask for room behind the last element
             raise ValueError(
-                f"compile_config does not work with attn_implementation {self.config._attn_implementation!r}; "
-                'load the model with "sdpa"'
+                f'compile_config does not work with attn_implementation {attention!r}; load the model with "sdpa"'
+            )
+        if lookahead > 1 and attention not in ("sdpa", "eager"):  # others have no mask for images at different places
+            raise ValueError(
+                f'lookahead above 1 does not work with attn_implementation {attention!r}; load the model with "sdpa"'
             )
 
 
@@ -396,11 +332,3 @@ def uniform_numbers(generators, num_steps, num_candidates=1):
         for _ in range(num_candidates)
     ]
     return torch.stack(columns, dim=2)
-
-
-def guide(logits, scale):
-    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, V) of both conditions to (B, V). Scale 1: as they are."""
-    if scale == 1:
-        return logits
-    conditional, unconditional = logits.float().chunk(2)
-    return unconditional + scale * (conditional - unconditional)

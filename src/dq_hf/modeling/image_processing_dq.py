@@ -1,5 +1,7 @@
 """Images to `pixel_values` and back."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -11,6 +13,7 @@ from .hub_dq import ProcessorHubMixin, without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
 FILE_KEYS = {"image_processor_type", "processor_class", "auto_map"}
+MOST_COVERING = 4  # times a side of the result, to which an image is scaled before its ends are cut off
 FORMATS = ("channels_first", "channels_last")
 FIXED_ARGUMENTS = {  # of transformers' processors: the only value here
     "resample": Image.Resampling.BICUBIC,
@@ -269,20 +272,36 @@ def pil_to_tensor(image):
             f"a PIL image of mode {image.mode!r} has no fixed range of values; scale it and convert it to mode L"
         )
     if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
-        grey = torch.from_numpy(np.array(image).astype(np.float32) / 65535)
+        values = np.array(image)
+        grey = torch.from_numpy(values.astype(np.float32) / 65535)
+        if (transparent := image.info.get("transparency")) is not None:
+            grey = grey.masked_fill(torch.from_numpy(values == transparent), 1.0)
         return grey.expand(3, *grey.shape)
     if image.has_transparency_data:
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, tuple) and max(transparent) > 255:  # of a PNG of 16 bits, of which PIL keeps 8
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def resize_and_crop(image, height, width):
-    """Scale (3, H, W) until it covers (height, width), then cut out the centre."""
+    """Scale (3, H, W) until it covers (height, width), then cut out the centre; at a cost bounded by the two sizes."""
     scale = max(height / image.shape[1], width / image.shape[2])
+    if max(image.shape[1] * scale / height, image.shape[2] * scale / width) > MOST_COVERING:
+        image = cut_ends(image, height / scale, width / scale, margin=math.ceil(2 / min(scale, 1)))
     if scale != 1:
         covering = [max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))]
         image = torch.nn.functional.interpolate(image[None], size=covering, mode="bicubic", antialias=True)
         image = image[0].clamp(0, 1)
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width]
+
+
+def cut_ends(image, height, width, margin):
+    """The middle of (3, H, W), with a margin around what is needed of it; the centre stays, to the half pixel."""
+    for dim, needed in ((1, height), (2, width)):
+        left_over = max(0, image.shape[dim] - math.ceil(needed) - 2 * margin)
+        image = image.narrow(dim, left_over // 2, image.shape[dim] - left_over // 2 * 2)
+    return image

@@ -128,9 +128,12 @@ class KnownState(StreamState):
 
     def allowed_contents(self, positions):
         """As in `StreamState`; a code that is known is allowed alone."""
-        cell = positions[:, None].clamp(max=self.codes.shape[1] - 1)
-        code = self.known.codes.gather(1, self.tables.top_left[self.granularity].gather(1, cell))
-        is_known = (code != UNKNOWN) & (positions < self.tables.num_cells[self.granularity])[:, None]
+        num_cells = self.tables.num_cells[self.granularity]
+        is_cell = (positions.t() < num_cells).t()[..., None]
+        cells = torch.where(is_cell[..., 0], positions, 0).view(len(positions), -1)
+        code = self.known.codes.gather(1, self.tables.top_left[self.granularity].gather(1, cells))
+        code = code.view_as(positions)[..., None]
+        is_known = is_cell & (code != UNKNOWN)
         return torch.where(is_known, self.content_ids == code, super().allowed_contents(positions))
 
     def steer(self, logits):

@@ -1,6 +1,7 @@
 """Blocks of the two causal stacks: attention, MLP, stack, head, and a cache that grows."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,40 +22,62 @@ def precise(dtype):
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out; queries, keys and values (B, heads, L, width)."""
     weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # that of a `Window`
+        weights = weights.masked_fill(~attention_mask, -torch.inf)
+    elif attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1, dtype=precise(query.dtype)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer of transformers' cache whose buffers double when they are full.
+@dataclass(frozen=True)
+class Window:
+    """Where the elements of one pass stand in the caches, each image's at its own place.
 
-    `DynamicLayer` copies all keys and values at every step, which at some hundred elements takes as long as attention.
+    Args:
+        slots: (B, L) long, in ascending order.
+        end: int, behind the last slot of all images.
     """
 
-    def lazy_initialization(self, key_states, value_states):
-        super().lazy_initialization(key_states, value_states)
-        self.buffers = None
+    slots: torch.Tensor
+    end: int
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        """New keys and values (B, heads, L, width) to those of all elements so far."""
+    @property
+    def attention_mask(self):
+        """(B, 1, L, end) bool: an element attends to what stands before it and to itself."""
+        return torch.arange(self.end, device=self.slots.device) <= self.slots[:, None, :, None]
+
+
+class StreamLayer(DynamicLayer):
+    """A layer of transformers' cache with room for whole streams, so that nothing is copied when it grows."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states, value_states):
+        self.buffers = [  # zeros, because what a mask hides must be finite
+            states.new_zeros(*states.shape[:2], self.room, states.shape[3]) for states in (key_states, value_states)
+        ]
+        self.is_initialized = True
+
+    def get_seq_length(self):
+        """Elements that it holds."""
+        return self.length
+
+    def update(self, key_states, value_states, window=None):
+        """Keys and values of all elements so far, with new ones (B, heads, L, width) in the window, or behind the last."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first = self.get_seq_length()
-        end = first + key_states.shape[2]
-        if self.buffers is None or end > self.buffers[0].shape[2]:
-            old = (self.keys, self.values)
-            shapes = [(*states.shape[:2], 2 * end, states.shape[3]) for states in (key_states, value_states)]
-            self.buffers = [key_states.new_empty(shape) for shape in shapes]
-            for buffer, states in zip(self.buffers, old):
-                if first > 0:
-                    buffer[:, :, :first] = states
+        first, count = self.length, key_states.shape[2]
+        self.length = first + count if window is None else window.end
         for buffer, states in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, first:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
+            if window is None:
+                buffer.narrow(2, first, count).copy_(states)
+            else:
+                buffer.scatter_(2, window.slots[:, None, :, None].expand_as(states), states)
+        return tuple(buffer.narrow(2, 0, self.length) for buffer in self.buffers)
 
 
 class DQAttention(nn.Module):
@@ -74,13 +97,13 @@ class DQAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, window=None):
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (B, heads, L, head_dim)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, window)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -140,8 +163,8 @@ class DQTransformerLayer(GradientCheckpointingLayer):
         self.mlp = DQMLP(config)
         self.dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
-        attended, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values)
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, window=None):
+        attended, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values, window)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -154,16 +177,18 @@ class DQStack(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(DQTransformerLayer(config, i) for i in range(num_layers))
 
-    def forward(self, hidden_states, past_key_values=None):
-        """(B, L, width) to (B, L, width); with a cache they are the elements behind those that it holds."""
-        attention_mask = None  # one element attends to all that a growing cache holds
+    def forward(self, hidden_states, past_key_values=None, window=None):
+        """(B, L, width) to (B, L, width); with a cache they are the elements in the window, or behind those that it holds."""
+        attention_mask = None  # one element attends to all that a cache which grows holds
+        if window is not None:
+            attention_mask = window.attention_mask
         # A cache that can be compiled has room behind the last element.
-        if past_key_values is None or past_key_values.is_compileable or hidden_states.shape[1] > 1:
+        elif past_key_values is None or past_key_values.is_compileable or hidden_states.shape[1] > 1:
             attention_mask = create_causal_mask(
                 self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
             )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, past_key_values)
+            hidden_states = layer(hidden_states, attention_mask, past_key_values, window)
         return hidden_states
 
 
@@ -179,8 +204,6 @@ class DQHead(nn.Module):
         return self.projection(self.norm(hidden_states))
 
 
-def make_cache(num_layers, max_length=None):
-    """A cache for one stack that grows, or one whose shapes are fixed, as compiling needs, with room for `max_length`."""
-    if max_length is None:
-        return Cache(layer_class_to_replicate=GrowingLayer)
-    return Cache(layers=[StaticLayer(max_cache_len=max_length) for _ in range(num_layers)])
+def make_cache(num_layers, room, compileable=False):
+    """A cache for one stack with room for so many elements; a compileable one is always attended to as a whole."""
+    return Cache(layers=[StaticLayer(room) if compileable else StreamLayer(room) for _ in range(num_layers)])

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
-from .conditioning_dq import inputs_of
 from .configuration_dq import DQConfig
 from .generation_dq import evaluation_mode
 from .hub_dq import HubMixin, load_model
@@ -18,7 +17,7 @@ from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
 from .modeling_utils_dq import TorchInitMixin
-from .text_dq import as_prompts, check_tokenizer, encode_prompts, encode_tokens, text_encoder_class
+from .text_dq import check_tokenizer, encode_tokens, prompt_arguments, text_encoder_class
 
 
 @dataclass
@@ -42,12 +41,6 @@ PARTS = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}  # s
 PART_FOLDERS = (*PARTS, "text_encoder")  # the last one may be missing
 TOKENIZER_FOLDER = "tokenizer"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-SET_BY_LOADING = {
-    "transformers_version",
-    "dtype",
-    "architectures",
-    "_name_or_path",
-}  # of a text encoder's configuration
 
 
 class ComposedModel(TorchInitMixin, PreTrainedModel):
@@ -278,50 +271,18 @@ class DQForImageGeneration(HubMixin, ComposedModel):
         self.transformer.set_input_embeddings(value)
 
     @torch.no_grad()
-    def encode_prompt(self, prompt=None, negative_prompt=None):
-        """What `generate` of the generator takes for prompts: {argument: tensor}.
-
-        Args:
-            prompt: a text or a list of texts; None: no text.
-            negative_prompt: a text or a list of texts, for the hidden half of guidance; None: no text.
-
-        Raises:
-            TypeError, ValueError: prompts that are no texts, or none; a model that takes no prompt.
-        """
-        arguments = {}
-        for prefix, texts in (("", prompt), ("negative_", negative_prompt)):
-            if texts is None:
-                continue
-            name = f"{prefix}prompt"
-            texts = as_prompts(texts, name)
-            if self.config.transformer_config.text_length is None:
-                raise ValueError(
-                    f"{name} is for a model with text; this one takes {inputs_of(self.config.transformer_config)}"
-                )
-            if self.text_encoder is None or self.tokenizer is None:
-                raise ValueError(
-                    f"{name} needs text_encoder and tokenizer, which this model has not: join them by from_models, or "
-                    "give encoder_hidden_states"
-                )
-            with evaluation_mode(self.text_encoder):
-                states, mask = encode_prompts(
-                    self.tokenizer, self.text_encoder, texts, self.config.transformer_config.text_length
-                )
-            arguments |= {f"{prefix}encoder_hidden_states": states, f"{prefix}encoder_attention_mask": mask}
-        return arguments
-
-    @torch.no_grad()
     def generate(
         self, class_labels=None, num_images=None, *, prompt=None, negative_prompt=None, **options
     ) -> DQImageGenerationOutput:
         """Images of class labels, of prompts or of both.
 
         Args:
-            prompt, negative_prompt: as in `encode_prompt`, one text or one for each image; without effect where the
-                guidance scale is 1, as for negative prompts everywhere.
+            prompt: one text, or one for each image; None: no text.
+            negative_prompt: likewise, for the hidden half of guidance; without effect where the guidance scale is 1.
             class_labels, num_images, options: as in `DQTransformerForImageGeneration.generate`.
         """
-        texts = self.encode_prompt(prompt, negative_prompt)
+        config = self.transformer.config
+        texts = prompt_arguments(config, self.text_encoder, self.tokenizer, prompt, negative_prompt)
         if twice := sorted(set(texts) & set(options)):
             raise ValueError(f"give a prompt or {', '.join(twice)}, not both")
         generated = self.transformer.generate(class_labels, num_images, **options, **texts)

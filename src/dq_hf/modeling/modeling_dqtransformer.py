@@ -18,7 +18,7 @@ from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
 from .hub_dq import HubMixin
 from .known_dq import KnownState
-from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights
+from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights, precise
 from .modeling_utils_dq import TorchInitMixin, check_indices
 from .sequence_dq import DQStream, StreamLayout
 
@@ -259,9 +259,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             state: `KnownState`.
             condition: `Condition`.
         """
-        contents, positions = state.stream()
-        granularities = torch.stack([granularities for _, _, granularities in state.elements], dim=1)
-        stream = DQStream(contents=contents, positions=positions, granularities=granularities, lengths=state.lengths)
+        stream = state.stream()
         fixed = state.fixed_fine_positions
         log_probs, proposed = (
             sum(element_log_probs(self.predictions(stream, condition, start))).double().sum(1)

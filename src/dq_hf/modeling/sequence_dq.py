@@ -67,6 +67,8 @@ class StreamLayout:
         self.content_start = codebook_size + 2
         self.content_vocab_size = self.content_start + num_start_tokens
         self.position_vocab_size = self.num_cells[-1] + 2 + num_start_tokens  # of the finest granularity
+        self.longest_stream = self.num_cells[-1] + 2 * self.num_granularities
+        self.padding = (self.content_pad, self.num_cells[-1], self.num_granularities - 1)  # as an element
         self._tables = {}
 
     def tables(self, device):
@@ -151,12 +153,7 @@ class StreamLayout:
             out = torch.full((len(values), num_slots + 1), pad, device=values.device)
             return out.scatter(1, target, values)[:, :longest]
 
-        return DQStream(
-            contents=compact(contents, self.content_pad),
-            positions=compact(positions, self.num_cells[-1]),
-            granularities=compact(granularities, self.num_granularities - 1),
-            lengths=lengths,
-        )
+        return DQStream(*map(compact, (contents, positions, granularities), self.padding), lengths)
 
     def unpack(self, contents, positions, lengths):
         """Codes (B, H, W) and grain map (B, h, w) of streams (B, L); the inverse of `pack`.

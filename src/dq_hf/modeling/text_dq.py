@@ -9,6 +9,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 from transformers.utils import logging
 
+from .conditioning_dq import inputs_of
+from .generation_dq import evaluation_mode
 from .modeling_utils_dq import check_indices
 
 logger = logging.get_logger(__name__)
@@ -94,6 +96,43 @@ def encode_tokens(text_encoder, input_ids, attention_mask=None):
 def encode_prompts(tokenizer, text_encoder, prompts, length):
     """encoder_hidden_states (B, length, d) and encoder_attention_mask (B, length) of prompts, see `tokenize`."""
     return encode_tokens(text_encoder, *tokenize(tokenizer, prompts, length))
+
+
+@torch.no_grad()
+def prompt_arguments(config, text_encoder, tokenizer, prompt=None, negative_prompt=None):
+    """What `generate_steps` takes for prompts: {argument: tensor}.
+
+    Args:
+        config: `DQTransformerConfig`.
+        text_encoder, tokenizer: of the model, or None.
+        prompt: a text or a list of texts; None: no text.
+        negative_prompt: a text or a list of texts, for the hidden half of guidance; None: no text.
+
+    Raises:
+        TypeError, ValueError: prompts that are no texts, or none; a model that takes no prompt.
+    """
+    arguments = {}
+    for prefix, texts in (("", prompt), ("negative_", negative_prompt)):
+        name = f"{prefix}prompt"
+        if texts is None:
+            continue
+        require_text(name, config)
+        texts = as_prompts(texts, name)
+        if text_encoder is None or tokenizer is None:
+            raise ValueError(
+                f"{name} needs a text encoder and its tokenizer, which this model has not: join them by from_models, or "
+                "give the texts' states"
+            )
+        with evaluation_mode(text_encoder):
+            states, mask = encode_prompts(tokenizer, text_encoder, texts, config.text_length)
+        arguments |= {f"{prefix}encoder_hidden_states": states, f"{prefix}encoder_attention_mask": mask}
+    return arguments
+
+
+def require_text(name, config):
+    """Raise ValueError, which says what the model takes, if it is without text."""
+    if config.text_length is None:
+        raise ValueError(f"{name} is for a model with text; this one takes {inputs_of(config)}")
 
 
 def text_encoder_config(entries):

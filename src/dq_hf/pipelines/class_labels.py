@@ -3,6 +3,8 @@
 import difflib
 import operator
 
+from ..modeling.conditioning_dq import inputs_of
+
 
 def as_list(labels):
     """A list of labels, from one label, a list, a tensor or an array."""
@@ -20,10 +22,10 @@ def class_ids(labels, config):
 
     Raises:
         TypeError: neither name nor integer.
-        ValueError: unknown name (the nearest ones are suggested), id out of range, or an unconditional model.
+        ValueError: unknown name (the nearest ones are suggested), id out of range, or a model without classes.
     """
     if config.num_classes == 0 and labels:
-        raise ValueError(f"this model is unconditional and takes no class labels, got {labels[0]!r}")
+        raise ValueError(f"this model takes {inputs_of(config)}: it has no classes, got {labels[0]!r}")
     return [class_id(label, config) for label in labels]
 
 

@@ -8,7 +8,7 @@ from ..modeling.sampling_options_dq import SamplingOptions
 from .class_labels import as_list, class_ids
 from .seeds import check_seed
 
-GENERATE_ARGUMENTS = ("do_sample", "compile_config")  # besides the sampling options
+GENERATE_ARGUMENTS = ("do_sample", "compile_config", "lookahead")  # besides the sampling options
 
 
 class DQGenerationPipeline(Pipeline):
@@ -40,7 +40,7 @@ class DQGenerationPipeline(Pipeline):
             seed: one integer: image i takes the i-th draw of `torch.Generator().manual_seed(seed)`; a list: image i
                 takes the first draw of its own. None: torch's global generator.
             batch_size: images in work at a time; changes the speed only. Default: the pipeline's, or 1.
-            sampling: do_sample, compile_config and the options of `SamplingOptions`, as in
+            sampling: do_sample, compile_config, lookahead and the options of `SamplingOptions`, as in
                 `DQTransformerForImageGeneration.generate_steps`.
 
         Raises:

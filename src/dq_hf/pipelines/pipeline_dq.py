@@ -1,4 +1,4 @@
-"""Images from class labels, the diffusers way."""
+"""Images from prompts and class labels, the diffusers way."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +8,19 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..hub.card import read_source_card
 from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
+from ..hub.weights import check_finite, check_weight_files, weight_files
+from ..modeling.conditioning_dq import check_text
+from ..modeling.generation_dq import check_count
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.text_dq import prompt_arguments, require_text, text_encoder_class
 from .class_labels import as_list, class_ids
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -41,24 +47,38 @@ class DQPipeline(DiffusionPipeline):
     """Samples variable-length codes with a DQ-Transformer and decodes them with a DQ-VAE.
 
     Args:
-        vae: the tokenizer.
+        vae: the image tokenizer.
         transformer: the generator, trained on this tokenizer's codes.
+        text_encoder, tokenizer: for a generator with text; without them prompts are given as `prompt_embeds`.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["codes", "grain_map", "taken", "lengths"]
 
-    def __init__(self, vae: DQVAEModel, transformer: DQTransformerForImageGeneration):
+    def __init__(
+        self,
+        vae: DQVAEModel,
+        transformer: DQTransformerForImageGeneration,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
         super().__init__()
-        DQForImageGeneration.from_models(vae, transformer)  # raises if they do not fit
-        self.register_modules(vae=vae, transformer=transformer)
+        DQForImageGeneration.from_models(vae, transformer, text_encoder, tokenizer)  # raises if they do not fit
+        self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = DQImageProcessor.for_model(vae.config)
         self._guidance_scale, self._interrupt = None, False
 
     @property
     def guidance_scale(self):
-        """Of the present or last call; None: the model's own."""
-        return self._guidance_scale
+        """Of the present or last call."""
+        own = self.transformer.config.sampling_defaults.get("guidance_scale", 1.0)
+        return own if self._guidance_scale is None else self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self):
+        """Whether the present or last call is guided."""
+        return self.guidance_scale != 1
 
     @property
     def num_timesteps(self):
@@ -73,47 +93,163 @@ class DQPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         class_labels=None,
-        num_images_per_label: int = 1,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = None,
+        num_images_per_label: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=("codes",),
         compile_config=None,
+        lookahead: int = 1,
         **options,
     ) -> DQPipelineOutput:
         """Sample images.
 
         Args:
-            class_labels: a class name or id, or a list; None for an unconditional model.
-            num_images_per_label: images of each label, one after the other (unconditional: images in all).
-            generator, compile_config: as in `DQTransformerForImageGeneration.generate_steps`.
+            prompt, negative_prompt: a text or a list, for a model with text, see `encode_prompt`.
+            class_labels: a class name or id, or a list, for a model with classes.
+            num_images_per_prompt, num_images_per_label: two names of how many images are made of each prompt and label,
+                one after the other. Default: 1. Without prompts and labels: images in all.
+            generator, compile_config, lookahead: as in `DQTransformerForImageGeneration.generate_steps`.
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: states of texts
+                instead of the texts, see `encode_prompt`.
             output_type: "pil", "np", "pt" or "codes" (nothing is decoded).
             return_dict: False gives a tuple (images, codes, grain_maps) instead of a `DQPipelineOutput`.
-            callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every element of the
-                streams. It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
+            callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every pass (with
+                lookahead 1, every element of the streams). It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
                 -1, and the image is decoded with zeros in their place. Tensors that it returns must be those that it got.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
-                the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,).
+                the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,). A
+                `PipelineCallback` of diffusers says by itself what it gets.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
                 position_top_p, guidance_scale, fine_positions.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        self.check_inputs(output_type, tensor_inputs)
+        texts = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+        conditions = self.prepare_conditions(class_labels, texts, num_images_per_prompt, num_images_per_label)
+        self._guidance_scale, self._interrupt = options.get("guidance_scale"), False
+        bring_to_device(self.transformer)
+        steps = self.transformer.generate_steps(
+            **conditions, generator=generator, compile_config=compile_config, lookahead=lookahead, **options
+        )
+        state = self.sample(steps, callback_on_step_end, tensor_inputs)
+        output = self.decode(state, output_type)
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.images, output.codes, output.grain_maps)
+
+    def check_inputs(self, output_type, callback_on_step_end_tensor_inputs):
+        """Raise ValueError at what is no type of output, or no tensor of a callback."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
             names = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback tensors must be among {names}; got {unknown}")
-        labels, num_images = self.repeat_labels(class_labels, num_images_per_label)
-        self._guidance_scale, self._interrupt = options.get("guidance_scale"), False
-        bring_to_device(self.transformer)
-        steps = self.transformer.generate_steps(
-            labels, num_images, generator=generator, compile_config=compile_config, **options
-        )
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=None,
+        prompt_attention_mask=None,
+        negative_prompt_embeds=None,
+        negative_prompt_attention_mask=None,
+    ):
+        """States and masks of texts: {argument of `generate_steps`: tensor}.
+
+        Args:
+            prompt: a text or a list of texts; None: no text.
+            negative_prompt: likewise, for the hidden half of guidance; without effect where the guidance scale is 1.
+            prompt_embeds, prompt_attention_mask: states (B, T, text_hidden_size) of a text encoder and their mask
+                (B, T), 0 where there is no token (None: all are there), instead of a prompt.
+            negative_prompt_embeds, negative_prompt_attention_mask: likewise, instead of a negative prompt.
+
+        Raises:
+            TypeError, ValueError: what is no text or no such tensor; a model that takes no text.
+        """
+        config = self.transformer.config
+        arguments = prompt_arguments(config, self.text_encoder, self.tokenizer, prompt, negative_prompt)
+        given = {
+            "": (prompt_embeds, prompt_attention_mask),
+            "negative_": (negative_prompt_embeds, negative_prompt_attention_mask),
+        }
+        for prefix, (embeds, mask) in given.items():
+            name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
+            if embeds is None and mask is not None:
+                raise ValueError(f"{mask_name} is of {name}: give both")
+            if embeds is None:
+                continue
+            require_text(name, config)
+            if f"{prefix}encoder_hidden_states" in arguments:
+                raise ValueError(f"give {prefix}prompt or {name}, not both")
+            states, mask = check_text(embeds, mask, config.text_length, config.text_hidden_size, name, mask_name)
+            arguments |= {f"{prefix}encoder_hidden_states": states, f"{prefix}encoder_attention_mask": mask}
+        return arguments
+
+    def prepare_conditions(self, class_labels, texts, num_images_per_prompt=None, num_images_per_label=None):
+        """What `generate_steps` takes for labels and texts, each so often: {argument: value}.
+
+        Args:
+            class_labels, num_images_per_prompt, num_images_per_label: as in `__call__`.
+            texts: of `encode_prompt`.
+
+        Raises:
+            TypeError, ValueError: unknown labels; another number of labels, prompts and negative prompts than one of
+                each, or as many; numbers of images that differ or are none.
+        """
+        each = [num_images_per_prompt, num_images_per_label]
+        for name, number in zip(("num_images_per_prompt", "num_images_per_label"), each):
+            check_count(name, number)
+        if None not in each and each[0] != each[1]:
+            raise ValueError(
+                f"num_images_per_prompt and num_images_per_label are one number, got {each[0]} and {each[1]}"
+            )
+        each = each[0] or each[1] or 1
+        columns = dict(texts)
+        if class_labels is not None:
+            labels = class_ids(as_list(class_labels), self.transformer.config)
+            if not labels:
+                raise ValueError("class_labels must hold at least one label, got none")
+            columns["class_labels"] = torch.tensor(labels, dtype=torch.long)
+        lengths = {name: len(column) for name, column in columns.items() if "mask" not in name}
+        batch = max(lengths.values(), default=1)
+        if any(length not in (1, batch) for length in lengths.values()):
+            got = ", ".join(f"{length} of {name}" for name, length in lengths.items())
+            raise ValueError(f"prompts, negative prompts and class labels must be one, or as many; got {got}")
+        columns = {
+            name: column.expand(batch, *column.shape[1:]).repeat_interleave(each, 0)
+            for name, column in columns.items()
+        }
+        return columns | {"num_images": batch * each}
+
+    def sample(self, steps, callback_on_step_end=None, callback_on_step_end_tensor_inputs=()):
+        """Run the steps of a sampler to their end, or until a callback stops them; the `StreamState` after the last one.
+
+        Args:
+            steps: of `generate_steps`.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in `__call__`.
+        """
+        scale = self._guidance_scale
         with self.progress_bar(total=self.num_timesteps) as progress:
             for step, state in enumerate(steps):
                 progress.update()
@@ -126,43 +262,52 @@ class DQPipeline(DiffusionPipeline):
                     }
                     given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     check_returned(callback_on_step_end(self, step, step, dict(given)), given)
+                    if self._guidance_scale != scale:
+                        raise ValueError("a callback cannot change guidance_scale on the way; give it to the call")
                     if self.interrupt:
                         break
             progress.total = progress.n  # most streams are shorter than the longest
             progress.refresh()
+        return state
+
+    @torch.no_grad()
+    def decode(self, state, output_type="pil") -> DQPipelineOutput:
+        """The images of a `StreamState`, as far as it has come; codes that are still to come are -1."""
         codes, grain_map = state.grids()
+        taken = state.taken.view_as(codes) if self.interrupt else None
         images = codes
         if output_type != "codes":
             bring_to_device(self.vae)
-            taken = None if not self.interrupt else state.taken.view_as(codes)
             images = self.image_processor.post_process(self.vae.decode_each(codes, taken).sample, output_type)
-        if self.interrupt:
-            codes = codes.where(state.taken.view_as(codes), -1)
-        self.maybe_free_model_hooks()
-        output = DQPipelineOutput(images=images, codes=codes, grain_maps=grain_map)
-        return output if return_dict else (output.images, output.codes, output.grain_maps)
-
-    def repeat_labels(self, class_labels, num_images_per_label):
-        """Class ids, each so often, or None; and the number of images."""
-        if isinstance(num_images_per_label, bool) or not isinstance(num_images_per_label, int):
-            raise TypeError(f"num_images_per_label must be a whole number, got {num_images_per_label!r}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
-        if class_labels is None:
-            return None, num_images_per_label
-        labels = class_ids(as_list(class_labels), self.transformer.config)
-        if not labels:
-            raise ValueError("class_labels must hold at least one label, got none")
-        labels = [label for label in labels for _ in range(num_images_per_label)]
-        return labels, len(labels)
+        codes = codes if taken is None else codes.where(taken, -1)
+        return DQPipelineOutput(images=images, codes=codes, grain_maps=grain_map)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the folder that `DQForImageGeneration.save_pretrained` saves: one folder serves both libraries."""
-        DQForImageGeneration.from_models(self.vae, self.transformer).save_pretrained(save_directory, **kwargs)
+        DQForImageGeneration.from_models(**self.components).save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id, **kwargs):
         """Push what `save_pretrained` saves; arguments as in transformers."""
-        return DQForImageGeneration.from_models(self.vae, self.transformer).push_to_hub(repo_id, **kwargs)
+        return DQForImageGeneration.from_models(**self.components).push_to_hub(repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, but a text encoder is read as strictly as the other parts; arguments and errors as there."""
+        folder = pretrained_model_name_or_path
+        if not Path(folder).is_dir():
+            folder = cls.download(folder, **kwargs)
+        encoder, index = Path(folder, "text_encoder"), check_index(Path(folder, cls.config_name))
+        is_listed = index.get("text_encoder", [None])[0] is not None and "text_encoder" not in kwargs
+        is_checked = is_listed and kwargs.get("use_safetensors") is not False
+        if is_checked:
+            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+            files = weight_files(encoder, kwargs.get("variant"))
+            check_weight_files(text_encoder_class(config), config, files)
+        pipe = super().from_pretrained(folder, **kwargs)
+        if is_checked:
+            check_finite(pipe.text_encoder, files)
+            pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
+        return pipe
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -192,7 +337,7 @@ class DQPipeline(DiffusionPipeline):
 
 
 def check_index(file):
-    """Raise `OSError` or `ValueError` if a `model_index.json` is not one that `save_pretrained` writes."""
+    """What a `model_index.json` holds; `OSError` or `ValueError` if it is not one that `save_pretrained` writes."""
     if not file.is_file():
         raise OSError(f"{file.parent} has no file {file.name}; {NEEDS_BOTH}")
     index = read_json_object(file)
@@ -200,8 +345,10 @@ def check_index(file):
     for key, expected in ({"_class_name": "DQPipeline"} | parts).items():
         if index.get(key) != expected:
             raise ValueError(f"{file}: {key} must be {expected}, got {index.get(key)}; save the model again")
-    if unknown := sorted(key for key in set(index) - set(parts) if not key.startswith("_")):
+    known = {*parts, *DQPipeline._optional_components}
+    if unknown := sorted(key for key in set(index) - known if not key.startswith("_")):
         raise ValueError(f"{file} has unknown entries {', '.join(unknown)}")
+    return index
 
 
 def check_returned(returned, given):

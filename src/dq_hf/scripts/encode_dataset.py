@@ -47,8 +47,8 @@ from dq_hf.data.codes import (
     write_codes,
     write_index,
 )
-from dq_hf.data.images import ImageCollator, check_column, class_names, drop_broken_images, first_rows, load_images
-from dq_hf.hub.folders import partial_of, put_in_place
+from dq_hf.data.images import ImageCollator, check_column, drop_broken_images, find_labels, first_rows, load_images
+from dq_hf.hub.folders import check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.training.checkpoints import together
 from dq_hf.training.options import EMOJI, check_data, option, require, require_different, require_share, run_script
@@ -69,7 +69,9 @@ class Arguments:
         ["test"], "Held-out splits, as many as there are; none means that only the training split is encoded."
     )
     image_column: str = option("image", "Column with the images.")
-    label_column: str | None = option("label", "Column with the class labels; none means codes without classes.")
+    label_column: str | None = option(
+        None, "Column with the class labels; none means codes without classes. Default: label, if there are labels."
+    )
     caption_column: str | None = option(
         None, "Column with the captions, one or several an image, for a generator with text. Default: no captions."
     )
@@ -99,8 +101,8 @@ class Arguments:
         require(self, 1, "max_images", "batch_size", "copies")
         require(self, 0, "num_workers", "max_shift", "seed")
         require_share(self, "max_broken_share", "max_uncaptioned_share")
-        self.label_column, self.caption_column, self.no_flip_column = (
-            None if name == "none" else name for name in (self.label_column, self.caption_column, self.no_flip_column)
+        self.caption_column, self.no_flip_column = (
+            None if name == "none" else name for name in (self.caption_column, self.no_flip_column)
         )
         self.test_split = [] if self.test_split == ["none"] else self.test_split
         require_different(self, "test_split")
@@ -120,7 +122,7 @@ def main(arguments=None):
 def encode(args):
     # The others wait while one process checks the images, which with millions takes longer than the usual ten minutes.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
-    output_dir = Path(args.output_dir).absolute()
+    output_dir = Path(args.output_dir).resolve()  # what a link leads to
     check_output_dir(output_dir, args.overwrite)
     check_data(args.data)
     hold = output_dir.with_name(f".{output_dir.name}.lock")
@@ -128,7 +130,7 @@ def encode(args):
     vae = load_tokenizer(args.vae).to(accelerator.device)
     with accelerator.main_process_first():  # the others read what it has cached
         splits = {name: load_split(args, name) for name in [args.train_split, *args.test_split]}
-    names = class_names(splits[args.train_split], args.label_column) if args.label_column else []
+    args.label_column, names = find_labels(splits, args.label_column)
     schema = code_features(vae.config, names, captions=args.caption_column is not None).arrow_schema
 
     stage = partial_of(output_dir)
@@ -179,7 +181,8 @@ def beside(args, rows, pictures, epoch):
 
 
 def check_output_dir(output_dir, overwrite):
-    """Raise `ValueError` at a folder with files, unless it is a code cache that may be replaced."""
+    """Raise `OSError` or `ValueError` at a place for no folder, or at files but those of a code cache to be replaced."""
+    check_place(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir must be a folder, got the file {output_dir}")
     if not output_dir.exists() or not any(output_dir.iterdir()):

@@ -37,7 +37,7 @@ from dq_hf import (
 from dq_hf.data.captions import all_captions, captions_of, with_wrong_captions
 from dq_hf.data.codes import CAPTIONS, CodeCollator, LengthBucketSampler, load_codes, read_index
 from dq_hf.data.fingerprint import codes_fingerprint
-from dq_hf.data.images import ImageCollator, class_names, first_rows
+from dq_hf.data.images import ImageCollator, find_labels, first_rows
 from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
 from dq_hf.pictures import image_grid
@@ -90,7 +90,9 @@ class Arguments(RunOptions):
     codes: str | None = option(
         None, "Code cache, made by encode_dataset.py; without one, the images are encoded at every step."
     )
-    label_column: str | None = option("label", "Column with the class labels; none means a model without classes.")
+    label_column: str | None = option(
+        None, "Column with the class labels; none means a model without classes. Default: label, if there are labels."
+    )
     caption_column: str | None = option(
         None,
         "Column with the captions, one or several an image, of which one is drawn each time the image is seen; with "
@@ -152,11 +154,9 @@ class Arguments(RunOptions):
         require_share(self, "class_dropout", "text_dropout", "dropout", "attention_dropout", "ema_decay")
         require_share(self, "max_uncaptioned_share")
         require_one_of(self, "fine_order", ("row-first", "region-first"))
-        self.label_column, self.caption_column = (
-            None if name == "none" else name for name in (self.label_column, self.caption_column)
-        )
+        self.caption_column = None if self.caption_column == "none" else self.caption_column
         if self.codes is not None:  # whose columns have names of their own
-            self.label_column = self.label_column and "label"
+            self.label_column = self.label_column if self.label_column in (None, "none") else "label"
             self.caption_column = self.caption_column and CAPTIONS
         self.settle_text()
         if self.codes is not None and self.streaming:
@@ -275,7 +275,7 @@ def load_sets(run, vae):
         splits = {split: load_codes(args.codes, split, vae) for split in (args.train_split, *args.test_split)}
         train_set = splits.pop(args.train_split)
         test_sets = {split: first_rows(rows, args.max_test_images) for split, rows in splits.items()}
-    names = class_names(train_set, args.label_column) if args.label_column else []
+    args.label_column, names = find_labels({args.train_split: train_set} | test_sets, args.label_column)
     if args.caption_column is None:
         return train_set, test_sets, names, None
     if args.codes is not None and CAPTIONS not in train_set.column_names:

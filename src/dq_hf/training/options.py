@@ -187,6 +187,8 @@ def run_script(script, options, description, arguments=None):
         description: of the script, for its help.
         arguments: words of the command line. Default: this process's.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of any signs, whatever the terminal takes
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = HfArgumentParser(options, description=description, formatter_class=RawDescriptionHelpFormatter)
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)

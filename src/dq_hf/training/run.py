@@ -23,7 +23,7 @@ from ..data.augmentation import Augmentation
 from ..data.images import check_column
 from ..data.streams import load_train_and_test
 from ..hub.card import write_model_card
-from ..hub.folders import whole_folder
+from ..hub.folders import check_place, whole_folder
 from ..hub.upload import check_push
 from .checkpoints import (
     CheckpointError,
@@ -90,6 +90,7 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
         )
         check_writable(self.dir)
+        check_place(self.dir / "model")
         self.lock = together(
             lambda: lock(self.dir / LOCK_FILE, self.dir) if self.accelerator.is_main_process else None
         )

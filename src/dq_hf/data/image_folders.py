@@ -1,0 +1,165 @@
+"""A folder of images as a data set: splits and classes from its folders, captions and more from files beside the images.
+
+    folder/<split>/<class>/.../image.png      labels: the name of the first folder below the split
+    folder/<split>/image.png                  no labels
+    folder/<class>/.../image.png              one split, "train"
+
+A split or class folder may be a link. `metadata.jsonl`, `.csv` or `.parquet` in any of these folders, with a column
+`file_name`, has further columns and takes the place of labels; else `image.txt` beside `image.png` has its captions, one a
+line, which become the column `text`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+IMAGES = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .tga .ico .jp2 .j2k .jpx .avif"
+    " .pcx .dds".split()
+)
+TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz"}  # whoever has such has no folder of images
+METADATA = {
+    "metadata.jsonl": lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()],
+    "metadata.csv": lambda path: pyarrow.csv.read_csv(path).to_pylist(),
+    "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
+}
+SPLITS = {  # a split: other names of its folder
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def files_of(folder):
+    """All files of a folder, through links, in order; what is hidden does not count."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        above = os.path.realpath(place) + os.sep
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not above.startswith(os.path.realpath(os.path.join(place, name)) + os.sep)
+        ]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_image_folder(folder):
+    """Whether a folder holds images as files; one with tables of images, or with a card that lists files, does not."""
+    kinds = {path.suffix.lower() for path in files_of(folder) if path.name not in METADATA}
+    card = Path(folder, "README.md")
+    lists_files = card.is_file() and "configs:" in card.read_text("utf-8", errors="replace")
+    return bool(kinds & IMAGES) and not kinds & TABLES and not lists_files
+
+
+def load_image_folder(folder, split, streaming=False):
+    """A split of a folder of images, as a `datasets.Dataset` or, with `streaming`, an `IterableDataset`.
+
+    Raises:
+        ValueError: no such split, or a damaged file beside the images.
+    """
+    folder = Path(folder).absolute()
+    places = split_folders(folder)
+    name = next((name for name in (split, *SPLITS.get(split, ())) if name in places), None)
+    if name is None:
+        whole = f": {folder} itself, for it has no folder named {split}" if places == {"train": folder} else ""
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(places)}{whole}")
+    rows, features = rows_of(folder, places, name)
+    stamps = [stamp(row["image"]["path"]) for row in rows]
+    arguments = {"generator": give, "gen_kwargs": {"rows": rows, "stamps": stamps}, "features": features}
+    if streaming:
+        return datasets.IterableDataset.from_generator(**arguments)
+    return datasets.Dataset.from_generator(**arguments, fingerprint=datasets.fingerprint.Hasher.hash((rows, stamps)))
+
+
+def split_folders(folder):
+    """{split: its folder}, by the folders at the top alone; of a folder without splits {"train": itself}."""
+    tops = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    return tops if set(tops) & {name for names in SPLITS.values() for name in names} else {"train": folder}
+
+
+def rows_of(folder, places, split):
+    """Rows of a split, as dictionaries, and their `datasets.Features`."""
+    files = {name: files_of(place) for name, place in places.items()}
+    own = files[split]
+    known = metadata_of([*(path for path in folder.iterdir() if path.is_file()), *own])
+    paths = sorted({path for path in own if path.suffix.lower() in IMAGES} | known.keys())
+    paths = [path for path in paths if path.is_relative_to(places[split])]
+    rows = [{"image": {"path": str(path), "bytes": None}} for path in paths]
+    features = {"image": datasets.Image(decode=False)}
+    if known:
+        columns = list(dict.fromkeys(name for more in known.values() for name in more))
+        rows = [row | {name: known.get(path, {}).get(name) for name in columns} for path, row in zip(paths, rows)]
+        schema = pa.Table.from_pylist([{name: row[name] for name in columns} for row in rows]).schema
+        return rows, datasets.Features(features | datasets.Features.from_arrow_schema(schema))
+
+    classes = {name: {class_of(path, place) for path in files[name]} for name, place in places.items()}
+    names = sorted(set().union(*classes.values()) - {None})
+    if names:
+        features["label"] = datasets.ClassLabel(names=names)
+        numbers = {name: number for number, name in enumerate(names)}
+        rows = [row | {"label": numbers.get(class_of(path, places[split]))} for path, row in zip(paths, rows)]
+    texts = {path for path in own if path.suffix == ".txt"}
+    if any(path.with_suffix(".txt") in texts for path in paths):
+        features["text"] = datasets.List(datasets.Value("string"))
+        lines = (lines_of(path.with_suffix(".txt")) if path.with_suffix(".txt") in texts else [] for path in paths)
+        rows = [row | {"text": text} for row, text in zip(rows, lines)]
+    return rows, datasets.Features(features)
+
+
+def class_of(path, place):
+    """The class folder of an image in a split's folder; None for one that lies in none, and for other files."""
+    parts = path.relative_to(place).parts
+    return parts[0] if len(parts) > 1 and path.suffix.lower() in IMAGES else None
+
+
+def metadata_of(files):
+    """{path of an image: its further columns}, of all files of metadata among these.
+
+    Raises:
+        ValueError: one that is damaged, or has no column `file_name`.
+    """
+    known = {}
+    for file in files:
+        if file.name not in METADATA:
+            continue
+        try:
+            rows = METADATA[file.name](file)
+            known |= {
+                Path(os.path.normpath(file.parent / row["file_name"])): {
+                    name: value for name, value in row.items() if name != "file_name"
+                }
+                for row in rows
+            }
+        except (ValueError, TypeError, KeyError, AttributeError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{file} must have rows with a column file_name, the path of an image from there; got {error!r}"
+            ) from error
+    return known
+
+
+def lines_of(path):
+    """The lines of a text; ValueError if it is none."""
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+
+
+def stamp(path):
+    """What changes when a file does."""
+    try:
+        facts = os.stat(path)
+    except OSError:  # it is a broken image, which is left out or refused later
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def give(rows, stamps):
+    """The rows, one by one."""
+    yield from rows

@@ -1,0 +1,221 @@
+"""The one step loop: predict, choose, append, for one element of every image or for several of the fixed finest part.
+
+Both stacks are causal, so that what is chosen depends on what stands before it and on nothing else. Where the finest
+positions are fixed, a pass may therefore read guesses of the next few codes at once and keep those that its own choices
+agree with: the codes are those that one element after the other gives.
+"""
+
+import torch
+
+from .layers_dqtransformer import Window, make_cache
+
+POSITION, CONTENT = 0, 1  # the two symbols of an element
+
+
+def generation_steps(model, state, condition, source, guidance_scale=1.0, compile_config=None, lookahead=1):
+    """Choose elements of every image until its stream ends; yields the `StreamState` after each pass.
+
+    Args:
+        model: `DQTransformerForImageGeneration`, in evaluation mode.
+        state: `StreamState` of the condition's labels, at the beginning of its streams.
+        condition: `Condition`.
+        source: where the elements come from: `Draw`, `Greedy` or `Replay`.
+        guidance_scale: as in `SamplingOptions`.
+        compile_config, lookahead: as in `generate_steps`.
+    """
+    hidden = condition.hidden() if guidance_scale != 1 else None
+    most_elements = model.config.longest_stream
+    places = torch.arange(most_elements, device=condition.labels.device)
+    compiled = compile_config is not None
+    caches = [
+        make_cache(num_layers, condition.prefix_length + most_elements, compiled)
+        for num_layers in (model.config.num_position_layers, model.config.num_content_layers)
+    ]
+    if condition.prefix is not None:
+        prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
+        model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
+    first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
+    state.append(first, state.allowed_contents(first).long().argmax(1))
+
+    step = compiled_step = append_next
+    if compiled:
+        compiled_step = torch.compile(step, **compile_config.to_dict())
+    for i in range(1, most_elements):
+        if (state.finished if compiled else state.positions_are_fixed()).all():  # waits for the device
+            break
+        step(model, state, places[i - 1 : i], source, source.inputs(i), caches, hidden, guidance_scale)
+        step = compiled_step  # the first step is not compiled: it makes the caches' buffers
+        yield state
+    if not state.finished.all():
+        yield from fixed_steps(
+            model, state, source, caches, condition.prefix_length, hidden, guidance_scale, lookahead
+        )
+
+
+def append_next(model, state, place, source, inputs, caches, hidden, guidance_scale):
+    """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
+    last = [column[:, None] for column in state.last]
+    state.append(*next_element(model, last, place, state, source, inputs, caches, hidden, guidance_scale))
+
+
+def next_element(model, elements, places, state, source, inputs, caches=(None, None), hidden=None, guidance_scale=1.0):
+    """Position and content (B,) of the element behind these.
+
+    Args:
+        elements: contents, positions and granularities, (B, L) each: those behind what the caches hold, or all.
+        places: (L,) long, of these elements in the streams.
+        state: `StreamState` that says what may come.
+        source, inputs: choose from it, see `Greedy`.
+        caches: of the Position- and the Content-Transformer.
+        hidden: twin of the condition, for a guidance scale other than 1.
+    """
+    contents, positions, granularities = elements
+    hidden_states = model.embed(*with_twin(model, hidden, *elements), places)
+    hidden_states = model.position_transformer(hidden_states, caches[0])
+    logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
+    next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
+
+    contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
+    positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
+    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
+    _, positions, granularities = with_twin(model, hidden, contents, positions, granularities)
+    hidden_states = hidden_states + model.embed_positions(positions, granularities)
+    logits = guide(model.content_head(model.content_transformer(hidden_states, caches[1])[:, -1]), guidance_scale)
+    allowed = state.allowed_contents(next_positions)
+    return next_positions, source.choose(CONTENT, logits, allowed, inputs)
+
+
+def fixed_steps(model, state, source, caches, prefix_length, hidden=None, guidance_scale=1.0, lookahead=1):
+    """Choose what is left of the streams when all positions are known; yields the state after each pass.
+
+    Args:
+        prefix_length: elements that the caches hold before the streams.
+        model, state, source, caches, hidden, guidance_scale, lookahead: as in `generation_steps` and `next_element`.
+    """
+    rest = FixedPart(state, lookahead)
+    granularities = torch.full_like(rest.targets, state.layout.num_granularities - 1)
+    inputs = None
+    if lookahead > 1:  # each image reads those of its own place
+        inputs = [source.inputs(rest.first + target) for target in range(rest.length)]
+        inputs = None if inputs[0] is None else torch.stack(inputs, dim=2)  # (2, B, length)
+    while not rest.only_ends():  # waits for the device
+        targets = rest.targets
+        guesses, positions, next_positions = rest.elements(targets)
+        elements = with_twin(model, hidden, guesses, positions, granularities)
+        following = with_twin(model, hidden, guesses, next_positions, granularities)
+        if lookahead == 1:
+            place = rest.first + rest.num_passes  # of all images that go on
+            places, window, chosen_by = torch.full_like(targets[:1], place - 1), None, source.inputs(place)
+        else:
+            places = rest.first - 1 + (targets if hidden is None else torch.cat([targets, targets]))
+            window = Window(prefix_length + places, prefix_length + rest.first + int(targets.max()))
+            chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
+        hidden_states = model.position_transformer(model.embed(*elements, places), caches[0], window)
+        hidden_states = hidden_states + model.embed_positions(*following[1:])
+        hidden_states = model.content_transformer(hidden_states, caches[1], window)
+        logits = guide(model.content_head(hidden_states).flatten(0, 1), guidance_scale)
+        allowed = state.allowed_contents(next_positions).flatten(0, 1)
+        rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
+        yield state
+    rest.append_ends()
+    yield state
+
+
+def with_twin(model, hidden, contents, positions, granularities):
+    """Elements (2B, L): the rows of the condition, and those of its hidden twin; without a twin the former, (B, L)."""
+    if hidden is None:
+        return contents, positions, granularities
+    twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
+    return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
+
+
+def guide(logits, scale):
+    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, V) of both conditions to (B, V). Scale 1: as they are."""
+    if scale == 1:
+        return logits
+    conditional, unconditional = logits.float().chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+class FixedPart:
+    """What is left of streams whose positions are all known: the finest codes in the training order, and the end.
+
+    An element that is left is a target. A pass chooses several, given the element before each, which may be a guess:
+    what the last pass chose for it. Behind the first guess that turns out to be wrong, the next one is what an earlier
+    pass chose when it guessed right, if one did.
+
+    Args:
+        state: `StreamState`, into which everything is written that has come.
+        window: targets of a pass.
+    """
+
+    def __init__(self, state, window):
+        layout, free = state.layout, ~state.taken
+        self.state, self.lengths, self.num_passes = state, state.lengths, 0
+        self.first = int(state.lengths.max())  # place in the streams of the first target; of all images that go on
+        self.num_codes = free.sum(1)
+        self.num_targets = self.num_codes + ~state.finished
+        self.length = int(self.num_targets.max())
+        order = torch.where(free, state.tables.rank[-1], free.shape[1]).argsort(dim=1)  # what is free comes first
+        self.target_of_cell = order.argsort(dim=1).clamp(max=self.length - 1)  # (B, F)
+        self.done = torch.zeros_like(self.lengths)  # targets that have come
+        ahead = torch.arange(self.length, device=free.device)
+        self.ahead = ahead[:window]
+        special = ahead - self.num_codes[:, None] + state.finished[:, None]  # 0: the end; above: padding
+        positions = torch.where(special == 0, layout.num_cells[-1] + 1, layout.num_cells[-1])
+        positions = torch.where(special < 0, torch.nn.functional.pad(order, (0, 1))[:, : self.length], positions)
+        # Views of what the state holds, from the last element on: target i is in column i + 1, the one before it in i.
+        self.contents, self.positions, _ = state.elements[:, :, self.first - 1 : self.first + self.length]
+        self.positions[:, 1:] = positions
+        for column, each in zip(self.contents[:, 1:].unbind(1), positions.unbind(1)):
+            column.copy_(state.allowed_contents(each).byte().argmax(1))  # right where only one is allowed
+        memory = self.contents.new_full((2, len(free), self.length, len(self.ahead)), -1)
+        self.guessed, self.chosen = memory  # what a pass guessed before a target, and chose for it
+
+    @property
+    def targets(self):
+        """Those of the next pass, (B, L) long; the last one fills up."""
+        return (self.done[:, None] + self.ahead).clamp(max=self.length - 1)
+
+    def elements(self, targets):
+        """Contents, guesses among them, and positions of what is before targets (B, L), and the targets' positions."""
+        before = [column.gather(1, targets) for column in (self.contents, self.positions)]
+        return *before, self.positions.gather(1, targets + 1)
+
+    def only_ends(self):
+        """Whether all codes have come."""
+        return bool((self.done >= self.num_codes).all())
+
+    def accept(self, targets, guesses, chosen):
+        """Write what a pass has chosen for its targets (B, L) given guesses (B, L), as far as these were right."""
+        self.contents.scatter_(1, targets + 1, chosen)
+        self._write(self.done + 1 + (chosen[:, :-1] == guesses[:, 1:]).cumprod(1).sum(1))
+        if len(self.ahead) > 1:
+            self._remember(targets, guesses, chosen)
+        self.num_passes += 1
+
+    def append_ends(self):
+        """Write the end of all streams behind their last codes."""
+        self._write(self.num_targets)
+
+    def _remember(self, targets, guesses, chosen):
+        """Guess the next target from what it would have been in earlier passes. A target is in so many passes at most."""
+        for memory, values in ((self.guessed, guesses), (self.chosen, chosen)):
+            memory[..., self.num_passes % len(self.ahead)].scatter_(1, targets, values)
+        target = self.targets[:, :1]
+        guessed, chosen = (memory[torch.arange(len(target)), target[:, 0]] for memory in (self.guessed, self.chosen))
+        right = guessed == self.contents.gather(1, target)  # (B, L), of earlier passes
+        remembered = chosen.gather(1, right.byte().argmax(1, keepdim=True))
+        last = self.contents.gather(1, target + 1)
+        self.contents.scatter_(1, target + 1, torch.where(right.any(1, keepdim=True), remembered, last))
+
+    def _write(self, done):
+        """So many targets (B,) have come."""
+        state, self.done = self.state, torch.minimum(done, self.num_targets)
+        has_come = self.target_of_cell < torch.minimum(self.done, self.num_codes)[:, None]  # (B, F)
+        codes = self.contents[:, 1:].gather(1, self.target_of_cell)
+        state.codes = torch.where(has_come, codes, state.codes)
+        state.fine_grain_map = state.fine_grain_map.masked_fill(has_come, state.layout.num_granularities - 1)
+        state.taken = state.taken | has_come
+        state.finished = self.done == self.num_targets
+        state.lengths = self.lengths + self.done

@@ -1,0 +1,137 @@
+"""Folders of images as people have them: splits, classes, captions, links, and paths with any signs."""
+
+import json
+
+import datasets
+import pytest
+from PIL import Image
+
+from dq_hf.data.images import class_names, decode_image, drop_broken_images, load_images
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write(folder, names):
+    """Plain images, each of the grey value of its place in the list."""
+    for grey, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), grey).save(folder / name)
+    return folder
+
+
+def greys(dataset):
+    return [decode_image(row["image"]).getpixel((0, 0)) for row in dataset]
+
+
+both = pytest.mark.parametrize("streaming", [False, True])
+
+
+@both
+def test_splits_are_the_folders_at_the_top_whatever_classes_and_files_are_called(tmp_path, streaming):
+    names = ["test/test/a.png", "test/train/train.png", "train/test/b.png", "train/train/validation.png"]
+    write(tmp_path, names)
+    train, test = (load_images(tmp_path, split, streaming=streaming) for split in ("train", "test"))
+    assert greys(train) == [2, 3] and greys(test) == [0, 1]
+    assert class_names(train, "label") == class_names(test, "label") == ["test", "train"]
+    assert [row["label"] for row in train] == [row["label"] for row in test] == [0, 1]
+
+
+def test_any_split_is_read_and_usual_names_stand_for_each_other(tmp_path):
+    write(tmp_path, ["train/a.png", "val/b.png", "pairs/c.png"])
+    assert [greys(load_images(tmp_path, split)) for split in ("validation", "val", "pairs")] == [[1], [1], [2]]
+    with pytest.raises(ValueError, match="has no split 'test'; it has pairs, train, val$"):
+        load_images(tmp_path, "test")
+
+
+def test_a_class_is_the_first_folder_below_the_split(tmp_path):
+    write(tmp_path, ["train/cat/a.png", "train/cat/small/b.png", "train/dog/2024/c.png", "test/bird/d.png"])
+    dataset = load_images(tmp_path, "train")
+    assert class_names(dataset, "label") == ["bird", "cat", "dog"]
+    assert greys(dataset) == [0, 1, 2] and dataset["label"][:] == [1, 1, 2]
+
+
+def test_one_class_is_a_class_and_images_in_no_folder_have_no_label(tmp_path):
+    write(
+        tmp_path,
+        ["one/train/cat/a.png", "none/train/b.png", "none/test/c.png", "mixed/train/d.png", "mixed/train/cat/e.png"],
+    )
+    assert class_names(load_images(tmp_path / "one", "train"), "label") == ["cat"]
+    assert load_images(tmp_path / "none", "train").column_names == ["image"]
+    assert sorted(load_images(tmp_path / "mixed", "train")["label"][:], key=str) == [0, None]
+
+
+@both
+def test_links_are_followed_and_no_circle_is(tmp_path, streaming):
+    write(tmp_path / "elsewhere", ["cats/a.png", "b.png"])
+    (tmp_path / "set" / "test").mkdir(parents=True)
+    (tmp_path / "set" / "train").mkdir()
+    (tmp_path / "set" / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cats")
+    (tmp_path / "set" / "train" / "dog").mkdir()
+    (tmp_path / "set" / "train" / "dog" / "b.png").symlink_to(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "set" / "train" / "dog" / "again").symlink_to(tmp_path / "set")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "train").symlink_to(tmp_path / "set" / "train")
+    (tmp_path / "set link").symlink_to(tmp_path / "set")
+    for name in ("set", "linked", "set link"):
+        dataset = load_images(tmp_path / name, "train", streaming=streaming)
+        assert greys(dataset) == [0, 1] and class_names(dataset, "label") == ["cat", "dog"]
+
+
+@both
+@pytest.mark.parametrize("name", ["set [v2]", "a*b?", "**", "{x,y}", "#1 50%", "\u00fc, \u96ea"])
+def test_every_path_is_read(tmp_path, name, streaming):
+    write(tmp_path / name / "images", ["train/[cat]/a[1].png", "train/do*g/b?.png"])
+    dataset = load_images(tmp_path / name / "images", "train", streaming=streaming)
+    assert greys(dataset) == [0, 1] and class_names(dataset, "label") == ["[cat]", "do*g"]
+    (tmp_path / name / "tables [1]").mkdir()
+    images = datasets.Dataset.from_dict(
+        {"image": [Image.new("L", (4, 4), 7)]}, datasets.Features({"image": datasets.Image()})
+    )
+    file = tmp_path / name / "tables [1]" / "train-00000-of-00001.parquet"
+    images.to_parquet(file)
+    assert greys(load_images(file.parent, "train", streaming=streaming)) == [7]
+    assert greys(load_images(file, "train", streaming=streaming)) == [7]
+
+
+@both
+def test_captions_are_read_from_text_files_beside_the_images(tmp_path, streaming):
+    write(tmp_path, ["train/a.png", "train/b.jpg", "train/c.png"])
+    (tmp_path / "train" / "a.txt").write_text("a snail\nflat style\n", "utf-8")
+    (tmp_path / "train" / "c.txt").write_text("\u96ea", "utf-8")
+    assert [row["text"] for row in load_images(tmp_path, "train", streaming=streaming)] == [
+        ["a snail", "flat style"],
+        [],
+        ["\u96ea"],
+    ]
+    (tmp_path / "train" / "c.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="c.txt must be a text in UTF-8"):
+        load_images(tmp_path, "train")
+
+
+@both
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("at_the_top", [False, True])
+def test_further_columns_are_read_from_metadata(tmp_path, kind, at_the_top, streaming):
+    write(tmp_path, ["train/x/a.png", "train/b.png", "test/c.png"])
+    place, prefix = (tmp_path, "train/") if at_the_top else (tmp_path / "train", "")
+    rows = [{"file_name": f"{prefix}x/a.png", "text": "first"}, {"file_name": f"{prefix}gone.png", "text": "lost"}]
+    table = datasets.Dataset.from_list(rows)
+    if kind == "jsonl":
+        (place / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        getattr(table, f"to_{kind}")(place / f"metadata.{kind}")
+    dataset = load_images(tmp_path, "train", streaming=streaming)
+    assert [row["text"] for row in dataset] == [None, "lost", "first"] and "label" not in dataset.features
+    if not streaming:
+        assert greys(drop_broken_images(dataset, max_share=0.5)) == [1, 0]
+
+
+@pytest.mark.parametrize("text", ["{", '["a"]', '{"text": "a"}'])
+def test_damaged_metadata_are_named(tmp_path, text):
+    write(tmp_path, ["train/a.png"])
+    (tmp_path / "train" / "metadata.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="metadata.jsonl must have rows with a column file_name"):
+        load_images(tmp_path, "train")

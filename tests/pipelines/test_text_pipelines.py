@@ -1,0 +1,173 @@
+"""Prompts through DQPipeline: as in diffusers, the same images as the model's own; other inputs are refused."""
+
+import json
+
+import pytest
+import torch
+from conftest import TEXT, edit_weights, make_text_encoder, make_text_tokenizer, make_transformer, make_vae, seeded
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import PipelineCallback
+
+from dq_hf import DQForImageGeneration, DQPipeline
+
+CLASSES = dict(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
+SMALL = dict(grid_sizes=[[2, 2], [4, 4]])
+
+
+def make_model(kind="clip", **overrides):
+    """For 8x8 images, with a text encoder of a kind."""
+    parts = make_vae(image_size=8), make_transformer(**TEXT, **SMALL, **overrides)
+    return DQForImageGeneration.from_models(*parts, make_text_encoder(kind), make_text_tokenizer()).eval()
+
+
+def pipeline_of(model):
+    pipe = DQPipeline(**model.parts, tokenizer=model.tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return pipeline_of(model)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    model.save_pretrained(path)
+    return path
+
+
+def test_a_seed_is_the_models_own_image_however_it_is_asked_for(model, pipe, folder):
+    options = dict(guidance_scale=2.0, temperature=0.9)
+    expected = model.generate(prompt=["sun", "a red heart"], negative_prompt="blue", generator=seeded(3), **options)
+    for each in (pipe, DQPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)):
+        each.set_progress_bar_config(disable=True)
+        output = each(["sun", "a red heart"], negative_prompt="blue", generator=seeded(3), **options)
+        assert torch.equal(output.codes, expected.codes)
+    texts = pipe.encode_prompt(["sun", "a red heart"], "blue")
+    embeds = dict(
+        prompt_embeds=texts["encoder_hidden_states"],
+        prompt_attention_mask=texts["encoder_attention_mask"],
+        negative_prompt_embeds=texts["negative_encoder_hidden_states"],
+        negative_prompt_attention_mask=texts["negative_encoder_attention_mask"],
+    )
+    bare = DQPipeline(pipe.vae, pipe.transformer)
+    assert torch.equal(bare(**embeds, generator=seeded(3), **options).codes, expected.codes)
+    saved = bare.save_pretrained(folder.parent / "bare")
+    assert saved is None and not (folder.parent / "bare" / "text_encoder").exists()
+    assert DQPipeline.from_pretrained(folder.parent / "bare").text_encoder is None
+
+
+@pytest.mark.parametrize("classes", [{}, CLASSES], ids=["text", "text and class"])
+def test_images_of_each_prompt_come_one_after_the_other(classes):
+    pipe = pipeline_of(make_model(**classes))
+    labels = dict(class_labels=["moon", "star"]) if classes else {}
+    output = pipe(["sun", "heart"], num_images_per_prompt=2, generator=seeded(1), output_type="codes", **labels)
+    labels = dict(class_labels=[1, 1, 2, 2]) if classes else {}
+    prompts = ["sun", "sun", "heart", "heart"]
+    assert torch.equal(output.codes, pipe(prompts, generator=seeded(1), output_type="codes", **labels).codes)
+    labels = dict(class_labels="moon", num_images_per_label=2) if classes else dict(num_images_per_prompt=2)
+    none = pipe(generator=seeded(1), output_type="codes", **labels)
+    empty = pipe(["", " "], generator=seeded(1), output_type="codes", **(classes and dict(class_labels=[1])))
+    assert torch.equal(none.codes, empty.codes) and len(none.codes) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(prompt=[]), ValueError, "prompt must hold at least one text"),
+        (dict(prompt=7), TypeError, "prompt must be a text or a list of texts, got int"),
+        (dict(negative_prompt=["sun", None]), TypeError, "negative_prompt .* got None in it"),
+        (
+            dict(prompt=["sun", "sun"], negative_prompt=["a"] * 3),
+            ValueError,
+            "must be one, or as many; got 2 of .*3 of",
+        ),
+        (dict(prompt="sun", prompt_embeds=torch.ones(1, 2, 8)), ValueError, "prompt or prompt_embeds, not both"),
+        (dict(prompt_attention_mask=torch.ones(1, 2)), ValueError, "prompt_attention_mask is of prompt_embeds"),
+        (dict(prompt_embeds=torch.ones(1, 2, 9)), ValueError, r"^prompt_embeds must have shape \(B, T, 8\)"),
+        (dict(prompt_embeds=torch.ones(1, 2, 8).int()), TypeError, "prompt_embeds must be a float tensor"),
+        (
+            dict(negative_prompt_embeds=torch.ones(1, 2, 8), negative_prompt_attention_mask=torch.ones(2, 2)),
+            ValueError,
+            "negative_prompt_attention_mask must have shape",
+        ),
+        (dict(class_labels=1), ValueError, "takes a prompt: it has no classes"),
+        (dict(num_images_per_prompt=0), ValueError, "num_images_per_prompt must be at least 1"),
+        (dict(num_images_per_prompt=2, num_images_per_label=3), ValueError, "one number, got 2 and 3"),
+    ],
+)
+def test_bad_inputs_are_refused(pipe, arguments, error, message):
+    with pytest.raises(error, match=message):
+        pipe(**arguments)
+
+
+def test_a_model_without_text_says_what_it_takes():
+    parts = make_vae(image_size=8), make_transformer(**SMALL, **CLASSES)
+    for arguments in (dict(prompt="sun"), dict(negative_prompt="sun"), dict(prompt_embeds=torch.ones(1, 2, 8))):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} is for .*takes class_labels"):
+            DQPipeline(*parts)(**arguments)
+    with pytest.raises(ValueError, match="needs a text encoder and its tokenizer"):
+        DQPipeline(make_vae(image_size=8), make_transformer(**TEXT, **SMALL))("sun")
+
+
+def test_every_door_saves_the_same_folder(pipe, folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe" / "model")
+    DQPipeline.from_pretrained(folder).save_pretrained(tmp_path / "again" / "model", safe_serialization=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "tokenizer_config.json":  # transformers notes where it was loaded from
+            for name in ("pipe", "again"):
+                assert (tmp_path / name / "model" / path.relative_to(folder)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_damaged_text_encoder_is_refused_by_file_and_key(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    path, key = tmp_path / "text_encoder" / "model.safetensors", "final_layer_norm.weight"
+    edit_weights(path, lambda weights: weights[key].fill_(torch.inf))
+    with pytest.raises(ValueError, match=f"text_encoder/model.safetensors .*not finite: {key}"):
+        DQPipeline.from_pretrained(tmp_path)
+    edit_weights(path, lambda weights: weights.pop(key))
+    with pytest.raises(ValueError, match=f"text_encoder/model.safetensors .*missing: {key}"):
+        DQPipeline.from_pretrained(tmp_path)
+    assert DQPipeline.from_pretrained(tmp_path, text_encoder=model.text_encoder).text_encoder is model.text_encoder
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(json.loads((tmp_path / "model_index.json").read_text()) | {"text_encodr": ["transformers", "x"]})
+    )
+    with pytest.raises(ValueError, match="unknown entries text_encodr"):
+        DQPipeline.from_pretrained(tmp_path)
+
+
+class Watch(PipelineCallback):
+    tensor_inputs = ["lengths"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        pipeline._interrupt = step_index == 1
+        self.seen = [*getattr(self, "seen", []), set(callback_kwargs)]
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers_and_the_guidance_scale(pipe):
+    watch = Watch()
+    stopped = pipe("sun", generator=seeded(0), output_type="codes", callback_on_step_end=watch)
+    assert watch.seen == [{"lengths"}] * 2 and (stopped.codes == -1).any()
+    pipe("sun", output_type="codes")
+    assert pipe.guidance_scale == 1.0 and not pipe.do_classifier_free_guidance
+
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 5.0
+
+    with pytest.raises(ValueError, match="cannot change guidance_scale on the way"):
+        pipe("sun", guidance_scale=2.0, output_type="codes", callback_on_step_end=change)
+
+
+def test_components_are_those_of_diffusers(pipe):
+    assert set(pipe.components) == {"vae", "transformer", "text_encoder", "tokenizer"}
+    assert DQPipeline.from_pipe(pipe).text_encoder is pipe.text_encoder
+    half = DQPipeline(**pipe.components).to(torch.float32)
+    assert half("sun", output_type="np").images.shape == (1, 8, 8, 3)
