@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 from dq_hf import DQVAEModel
 from dq_hf.networks.perceptual import LPIPS, make_perceptual_loss
 from dq_hf.scripts import train_dqtransformer, train_dqvae
+from dq_hf.scripts.arguments import GENERATOR_SIZES, TOKENIZER_SIZES, GeneratorArguments, TokenizerArguments
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
 from dq_hf.training.options import settle_sizes
 
@@ -54,13 +55,15 @@ class Count(NamedTuple):
 
 def main(args):
     torch.manual_seed(0)
-    options = options_of(train_dqvae, args.stage_1)
-    settle_sizes(options, train_dqvae.SIZES)
+    options = options_of(TokenizerArguments, args.stage_1)
+    settle_sizes(options, TOKENIZER_SIZES)
     vae = DQVAEModel(train_dqvae.make_config(options))
     pixel_values = torch.rand(1, 3, *vae.config.image_height_width) * 2 - 1
     with torch.no_grad():
         encoded = vae.eval().encode(pixel_values, fine_ratio=vae.config.budget_targets)
-    generator = train_dqtransformer.make_model(vae, [], options_of(train_dqtransformer, args.stage_2))
+    generator_options = options_of(GeneratorArguments, args.stage_2)
+    settle_sizes(generator_options, GENERATOR_SIZES)
+    generator = train_dqtransformer.make_model(vae, [], None, None, generator_options)
     counts = (
         count_tokenizer(vae, options, pixel_values, encoded.grain_map),
         count_steps([generator], [], lambda: generator(encoded.codes, encoded.grain_map).loss, num_averages=0),
@@ -71,9 +74,9 @@ def main(args):
         write_section(Path(args.output), f"benchmarks/training_cost.py, {args.name}", report)
 
 
-def options_of(script, options):
+def options_of(arguments, options):
     """The arguments of a script, without an output folder."""
-    return HfArgumentParser(script.Arguments).parse_args_into_dataclasses(["--output_dir", "", *options.split()])[0]
+    return HfArgumentParser(arguments).parse_args_into_dataclasses(["--output_dir", "", *options.split()])[0]
 
 
 def count_tokenizer(vae, options, pixel_values, grain_map):

@@ -33,7 +33,7 @@ from dq_hf import (
 from dq_hf.data.codes import load_codes
 from dq_hf.modeling.quantization_dq import DQQuantizer
 from dq_hf.modeling.text_dq import encode_prompts
-from dq_hf.scripts import encode_dataset, train_dqtransformer, train_dqvae
+from dq_hf.scripts.arguments import EncodeArguments, GeneratorArguments, TokenizerArguments
 from dq_hf.training.options import FREE, REFUSED, TAKEN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -720,14 +720,14 @@ def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
 
 
 def test_every_option_is_taken_refused_or_free_when_a_run_is_resumed():
-    stages = [train_dqvae.Arguments, train_dqtransformer.Arguments]
+    stages = [TokenizerArguments, GeneratorArguments]
     names = {field.name for stage in stages for field in dataclasses.fields(stage)}
     assert sorted([*TAKEN, *REFUSED, *FREE]) == sorted(names)
 
 
-@pytest.mark.parametrize("script", [train_dqvae, train_dqtransformer, encode_dataset])
-def test_every_option_has_a_sentence_of_help(script):
-    for field in dataclasses.fields(script.Arguments):
+@pytest.mark.parametrize("options", [TokenizerArguments, EncodeArguments, GeneratorArguments])
+def test_every_option_has_a_sentence_of_help(options):
+    for field in dataclasses.fields(options):
         assert re.fullmatch("[A-Za-z-].*[.]", field.metadata["help"])
         given = field.default not in (None, dataclasses.MISSING)
         assert not given or f"Default: {field.default}." in field.metadata["help"].replace("%%", "%")

@@ -4,4 +4,10 @@ from .options import add_script
 
 
 def register(commands):
-    add_script(commands, "encode", "encode_dataset", "Encode a data set with a tokenizer, for train-generator.")
+    add_script(
+        commands,
+        "encode",
+        "encode_dataset",
+        "EncodeArguments",
+        "Encode a data set with a tokenizer, for train-generator.",
+    )

@@ -30,19 +30,30 @@ def add_command(commands, name, run, description):
     return command
 
 
-def add_script(commands, name, module, description):
-    """A command that passes all its arguments on to the `main` of a script, `dq_hf.scripts.<module>`."""
+def add_script(commands, name, module, options, description):
+    """A command that passes all its arguments on to the `main` of a script.
+
+    Args:
+        module: of the script, `dq_hf.scripts.<module>`.
+        options: name of the dataclass of its options in `dq_hf.scripts.arguments`.
+    """
     module = f"dq_hf.scripts.{module}"
     description += f" All arguments are the script's own; several processes: `accelerate launch -m {module} ...`."
     # No argument looks like an option to this parser, not even --help.
     command = commands.add_parser(name, help=description, description=description, add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="See --help.")
-    command.set_defaults(run=run_script, module=module)
+    command.set_defaults(run=run_script, module=module, options=options)
 
 
 def run_script(args):
     """Run a script as if it had been started by the command's name."""
+    from ..scripts import arguments
+    from ..training.options import make_parser
+
     sys.argv = [f"dq-hf {args.command}", *args.arguments]
+    make_parser(
+        getattr(arguments, args.options), args.module
+    ).parse_args_into_dataclasses()  # before torch is imported
     importlib.import_module(args.module).main()
 
 

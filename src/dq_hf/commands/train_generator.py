@@ -5,5 +5,9 @@ from .options import add_script
 
 def register(commands):
     add_script(
-        commands, "train-generator", "train_dqtransformer", "Train a generator (DQ-Transformer, stage 2) on codes."
+        commands,
+        "train-generator",
+        "train_dqtransformer",
+        "GeneratorArguments",
+        "Train a generator (DQ-Transformer, stage 2) on codes.",
     )

@@ -4,4 +4,10 @@ from .options import add_script
 
 
 def register(commands):
-    add_script(commands, "train-tokenizer", "train_dqvae", "Train a tokenizer (DQ-VAE, stage 1) on images.")
+    add_script(
+        commands,
+        "train-tokenizer",
+        "train_dqvae",
+        "TokenizerArguments",
+        "Train a tokenizer (DQ-VAE, stage 1) on images.",
+    )

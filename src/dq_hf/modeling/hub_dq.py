@@ -4,7 +4,8 @@ The only module here that knows of dq_hf, because these modules travel with a mo
 """
 
 try:
-    from dq_hf.hub import ConfigHubMixin, HubMixin, ProcessorHubMixin, load_model
+    from dq_hf.hub.configuration import ConfigHubMixin
+    from dq_hf.hub.mixins import HubMixin, ProcessorHubMixin, load_model
 except ModuleNotFoundError as error:
     if error.name not in (None, "dq_hf", "dq_hf.hub"):  # dq_hf is there, and something that it needs is not
         raise

@@ -25,7 +25,6 @@ import math
 import shlex
 import shutil
 import sys
-from dataclasses import MISSING, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dq_hf import DEFAULT_MODEL, DQImageProcessor
+from dq_hf import DQImageProcessor
 from dq_hf.data.augmentation import Augmentation, may_flip
 from dq_hf.data.captions import all_captions, captions_of
 from dq_hf.data.codes import (
@@ -50,73 +49,14 @@ from dq_hf.data.codes import (
 from dq_hf.data.images import ImageCollator, check_column, drop_broken_images, find_labels, first_rows, load_images
 from dq_hf.hub.folders import check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
+from dq_hf.scripts.arguments import EncodeArguments
 from dq_hf.training.checkpoints import together
-from dq_hf.training.options import EMOJI, check_data, option, require, require_different, require_share, run_script
+from dq_hf.training.options import check_data, run_script
 from dq_hf.training.run import lock
 
 
-@dataclass(kw_only=True)
-class Arguments:
-    """Options of the code cache."""
-
-    output_dir: str = option(MISSING, "Folder of the code cache.")
-    vae: str = option(
-        f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
-    )
-    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
-    train_split: str = option("train", "Split to train on.")
-    test_split: list[str] = option(
-        ["test"], "Held-out splits, as many as there are; none means that only the training split is encoded."
-    )
-    image_column: str = option("image", "Column with the images.")
-    label_column: str | None = option(
-        None, "Column with the class labels; none means codes without classes. Default: label, if there are labels."
-    )
-    caption_column: str | None = option(
-        None, "Column with the captions, one or several an image, for a generator with text. Default: no captions."
-    )
-    max_uncaptioned_share: float = option(
-        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
-    )
-    max_images: int | None = option(None, "Encode at most this many images of each split. Default: all.")
-    max_broken_share: float = option(
-        0.01, "Images that cannot be read are left out; it is an error if their share is larger than this."
-    )
-
-    horizontal_flips: bool = option(True, "Encode the mirror images of the training split, too.")
-    no_flip_column: str | None = option(
-        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
-    )
-    copies: int = option(
-        1,
-        "Versions of each training image: itself, and others that are shifted at random; each with its mirror image.",
-    )
-    max_shift: int = option(0, "Pixels by which the further versions are shifted at most, along each axis.")
-    seed: int = option(0, "Seed of the shifts.")
-    batch_size: int = option(32, "Images at a time, in each process.")
-    num_workers: int = option(0, "Processes that read images, for each process that encodes.")
-    overwrite: bool = option(False, "Replace the code cache in --output_dir.")
-
-    def __post_init__(self):
-        require(self, 1, "max_images", "batch_size", "copies")
-        require(self, 0, "num_workers", "max_shift", "seed")
-        require_share(self, "max_broken_share", "max_uncaptioned_share")
-        self.caption_column, self.no_flip_column = (
-            None if name == "none" else name for name in (self.caption_column, self.no_flip_column)
-        )
-        self.test_split = [] if self.test_split == ["none"] else self.test_split
-        require_different(self, "test_split")
-        if self.train_split in self.test_split:
-            raise ValueError(f"--test_split must not have the training split, got {' '.join(self.test_split)}")
-        if (self.copies > 1) != (self.max_shift > 0):
-            raise ValueError(
-                f"--copies above 1 needs --max_shift above 0, and the other way round; got {self.copies} and "
-                f"{self.max_shift}"
-            )
-
-
 def main(arguments=None):
-    run_script(encode, Arguments, __doc__, arguments)
+    run_script(encode, EncodeArguments, __name__, arguments)
 
 
 def encode(args):

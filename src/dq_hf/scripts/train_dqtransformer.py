@@ -21,14 +21,12 @@ the smallest held-out loss so far, with a model card at the end; `DQPipeline` an
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from dq_hf import (
-    DEFAULT_MODEL,
     DQConfig,
     DQImageProcessor,
     DQTransformerConfig,
@@ -41,6 +39,7 @@ from dq_hf.data.images import ImageCollator, find_labels, first_rows
 from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
 from dq_hf.pictures import image_grid
+from dq_hf.scripts.arguments import GENERATOR_SIZES, GeneratorArguments
 from dq_hf.training.average import averaged_weights
 from dq_hf.training.checkpoints import writing
 from dq_hf.training.generator import (
@@ -53,137 +52,16 @@ from dq_hf.training.generator import (
     whole_model,
 )
 from dq_hf.training.losses import LOSSES, whole_batch_losses
-from dq_hf.training.options import (
-    RunOptions,
-    option,
-    require,
-    require_one_of,
-    require_share,
-    run_script,
-    settle_sizes,
-    size_option,
-)
+from dq_hf.training.options import run_script, settle_sizes
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
-from dq_hf.training.text import SMALL, WRONG_CAPTIONS, CaptionBatches, make_text
+from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, make_text
 
-SIZES = {  # of a new model
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "num_position_layers": 2,
-    "num_content_layers": 4,
-    "fine_order": "row-first",
-    "class_dropout": 0.1,
-    "text_length": 16,
-    "text_dropout": 0.1,
-}
 NUM_PROMPTS = 16  # of a picture of samples
 
 
-@dataclass(kw_only=True)
-class Arguments(RunOptions):
-    """Options of `RunOptions`, and those of the generator."""
-
-    vae: str = option(
-        f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
-    )
-    codes: str | None = option(
-        None, "Code cache, made by encode_dataset.py; without one, the images are encoded at every step."
-    )
-    label_column: str | None = option(
-        None, "Column with the class labels; none means a model without classes. Default: label, if there are labels."
-    )
-    caption_column: str | None = option(
-        None,
-        "Column with the captions, one or several an image, of which one is drawn each time the image is seen; with "
-        "--codes those of the cache, whatever the name. Default: a model without text.",
-    )
-    max_uncaptioned_share: float = option(
-        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
-    )
-    length_buckets: bool = option(True, "With --codes: make batches of streams of similar length.")
-
-    start_from: str | None = option(
-        None, "Folder or Hub id of a DQTransformerForImageGeneration to go on from; its sizes stay."
-    )
-    hidden_size: int | None = size_option(SIZES["hidden_size"], "Width of both transformers.")
-    num_attention_heads: int | None = size_option(SIZES["num_attention_heads"], "Attention heads of each layer.")
-    num_position_layers: int | None = size_option(SIZES["num_position_layers"], "Layers of the Position-Transformer.")
-    num_content_layers: int | None = size_option(SIZES["num_content_layers"], "Layers of the Content-Transformer.")
-    fine_order: str | None = size_option(
-        SIZES["fine_order"], "Order of the codes of a granularity: row-first, or region-first."
-    )
-    class_dropout: float | None = size_option(
-        SIZES["class_dropout"],
-        "Share of the images whose class is hidden, for classifier-free guidance; 0 means none.",
-    )
-    text_encoder: str | None = option(
-        None,
-        "What reads the captions: small, two layers and a vocabulary of whole words that are made from the captions and "
-        "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small.",
-    )
-    train_text_encoder: bool = option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
-    precompute_text: bool = option(
-        False, "Compute the states of each caption once, at the start, and keep them in memory, if they are to stay."
-    )
-    text_length: int | None = size_option(SIZES["text_length"], "Tokens of a caption; longer ones are cut.")
-    text_dropout: float | None = size_option(
-        SIZES["text_dropout"],
-        "Share of the images whose caption is hidden, for classifier-free guidance; 0 means none.",
-    )
-    dropout: float = option(0.1, "Dropout of embeddings and residuals.")
-    attention_dropout: float = option(0.1, "Dropout of attention; 0 lets the fast kernels work on a CPU.")
-    attn_implementation: str | None = option(
-        None, "Attention of transformers, such as eager, sdpa, flash_attention_2. Default: what transformers chooses."
-    )
-
-    horizontal_flips: bool = option(
-        True, "Mirror half of the training images; with --codes the cache has its mirror images, or not."
-    )
-    weight_decay: float = option(0.01, "Weight decay, on the weights of linear layers only.")
-    warmup_steps: int = option(200, "Steps in which the learning rate rises to its highest.")
-    ema_decay: float = option(
-        0.0, "Decay of the moving average of the weights, which is then measured and kept; 0 means none."
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, 1, "hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers")
-        require(self, 1, "text_length")
-        require(self, 0, "weight_decay")
-        require_share(self, "class_dropout", "text_dropout", "dropout", "attention_dropout", "ema_decay")
-        require_share(self, "max_uncaptioned_share")
-        require_one_of(self, "fine_order", ("row-first", "region-first"))
-        self.caption_column = None if self.caption_column == "none" else self.caption_column
-        if self.codes is not None:  # whose columns have names of their own
-            self.label_column = self.label_column if self.label_column in (None, "none") else "label"
-            self.caption_column = self.caption_column and CAPTIONS
-        self.settle_text()
-        if self.codes is not None and self.streaming:
-            raise ValueError(
-                "--streaming reads images as they come, but --codes has their codes; leave one of them out"
-            )
-
-    def settle_text(self):
-        """Check the options of the text side, and choose those that were left out."""
-        if self.caption_column is None:
-            for name in ("text_encoder", "text_length", "text_dropout", "train_text_encoder", "precompute_text"):
-                if getattr(self, name) not in (None, False):
-                    raise ValueError(f"--{name} is for a model with text; give it with --caption_column")
-            return
-        self.text_encoder = self.text_encoder or SMALL
-        self.train_text_encoder |= self.text_encoder == SMALL
-        if self.train_text_encoder and self.precompute_text:
-            raise ValueError(
-                f"--precompute_text is for a text encoder that stays as it is, and --text_encoder {self.text_encoder} is "
-                "trained along; leave it out"
-            )
-        if self.streaming:
-            raise ValueError("--streaming cannot read captions; encode the images once, with their captions (--codes)")
-
-
 def main(arguments=None):
-    run_script(train, Arguments, __doc__, arguments)
+    run_script(train, GeneratorArguments, __name__, arguments)
 
 
 def train(args):
@@ -314,7 +192,7 @@ def make_loaders(run, vae, text, train_set, test_sets):
 def load_start(args):
     """The generator to go on from, in float32, or None; sizes that were left out are its own, or those of a new one."""
     if args.start_from is None:
-        settle_sizes(args, SIZES)
+        settle_sizes(args, GENERATOR_SIZES)
         return None
     model = DQTransformerForImageGeneration.from_pretrained(args.start_from, dtype=torch.float32)
     if (model.config.text_length is None) != (args.caption_column is None):
@@ -322,7 +200,7 @@ def load_start(args):
         raise ValueError(
             f"--start_from must be a model {with_it} text, as the captions ask; {without} --caption_column"
         )
-    settle_sizes(args, SIZES, {name: getattr(model.config, name) for name in SIZES})
+    settle_sizes(args, GENERATOR_SIZES, {name: getattr(model.config, name) for name in GENERATOR_SIZES})
     return model
 
 
@@ -338,7 +216,7 @@ def make_model(vae, names, text, model, args):
     dropout = {"embedding_dropout": args.dropout, "residual_dropout": args.dropout}
     dropout["attention_dropout"] = args.attention_dropout
     if model is None:
-        sizes = {name: getattr(args, name) for name in SIZES}
+        sizes = {name: getattr(args, name) for name in GENERATOR_SIZES}
         sizes |= {} if names else {"class_dropout": 0.0}
         sizes |= {} if text is not None else {"text_length": None}
         return DQTransformerForImageGeneration(DQTransformerConfig(**fitting, **sizes, **dropout))

@@ -19,7 +19,6 @@ all is well.
 """
 
 import math
-from dataclasses import dataclass
 from itertools import chain, repeat
 
 import torch
@@ -37,108 +36,28 @@ from dq_hf.modeling.grain_map_dq import one_hot_gates
 from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.networks.perceptual import make_perceptual_loss
 from dq_hf.pictures import draw_grain_map, image_grid
+from dq_hf.scripts.arguments import TOKENIZER_SIZES, TokenizerArguments
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
 from dq_hf.training.average import averaged_weights
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
-from dq_hf.training.options import (
-    RunOptions,
-    option,
-    require,
-    require_one_of,
-    require_share,
-    run_script,
-    settle_sizes,
-    size_option,
-)
+from dq_hf.training.options import require_one_of, run_script, settle_sizes
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
 
-SIZES = {  # of a new model
-    "image_size": 64,
-    "granularities": [8, 4],
-    "router": "entropy",
-    "fine_ratios": [0.5],
-    "block_out_channels": [32, 48, 96, 128],
-    "layers_per_block": 1,
-    "norm_num_groups": 16,
-    "z_channels": 96,
-    "codebook_size": 512,
-    "codebook_dim": 32,
-}
 PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss")
 
 
-@dataclass(kw_only=True)
-class Arguments(RunOptions):
-    """Options of `RunOptions`, and those of the tokenizer and its objective."""
-
-    start_from: str | None = option(
-        None, "Folder or Hub id of a DQVAEModel to go on from; its sizes and thresholds stay."
-    )
-    decoder_only: bool = option(
-        False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
-    )
-    image_size: int | None = size_option(SIZES["image_size"], "Height and width of the images in pixels.")
-    granularities: list[int] | None = size_option(
-        SIZES["granularities"],
-        "Sides in pixels of what a code stands for, coarsest first, each half of the one before.",
-    )
-    router: str | None = size_option(
-        SIZES["router"], "What chooses the granularity of a region: its entropy, or a network that sees its features."
-    )
-    fine_ratios: list[float] | None = size_option(
-        SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
-    )
-    calibration_images: int = option(4096, "Training images on which the entropy router is set to its budget.")
-    block_out_channels: list[int] | None = size_option(
-        SIZES["block_out_channels"], "Widths of the encoder, one for each halving down to the coarsest granularity."
-    )
-    layers_per_block: int | None = size_option(SIZES["layers_per_block"], "Residual blocks of each width.")
-    norm_num_groups: int | None = size_option(SIZES["norm_num_groups"], "Groups of the group norms.")
-    z_channels: int | None = size_option(SIZES["z_channels"], "Width of the features that are quantised.")
-    codebook_size: int | None = size_option(SIZES["codebook_size"], "Number of codes.")
-    codebook_dim: int | None = size_option(SIZES["codebook_dim"], "Width of a code's vector.")
-
-    perceptual: str = option(
-        "efficientnet-lite0", "Perceptual loss: lpips (the paper's), or efficientnet-lite0 (offline and fast)."
-    )
-    perceptual_weight: float = option(0.2, "Weight of the perceptual loss; 0 needs no feature network.")
-    disc_weight: float = option(0.75, "Weight of the adversarial loss; 0 means no discriminator.")
-    disc_start: int = option(2000, "Step at which the discriminator begins.")
-    disc_ramp: int = option(0, "Steps in which the adversarial loss comes to its full weight; 0 means at once.")
-    disc_channels: int = option(64, "Width of the discriminator's first layer.")
-    disc_layers: int = option(3, "Layers of the discriminator that halve the image.")
-
-    gradient_accumulation_steps: int = option(
-        1, "Forward passes of a step; the codebook still moves at every one of them."
-    )
-    learning_rate: float = option(
-        6e-4, "Highest learning rate, far above the paper's 4.5e-6 times the batch size: for short runs."
-    )
-    ema_decay: float = option(0.999, "Decay of the moving average of the weights, which is kept; 0 means none.")
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, 1, "image_size", "granularities", "block_out_channels", "layers_per_block", "norm_num_groups")
-        require(self, 1, "z_channels", "codebook_size", "codebook_dim", "calibration_images")
-        require(self, 1, "disc_channels", "disc_layers")
-        require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
-        require_share(self, "fine_ratios", "ema_decay")
-        require_one_of(self, "router", tuple(ROUTERS))
-        if self.decoder_only and self.start_from is None:
-            raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
-
-
 def main(arguments=None):
-    run_script(train, Arguments, __doc__, arguments)
+    run_script(train, TokenizerArguments, __name__, arguments)
 
 
 def train(args):
+    require_one_of(args, "router", tuple(ROUTERS))
     start = None
     if args.start_from is not None:  # trained in float32, whatever it was saved in
         start = load_tokenizer(args.start_from, dtype=torch.float32)
-    settle_sizes(args, SIZES, None if start is None else sizes_of(start.config))
+    settle_sizes(args, TOKENIZER_SIZES, None if start is None else sizes_of(start.config))
     # The codebooks of all processes agree by themselves.
     run = Run(args, "dqvae", handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     accelerator = run.accelerator
@@ -160,7 +79,7 @@ def train(args):
     # Models, and one optimiser for each (method section 5).
     config = start.config if start is not None else make_config(args)
     vae = start if start is not None else DQVAEModel(config)
-    calibration = Calibration(args, SIZES, vae, train_set, collate)
+    calibration = Calibration(args, TOKENIZER_SIZES, vae, train_set, collate)
     if run.begins and start is None and not vae.router.uses_features:
         calibration.run()
     if args.decoder_only:
@@ -272,7 +191,7 @@ def sizes_of(config):
     height, width = config.image_height_width
     if height != width:
         raise ValueError(f"--start_from must be a model of square images, got {height}x{width}")
-    sizes = {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
+    sizes = {name: getattr(config, name) for name in TOKENIZER_SIZES if hasattr(config, name)}
     return sizes | {"image_size": height, "fine_ratios": config.budget_targets or []}
 
 
@@ -289,7 +208,7 @@ def make_config(args):
             f"--fine_ratios must have {finer} share(s), one for each of --granularities {args.granularities} but the "
             f"coarsest; got {args.fine_ratios}"
         )
-    sizes = {name: getattr(args, name) for name in SIZES if name != "fine_ratios"}
+    sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES if name != "fine_ratios"}
     return DQVAEConfig(
         **sizes,
         budget_targets=args.fine_ratios[:finer],

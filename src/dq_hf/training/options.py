@@ -1,5 +1,7 @@
 """Options of the training scripts: those that both stages have, their ranges, and what a resumed run makes of a change."""
 
+import ast
+import importlib.util
 import math
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -9,10 +11,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from .checkpoints import CheckpointError
-from .progress import NotFiniteError
-
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
+SMALL = "small"  # the text encoder that is made for a run
 
 # When a run is resumed, each option of the scripts is one of these:
 TAKEN = (  # the new value counts from there
@@ -178,18 +178,32 @@ def settle_sizes(args, defaults, model=None):
             setattr(args, name, value)
 
 
-def run_script(script, options, description, arguments=None):
+def make_parser(options, module):
+    """The parser of a script's options, without importing the script.
+
+    Args:
+        options: dataclass of them.
+        module: name of the script's module, whose docstring is the description.
+    """
+    source = Path(importlib.util.find_spec(module).origin).read_text("utf-8")
+    description = ast.get_docstring(ast.parse(source))
+    return HfArgumentParser(options, description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def run_script(script, options, module, arguments=None):
     """Parse the options of a script and run it; an expected failure ends with exit status 1 and one line on stderr.
 
     Args:
         script: called with the options.
-        options: dataclass of them.
-        description: of the script, for its help.
+        options, module: as for `make_parser`.
         arguments: words of the command line. Default: this process's.
     """
+    from .checkpoints import CheckpointError
+    from .progress import NotFiniteError
+
     if hasattr(sys.stdout, "reconfigure"):  # names of any signs, whatever the terminal takes
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = HfArgumentParser(options, description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser = make_parser(options, module)
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments)
         script(args)

@@ -18,8 +18,8 @@ from transformers import (
 
 from ..data.captions import CaptionDraw
 from ..modeling.text_dq import check_tokenizer, encode_tokens, pad_tokens, tokenize
+from .options import SMALL
 
-SMALL = "small"  # the text encoder that is made for a run
 SMALL_SIZES = {"dim": 128, "hidden_dim": 512, "n_layers": 2, "n_heads": 4}
 MOST_WORDS = 30_000  # of its vocabulary, the most frequent ones
 HIDDEN_WORDS = 0.05  # share of the words that training hides from it, so that it learns what an unknown word is

@@ -1,0 +1,270 @@
+"""Options of the three scripts, their ranges and how they belong together; read before torch is imported."""
+
+from dataclasses import MISSING, dataclass
+
+from dq_hf import DEFAULT_MODEL
+from dq_hf.training.options import (
+    EMOJI,
+    SMALL,
+    RunOptions,
+    option,
+    require,
+    require_different,
+    require_one_of,
+    require_share,
+    size_option,
+)
+
+TOKENIZER_SIZES = {  # of a new model
+    "image_size": 64,
+    "granularities": [8, 4],
+    "router": "entropy",
+    "fine_ratios": [0.5],
+    "block_out_channels": [32, 48, 96, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "z_channels": 96,
+    "codebook_size": 512,
+    "codebook_dim": 32,
+}
+
+GENERATOR_SIZES = {  # of a new model
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_position_layers": 2,
+    "num_content_layers": 4,
+    "fine_order": "row-first",
+    "class_dropout": 0.1,
+    "text_length": 16,
+    "text_dropout": 0.1,
+}
+
+
+@dataclass(kw_only=True)
+class TokenizerArguments(RunOptions):
+    """Options of `RunOptions`, and those of the tokenizer and its objective."""
+
+    start_from: str | None = option(
+        None, "Folder or Hub id of a DQVAEModel to go on from; its sizes and thresholds stay."
+    )
+    decoder_only: bool = option(
+        False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
+    )
+    image_size: int | None = size_option(TOKENIZER_SIZES["image_size"], "Height and width of the images in pixels.")
+    granularities: list[int] | None = size_option(
+        TOKENIZER_SIZES["granularities"],
+        "Sides in pixels of what a code stands for, coarsest first, each half of the one before.",
+    )
+    router: str | None = size_option(
+        TOKENIZER_SIZES["router"],
+        "What chooses the granularity of a region: its entropy, or a network that sees its features.",
+    )
+    fine_ratios: list[float] | None = size_option(
+        TOKENIZER_SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
+    )
+    calibration_images: int = option(4096, "Training images on which the entropy router is set to its budget.")
+    block_out_channels: list[int] | None = size_option(
+        TOKENIZER_SIZES["block_out_channels"],
+        "Widths of the encoder, one for each halving down to the coarsest granularity.",
+    )
+    layers_per_block: int | None = size_option(TOKENIZER_SIZES["layers_per_block"], "Residual blocks of each width.")
+    norm_num_groups: int | None = size_option(TOKENIZER_SIZES["norm_num_groups"], "Groups of the group norms.")
+    z_channels: int | None = size_option(TOKENIZER_SIZES["z_channels"], "Width of the features that are quantised.")
+    codebook_size: int | None = size_option(TOKENIZER_SIZES["codebook_size"], "Number of codes.")
+    codebook_dim: int | None = size_option(TOKENIZER_SIZES["codebook_dim"], "Width of a code's vector.")
+
+    perceptual: str = option(
+        "efficientnet-lite0", "Perceptual loss: lpips (the paper's), or efficientnet-lite0 (offline and fast)."
+    )
+    perceptual_weight: float = option(0.2, "Weight of the perceptual loss; 0 needs no feature network.")
+    disc_weight: float = option(0.75, "Weight of the adversarial loss; 0 means no discriminator.")
+    disc_start: int = option(2000, "Step at which the discriminator begins.")
+    disc_ramp: int = option(0, "Steps in which the adversarial loss comes to its full weight; 0 means at once.")
+    disc_channels: int = option(64, "Width of the discriminator's first layer.")
+    disc_layers: int = option(3, "Layers of the discriminator that halve the image.")
+
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes of a step; the codebook still moves at every one of them."
+    )
+    learning_rate: float = option(
+        6e-4, "Highest learning rate, far above the paper's 4.5e-6 times the batch size: for short runs."
+    )
+    ema_decay: float = option(0.999, "Decay of the moving average of the weights, which is kept; 0 means none.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, 1, "image_size", "granularities", "block_out_channels", "layers_per_block", "norm_num_groups")
+        require(self, 1, "z_channels", "codebook_size", "codebook_dim", "calibration_images")
+        require(self, 1, "disc_channels", "disc_layers")
+        require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
+        require_share(self, "fine_ratios", "ema_decay")
+        if self.decoder_only and self.start_from is None:
+            raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
+
+
+@dataclass(kw_only=True)
+class EncodeArguments:
+    """Options of the code cache."""
+
+    output_dir: str = option(MISSING, "Folder of the code cache.")
+    vae: str = option(
+        f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
+    )
+    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
+    train_split: str = option("train", "Split to train on.")
+    test_split: list[str] = option(
+        ["test"], "Held-out splits, as many as there are; none means that only the training split is encoded."
+    )
+    image_column: str = option("image", "Column with the images.")
+    label_column: str | None = option(
+        None, "Column with the class labels; none means codes without classes. Default: label, if there are labels."
+    )
+    caption_column: str | None = option(
+        None, "Column with the captions, one or several an image, for a generator with text. Default: no captions."
+    )
+    max_uncaptioned_share: float = option(
+        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
+    )
+    max_images: int | None = option(None, "Encode at most this many images of each split. Default: all.")
+    max_broken_share: float = option(
+        0.01, "Images that cannot be read are left out; it is an error if their share is larger than this."
+    )
+
+    horizontal_flips: bool = option(True, "Encode the mirror images of the training split, too.")
+    no_flip_column: str | None = option(
+        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
+    )
+    copies: int = option(
+        1,
+        "Versions of each training image: itself, and others that are shifted at random; each with its mirror image.",
+    )
+    max_shift: int = option(0, "Pixels by which the further versions are shifted at most, along each axis.")
+    seed: int = option(0, "Seed of the shifts.")
+    batch_size: int = option(32, "Images at a time, in each process.")
+    num_workers: int = option(0, "Processes that read images, for each process that encodes.")
+    overwrite: bool = option(False, "Replace the code cache in --output_dir.")
+
+    def __post_init__(self):
+        require(self, 1, "max_images", "batch_size", "copies")
+        require(self, 0, "num_workers", "max_shift", "seed")
+        require_share(self, "max_broken_share", "max_uncaptioned_share")
+        self.caption_column, self.no_flip_column = (
+            None if name == "none" else name for name in (self.caption_column, self.no_flip_column)
+        )
+        self.test_split = [] if self.test_split == ["none"] else self.test_split
+        require_different(self, "test_split")
+        if self.train_split in self.test_split:
+            raise ValueError(f"--test_split must not have the training split, got {' '.join(self.test_split)}")
+        if (self.copies > 1) != (self.max_shift > 0):
+            raise ValueError(
+                f"--copies above 1 needs --max_shift above 0, and the other way round; got {self.copies} and "
+                f"{self.max_shift}"
+            )
+
+
+@dataclass(kw_only=True)
+class GeneratorArguments(RunOptions):
+    """Options of `RunOptions`, and those of the generator."""
+
+    vae: str = option(
+        f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
+    )
+    codes: str | None = option(
+        None, "Code cache, made by encode_dataset.py; without one, the images are encoded at every step."
+    )
+    label_column: str | None = option(
+        None, "Column with the class labels; none means a model without classes. Default: label, if there are labels."
+    )
+    caption_column: str | None = option(
+        None,
+        "Column with the captions, one or several an image, of which one is drawn each time the image is seen; with "
+        "--codes those of the cache, whatever the name. Default: a model without text.",
+    )
+    max_uncaptioned_share: float = option(
+        0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
+    )
+    length_buckets: bool = option(True, "With --codes: make batches of streams of similar length.")
+
+    start_from: str | None = option(
+        None, "Folder or Hub id of a DQTransformerForImageGeneration to go on from; its sizes stay."
+    )
+    hidden_size: int | None = size_option(GENERATOR_SIZES["hidden_size"], "Width of both transformers.")
+    num_attention_heads: int | None = size_option(
+        GENERATOR_SIZES["num_attention_heads"], "Attention heads of each layer."
+    )
+    num_position_layers: int | None = size_option(
+        GENERATOR_SIZES["num_position_layers"], "Layers of the Position-Transformer."
+    )
+    num_content_layers: int | None = size_option(
+        GENERATOR_SIZES["num_content_layers"], "Layers of the Content-Transformer."
+    )
+    fine_order: str | None = size_option(
+        GENERATOR_SIZES["fine_order"], "Order of the codes of a granularity: row-first, or region-first."
+    )
+    class_dropout: float | None = size_option(
+        GENERATOR_SIZES["class_dropout"],
+        "Share of the images whose class is hidden, for classifier-free guidance; 0 means none.",
+    )
+    text_encoder: str | None = option(
+        None,
+        "What reads the captions: small, two layers and a vocabulary of whole words that are made from the captions and "
+        "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small.",
+    )
+    train_text_encoder: bool = option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
+    precompute_text: bool = option(
+        False, "Compute the states of each caption once, at the start, and keep them in memory, if they are to stay."
+    )
+    text_length: int | None = size_option(GENERATOR_SIZES["text_length"], "Tokens of a caption; longer ones are cut.")
+    text_dropout: float | None = size_option(
+        GENERATOR_SIZES["text_dropout"],
+        "Share of the images whose caption is hidden, for classifier-free guidance; 0 means none.",
+    )
+    dropout: float = option(0.1, "Dropout of embeddings and residuals.")
+    attention_dropout: float = option(0.1, "Dropout of attention; 0 lets the fast kernels work on a CPU.")
+    attn_implementation: str | None = option(
+        None, "Attention of transformers, such as eager, sdpa, flash_attention_2. Default: what transformers chooses."
+    )
+
+    horizontal_flips: bool = option(
+        True, "Mirror half of the training images; with --codes the cache has its mirror images, or not."
+    )
+    weight_decay: float = option(0.01, "Weight decay, on the weights of linear layers only.")
+    warmup_steps: int = option(200, "Steps in which the learning rate rises to its highest.")
+    ema_decay: float = option(
+        0.0, "Decay of the moving average of the weights, which is then measured and kept; 0 means none."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, 1, "hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers")
+        require(self, 1, "text_length")
+        require(self, 0, "weight_decay")
+        require_share(self, "class_dropout", "text_dropout", "dropout", "attention_dropout", "ema_decay")
+        require_share(self, "max_uncaptioned_share")
+        require_one_of(self, "fine_order", ("row-first", "region-first"))
+        self.caption_column = None if self.caption_column == "none" else self.caption_column
+        if self.codes is not None:  # whose columns have names of their own
+            self.label_column = self.label_column if self.label_column in (None, "none") else "label"
+            self.caption_column = self.caption_column and "captions"
+        self.settle_text()
+        if self.codes is not None and self.streaming:
+            raise ValueError(
+                "--streaming reads images as they come, but --codes has their codes; leave one of them out"
+            )
+
+    def settle_text(self):
+        """Check the options of the text side, and choose those that were left out."""
+        if self.caption_column is None:
+            for name in ("text_encoder", "text_length", "text_dropout", "train_text_encoder", "precompute_text"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(f"--{name} is for a model with text; give it with --caption_column")
+            return
+        self.text_encoder = self.text_encoder or SMALL
+        self.train_text_encoder |= self.text_encoder == SMALL
+        if self.train_text_encoder and self.precompute_text:
+            raise ValueError(
+                f"--precompute_text is for a text encoder that stays as it is, and --text_encoder {self.text_encoder} is "
+                "trained along; leave it out"
+            )
+        if self.streaming:
+            raise ValueError("--streaming cannot read captions; encode the images once, with their captions (--codes)")
