@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .assets import DEFAULT_MODEL
+from .quiet import quiet_imports
 
 __version__ = "0.1.0"
 
@@ -24,22 +25,24 @@ if is_command():
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import public
+        with quiet_imports():
+            from . import public
 
         return getattr(public, name)
 
 else:
-    from .public import (
-        DQConfig,
-        DQForImageGeneration,
-        DQGenerationPipeline,
-        DQImageProcessor,
-        DQPipeline,
-        DQTransformerConfig,
-        DQTransformerForImageGeneration,
-        DQVAEConfig,
-        DQVAEModel,
-    )
+    with quiet_imports():
+        from .public import (
+            DQConfig,
+            DQForImageGeneration,
+            DQGenerationPipeline,
+            DQImageProcessor,
+            DQPipeline,
+            DQTransformerConfig,
+            DQTransformerForImageGeneration,
+            DQVAEConfig,
+            DQVAEModel,
+        )
 
 __all__ = [
     "DEFAULT_MODEL",

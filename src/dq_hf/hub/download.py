@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .card_text import PICTURES
 from .errors import loading_from
-from .folders import check_links
+from .folders import check_links, read_json_object
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", *PICTURES)
@@ -33,7 +33,8 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
     subfolder = "/".join(Path(subfolder or "").parts)
     if Path(str(source)).is_dir():
         check_model_links(Path(source, subfolder))
-        yield Path(source, subfolder)
+        with nesting_named(Path(source, subfolder)):
+            yield Path(source, subfolder)
         return
     allowed = [f"{subfolder}/{pattern}".removeprefix("/") for pattern in patterns]
     if subfolder and "README.md" in patterns:  # the card of a part is that of the whole
@@ -52,11 +53,22 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
     offline = bool(incomplete or hub_arguments.get("local_files_only") or is_offline_mode())
     if not (offline or (folder / patterns[0]).is_file()):
         raise FileNotFoundError(f"{source} has no file {allowed[0]} at revision {revision!r}")
-    with told(offline=offline):
+    with told(offline=offline), nesting_named(folder):
         if not (folder / patterns[0]).is_file():
             raise incomplete or FileNotFoundError(f"no file {allowed[0]}")
         check_model_links(folder)
         yield folder
+
+
+@contextmanager
+def nesting_named(folder):
+    """A `RecursionError` becomes an `OSError` that names the JSON file in which values lie too deep in each other."""
+    try:
+        yield
+    except RecursionError:
+        for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+            read_json_object(path)  # or an error
+        raise
 
 
 def repository_of(folder):
