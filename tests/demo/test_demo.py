@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ import torch
 from conftest import make_transformer, make_vae
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, table
 
@@ -292,6 +295,46 @@ def test_what_an_endpoint_does_not_take_is_a_message(loaded, address, capfd):
     hook.remove()
     assert not calls and "Traceback" not in capfd.readouterr().err
     assert "image.png" in answer(address, "sample", SAMPLE)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([0, 1, 0.5, 10**400, "0", math.nan]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text() | st.sampled_from(["layers", "path"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def endpoints(loaded):
+    """What the endpoints of the page call, by their names."""
+    return {block.api_name: block.fn for block in make_page(*loaded).fns.values()}
+
+
+@given(st.lists(JSON, min_size=6, max_size=6))
+def test_any_values_are_sampled_with_or_refused_by_a_message(endpoints, values):
+    try:
+        next(endpoints["sample"](*values))
+    except gr.Error as error:
+        assert 0 < len(error.message) < 300
+    else:
+        label, seed, *numbers = values
+        assert label in range(3) and 0 <= seed < 2**31 and all(0 < number <= 8 for number in numbers)
+
+
+@given(st.lists(JSON, min_size=3, max_size=3))
+def test_any_painting_is_reconstructed_or_refused_by_a_message(endpoints, values):
+    try:
+        endpoints["reconstruct"](torch.zeros(1, 3, 16, 16), *values)
+    except gr.Error as error:
+        assert 0 < len(error.message) < 300
 
 
 def test_who_leaves_ends_the_sampling_and_the_next_is_served(loaded, address):

@@ -11,11 +11,13 @@ import yaml
 from conftest import make_transformer, make_vae
 from hub_server import card_errors
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
-from dq_hf.hub.card import MARK, merge_with_owner, write_model_card
+from dq_hf.hub.card import MARK, SourceCard, merge_with_owner, split_card, write_model_card
 
 VAE_FACTS = dict(
     title="tiny-vae",
@@ -303,3 +305,45 @@ def test_what_a_card_costs_is_bounded_and_linear(place, tmp_path, kind):
 def test_an_owners_header_that_is_hostile_stays_with_its_card(tmp_path):
     for header in ("- " * 30_000, "a: &a [x]\nb: *a", "x" * 100_000):
         assert merge_with_owner("ours", f"---\n{header}\n---\n") is None
+
+
+PIECES = [
+    "---\n",
+    "---",
+    "\r\n",
+    "\n",
+    "a: ",
+    "license: mit",
+    "- ",
+    "[",
+    "{",
+    "&a ",
+    "*a",
+    "!!python/name:os.system",
+    "2001-99-99",
+]
+PIECES += [
+    "# ",
+    "```",
+    "<img ",
+    "![](samples.png)",
+    "](",
+    "\x00",
+    "\ud800",
+    MARK,
+    "0x",
+    "? ",
+    "<<: *a",
+    "!!int ''",
+    "1e999",
+    "é",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=30).map("".join))
+def test_any_text_is_a_card(text):
+    header, body = split_card(text)
+    assert isinstance(header, dict) and text.endswith(body)
+    merged = merge_with_owner("---\nlicense: mit\n---\nours", text)
+    assert merged is None or merged.endswith("ours")
+    assert len(SourceCard(text, {}, None, "", {}).title) <= 200

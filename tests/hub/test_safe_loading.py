@@ -30,6 +30,7 @@ from dq_hf import (
     DQVAEConfig,
     DQVAEModel,
 )
+from dq_hf.hub.weights import weight_files
 
 DEEP = '{"a": ' + "[" * 900 + "]" * 900 + "}"
 REFERENCE = Path(__file__).parents[1] / "fixtures" / "reference"
@@ -248,6 +249,46 @@ def test_damaged_json_is_refused_by_name(folder, name, load, content):
     with pytest.raises(OSError) as error:
         load(folder)
     assert str(folder / name) in str(error.value)
+
+
+def test_a_file_of_other_libraries_that_is_nested_too_deep_is_refused_by_name(folder):
+    path = folder / "vae" / "adapter_config.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(OSError, match=str(path)):
+        DQForImageGeneration.from_pretrained(folder)
+
+
+SHARDS = [
+    "model-00001-of-00001.safetensors",
+    "model.safetensors",
+    "../model.safetensors",
+    "/etc/hostname",
+    "a/b.safetensors",
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(SHARDS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.just("weight_map"), inner, max_size=4),
+    max_leaves=8,
+)
+WEIGHT_MAPS = st.dictionaries(st.text(), st.sampled_from(SHARDS) | JSON, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def shard_folder(saved, tmp_path_factory):
+    """A folder with one shard."""
+    folder = tmp_path_factory.mktemp("shards")
+    shutil.copy(saved / "vae" / "model.safetensors", folder / SHARDS[0])
+    return folder
+
+
+@given(JSON | st.fixed_dictionaries({"metadata": st.just({}), "weight_map": WEIGHT_MAPS}))
+def test_any_list_of_shards_names_files_beside_it_or_is_refused_by_name(shard_folder, content):
+    index = shard_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    try:
+        assert weight_files(shard_folder) == [shard_folder / SHARDS[0]]
+    except OSError as error:
+        assert str(index) in str(error)
 
 
 @pytest.mark.parametrize(

@@ -434,3 +434,21 @@ def test_first_stage_and_generator_are_not_mixed_up(tmp_path):
     alone, both = "dual_entropy", "transformer_uncond"
     refuse(tmp_path, load_config(alone), load_state(both), "encoder.conv_in.weight is missing")
     refuse(tmp_path, load_config(both), load_state(alone), "unknown keys decoder.conv_in.bias")
+
+
+# The archive around it
+
+
+@given(st.data())
+def test_a_changed_archive_is_read_or_refused(data):
+    content = bytearray(CHECKPOINT.read_bytes())
+    ends = st.integers(0, 200) | st.integers(len(content) - 4_000, len(content) - 1) | st.integers(0, len(content) - 1)
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(ends)] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(ends) :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.ckpt")
+        path.write_bytes(content)
+        with suppress(OSError, ValueError), open_checkpoint(path) as tensors:
+            vae_state_dict(tensors, CONFIGURATION)

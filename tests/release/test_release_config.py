@@ -2,8 +2,12 @@
 
 import copy
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from slow_release import (
     REFERENCE,
     changed,
@@ -263,3 +267,48 @@ def test_long_values_are_cut_wherever_they_stand(name, value, tmp_path):
             refused += 1
             assert len(str(error)) < 1500, place
     assert refused > 20
+
+
+PIECES = [
+    "model: ",
+    "{",
+    "}",
+    "[",
+    "]",
+    ", ",
+    "\n",
+    "  ",
+    "- ",
+    ": ",
+    "? ",
+    "| ",
+    "> ",
+    "&a ",
+    "*a",
+    "<<: *a",
+    "!!int ",
+    "!!map ",
+    "''",
+]
+PIECES += [
+    "target: a.DualGrainVQModel",
+    "params: ",
+    "embed_dim: ",
+    "1e999",
+    "-1",
+    "0x",
+    "~",
+    "2001-99-99",
+    "!!python/name:os.system ",
+    "é",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=30).map("".join))
+def test_any_text_is_refused_as_a_configuration_in_few_words(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yml")
+        path.write_text(text, encoding="utf-8", errors="replace")
+        with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+            read_config(path)
+        assert len(str(error.value)) < 1500
