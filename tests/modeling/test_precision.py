@@ -186,3 +186,49 @@ def test_attention_in_float64_is_exact_to_its_last_digits():
     scores = (query @ key.transpose(2, 3) * 0.5).exp()
     expected = (scores / scores.sum(-1, keepdim=True)) @ value
     assert (output.transpose(1, 2) - expected).abs().max() < 1e-13
+
+
+# What a seed promises
+
+
+@pytest.fixture
+def thread_counts():
+    """1, 2 and 3; afterwards it is as it was."""
+    before = torch.get_num_threads()
+    yield (1, 2, 3)
+    torch.set_num_threads(before)
+
+
+def test_a_seed_gives_the_same_codes_with_any_number_of_threads(folder, thread_counts):
+    model, results = DQForImageGeneration.from_pretrained(folder), []
+    for count in thread_counts:
+        torch.set_num_threads(count)
+        results.append(sample(model))
+    for result in results[1:]:
+        assert torch.equal(result.codes, results[0].codes)
+        torch.testing.assert_close(result.pixel_values, results[0].pixel_values, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_seed_gives_the_same_image_again_in_every_dtype_mode_and_api(folder, dtype):
+    model = DQForImageGeneration.from_pretrained(folder, dtype=dtype)
+    pipe = DQPipeline(vae=model.vae, transformer=model.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    expected = sample(model)
+    with torch.inference_mode():
+        assert_same_image(sample(model), expected)
+    assert_same_image(sample(model.train()), expected)
+    codes = pipe(class_labels=[0, 1, 2], generator=seeded(), guidance_scale=2.0, output_type="codes").codes
+    assert torch.equal(codes, expected.codes)
+
+
+def test_a_seed_gives_one_image_under_autocast(folder):
+    model = DQForImageGeneration.from_pretrained(folder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_image(sample(model), sample(model))
+        codes = model.transformer.generate([0, 1, 2], generator=seeded(), guidance_scale=2.0).codes
+        assert torch.equal(codes, sample(model).codes)
+
+
+def assert_same_image(actual, expected):
+    assert torch.equal(actual.codes, expected.codes) and torch.equal(actual.pixel_values, expected.pixel_values)

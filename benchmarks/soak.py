@@ -1,0 +1,167 @@
+"""Whether a process that lives long stays as it was: memory, open files and temporary files over thousands of calls.
+
+    pip install -c constraints.txt -e ".[demo]"
+    python benchmarks/soak.py --output docs/performance.md     # an hour of one CPU core
+
+Encodes, samples and requests to the served web demo (a sample, an upload, and values that are refused, in turn) run in one process, one after the other. Exit status 1 if memory or files grow in the second half.
+"""
+
+import gc
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEMPORARY = tempfile.mkdtemp()
+tempfile.tempdir = os.environ["TMPDIR"] = TEMPORARY
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(dir=Path(TEMPORARY).parent)  # kept for an hour, by design
+
+import httpx  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from report import describe_device, write_section  # noqa: E402
+from transformers import HfArgumentParser  # noqa: E402
+
+from dq_hf import DEFAULT_MODEL  # noqa: E402
+from dq_hf.demo.page import make_page  # noqa: E402
+from dq_hf.loading import load_models  # noqa: E402
+
+MOST_GROWTH = 0.05  # of the memory, from the middle to the end
+POINTS = 10  # measurements of each kind of call
+
+
+@dataclass
+class Arguments:
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of both models"})
+    encodes: int = field(default=2000, metadata={"help": "images to encode and decode"})
+    samples: int = field(default=1000, metadata={"help": "images to sample"})
+    requests: int = field(default=1000, metadata={"help": "requests to the demo"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    vae, pipe = load_models(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    calls = {
+        "encodes": lambda i: encode(vae, i),
+        "samples": lambda i: sample(pipe, i),
+        "demo requests": Visitor(vae, pipe).request,
+    }
+    numbers = dict(zip(calls, (args.encodes, args.samples, args.requests)))
+    tables = {name: soak(name, call, numbers[name]) for name, call in calls.items()}
+    left = [str(path.relative_to(TEMPORARY)) for path in Path(TEMPORARY).rglob("*") if path.is_file()]
+    report = make_report(tables, left, args)
+    print(report)
+    if args.output:
+        write_section(Path(args.output), "benchmarks/soak.py", report)
+    return left or any(has_grown(points) for points in tables.values())
+
+
+def soak(name, call, number):
+    """Call (i) so many times; gives `POINTS` measurements."""
+    points = []
+    for i in range(number):
+        call(i)
+        if (i + 1) % max(number // POINTS, 1) == 0:
+            points.append({"calls": i + 1, **measure()})
+            print(f"{name}: {points[-1]}", file=sys.stderr, flush=True)
+    return points
+
+
+def measure():
+    """Memory in MB, descriptors and threads of this process, and files in the temporary folder."""
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "megabytes": process.memory_info().rss / 2**20,
+        "descriptors": process.num_fds(),
+        "threads": process.num_threads(),
+        "temporary_files": sum(path.is_file() for path in Path(TEMPORARY).rglob("*")),
+    }
+
+
+def has_grown(points):
+    """Whether memory or descriptors grew from the middle to the end."""
+    middle, end = points[(len(points) - 1) // 2], points[-1]
+    more_memory = end["megabytes"] > middle["megabytes"] * (1 + MOST_GROWTH)
+    return more_memory or end["descriptors"] > middle["descriptors"]
+
+
+@torch.no_grad()
+def encode(vae, i):
+    """Encode and decode one image of noise."""
+    height, width = vae.config.image_height_width
+    pixel_values = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(i)) * 2 - 1
+    vae.decode_codes(vae.encode(pixel_values).codes)
+
+
+def sample(pipe, i):
+    """Sample one image, of each class in turn."""
+    pipe(generator=torch.Generator().manual_seed(i), **condition(pipe, i))
+
+
+def condition(pipe, i):
+    """The class of the i-th image, {} for a model without classes."""
+    classes = pipe.transformer.config.num_classes
+    return {"class_labels": [i % classes]} if classes else {}
+
+
+class Visitor:
+    """Asks the demo, served here, by the requests that a browser sends."""
+
+    def __init__(self, vae, pipe):
+        page = make_page(vae, pipe)
+        self.address = page.launch(quiet=True, prevent_thread_lock=True, ssr_mode=False)[1] + "gradio_api/"
+        self.inputs = {block.api_name: block.inputs for block in page.fns.values()}
+        self.image = Path(os.environ["GRADIO_TEMP_DIR"], "noise.png")
+        Image.effect_noise((64, 64), 50).convert("RGB").save(self.image)
+
+    def request(self, i):
+        """The i-th request."""
+        values = [component.value for component in self.inputs["sample"]]
+        if i % 3 == 0:
+            expect("event: complete", self.ask("sample", [values[0], i, *values[2:]]))
+        elif i % 3 == 1:
+            files = {"files": ("noise.png", self.image.read_bytes())}
+            (path,) = httpx.post(self.address + "upload", files=files, timeout=600).json()
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            expect("event: complete", self.ask("open", [file]))
+        else:
+            expect("the seed must be one number", self.ask("sample", [values[0], "seven", *values[2:]]))
+
+    def ask(self, endpoint, values):
+        """What an endpoint answers."""
+        event = httpx.post(f"{self.address}call/{endpoint}", json={"data": values}, timeout=600).json()["event_id"]
+        return httpx.get(f"{self.address}call/{endpoint}/{event}", timeout=600).text
+
+
+def expect(words, answer):
+    """Raise RuntimeError unless the words are in the answer."""
+    if words not in answer:
+        raise RuntimeError(f"the demo should say {words!r}, got {answer[-500:]}")
+
+
+def make_report(tables, left, args):
+    """Markdown."""
+    lines = [
+        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}; {Path(args.model).name}; one process.",
+        "",
+        "| | calls | memory in the middle, MB | at the end, MB | descriptors in the middle | at the end |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, points in tables.items():
+        middle, end = points[(len(points) - 1) // 2], points[-1]
+        lines.append(
+            f"| {name} | {end['calls']:,} | {middle['megabytes']:.0f} | {end['megabytes']:.0f} "
+            f"| {middle['descriptors']} | {end['descriptors']} |"
+        )
+    return "\n".join([*lines, "", f"Left in the temporary folder: {', '.join(left) or 'nothing'}."])
+
+
+if __name__ == "__main__":
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    sys.exit(1 if main(arguments) else 0)
