@@ -4,13 +4,16 @@ import io
 import json
 import re
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import edit_weights, make_transformer, make_vae, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
 from transformers import AutoModel, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from dq_hf import DQForImageGeneration, DQGenerationPipeline, DQImageProcessor, DQPipeline
 from dq_hf.commands.main import main
@@ -150,6 +153,71 @@ def test_no_class_is_a_random_one_that_the_seed_decides(task, arguments):
     assert torch.equal(task(result["label"], seed=0)["codes"], result["codes"])
     assert set(result) == {"image", "class_label", "label", "codes", "grain_map"}
     assert result["codes"].shape == (4, 4) and result["grain_map"].shape == (2, 2)
+
+
+class Classes(Dataset):
+    """Of torch, with a length and without an iterator."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+
+STREAMS = {
+    "generator": lambda items: (item for item in items),
+    "torch": Classes,
+    "iterator": iter,
+    "column": lambda items: KeyDataset(datasets.Dataset.from_dict({"name": items}), "name"),
+    "plain column": lambda items: datasets.Dataset.from_dict({"name": items})["name"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("generator", {}),
+        ("generator", dict(batch_size=2, num_workers=3)),
+        ("torch", dict(batch_size=3, num_workers=2)),
+        ("iterator", dict(batch_size=4)),
+        ("column", dict(num_workers=1)),
+        ("plain column", dict(batch_size=2)),
+    ],
+)
+def test_streams_give_a_lists_results_one_by_one(task, kind, options):
+    items = ["sun", None, "star", "moon", None]
+    expected = task(items, seed=4)
+    state = torch.get_rng_state()
+    results = task(STREAMS[kind](items), seed=4, **options)
+    assert iter(results) is iter(results)  # not a list
+    results = list(results)
+    assert [result["label"] for result in results] == [result["label"] for result in expected]
+    for result, other in zip(results, expected):
+        assert torch.equal(result["codes"], other["codes"]) and pixels(result["image"]) == pixels(other["image"])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_stream_is_read_as_its_results_are_asked_for(task):
+    read = []
+    results = task(
+        (read.append(name) or name for name in ("sun", "moon", "xyz", "star")), seed=[1, 2, 3], batch_size=1
+    )
+    assert not read
+    assert torch.equal(next(results)["codes"], task("sun", seed=1)["codes"]) and read == ["sun"]
+    assert torch.equal(next(results)["codes"], task("moon", seed=2)["codes"])
+    with pytest.raises(ValueError, match="unknown class 'xyz'"):
+        next(results)
+    with pytest.raises(ValueError, match="more than 1 came"):
+        list(task(iter(["sun", "moon"]), seed=[1]))
+    with pytest.raises(ValueError, match="a list of 2, one for each image; got 1"):
+        task(Classes(["sun", "moon"]), seed=[1])
+    with pytest.raises(TypeError, match="got one of name; .*KeyDataset"):
+        list(task(datasets.Dataset.from_dict({"name": ["sun"]})))
+    assert list(task(iter([]))) == []
 
 
 def test_random_classes_do_not_disturb_their_neighbours(task):
@@ -310,7 +378,7 @@ def test_bad_sampling_arguments_are_refused_by_name(pipe, task, arguments, error
         (dict(seed=[1]), ValueError, "list of 2, one for each image; got 1"),
         (dict(sead=1), TypeError, "unknown argument.* sead"),
         (dict(num_images=3), TypeError, "unknown argument.* num_images"),
-        (dict(num_workers=1), TypeError, "unknown argument.* num_workers"),
+        (dict(num_workers=-1), ValueError, "num_workers must be a whole number of at least 0, got -1"),
     ],
 )
 def test_bad_arguments_of_the_task_are_refused(task, arguments, error, message):

@@ -7,6 +7,7 @@ import torch
 from conftest import TEXT, edit_weights, make_text_encoder, make_text_tokenizer, make_transformer, make_vae, seeded
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
+from transformers import pipeline
 
 from dq_hf import DQForImageGeneration, DQPipeline
 
@@ -171,3 +172,43 @@ def test_components_are_those_of_diffusers(pipe):
     assert DQPipeline.from_pipe(pipe).text_encoder is pipe.text_encoder
     half = DQPipeline(**pipe.components).to(torch.float32)
     assert half("sun", output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_the_task_takes_a_prompt(model, pipe):
+    task = pipeline("dq-generation", model=model)
+    options = dict(guidance_scale=2.0, negative_prompt="blue")
+    prompts = ["sun", "a red heart", ""]
+    expected = pipe(prompts, generator=seeded(3), output_type="codes", **options).codes
+    results = task(prompts, seed=3, batch_size=2, **options)
+    assert torch.equal(torch.stack([result["codes"] for result in results]), expected)
+    assert [result["prompt"] for result in results] == prompts and results[0]["class_label"] is None
+    streamed = list(task((prompt for prompt in prompts), seed=3, **options))
+    assert torch.equal(torch.stack([result["codes"] for result in streamed]), expected)
+    assert torch.equal(task("sun", seed=3, **options)["codes"], expected[0])
+    assert torch.equal(task(seed=5)["codes"], task("", seed=5)["codes"])
+    for item, error, message in (
+        (3, ValueError, "takes a prompt: it has no classes, got 3"),
+        ({"prompt": 3}, TypeError, "a prompt must be a text, got 3"),
+        ({"text": "sun"}, TypeError, "dictionary of prompt and class_label; got one of text"),
+    ):
+        with pytest.raises(error, match=message):
+            task(["sun", item])
+    with pytest.raises(TypeError, match="negative_prompt must be one text"):
+        task("sun", negative_prompt=["a", "b"])
+
+
+def test_the_task_takes_a_prompt_and_a_class():
+    model = make_model(**CLASSES)
+    task = pipeline("dq-generation", model=model)
+    result = task({"prompt": "a red heart", "class_label": "star"}, seed=3)
+    assert (result["prompt"], result["label"]) == ("a red heart", "star")
+    assert torch.equal(result["codes"], model.generate([2], prompt="a red heart", generator=seeded(3)).codes[0])
+    assert task("a red heart", seed=3)["class_label"] in (0, 1, 2)
+    class_task = pipeline(
+        "dq-generation",
+        model=DQForImageGeneration.from_models(make_vae(image_size=8), make_transformer(**SMALL, **CLASSES)),
+    )
+    with pytest.raises(ValueError, match="unknown class 'a red heart'; known classes: sun, moon, star"):
+        class_task("a red heart")
+    with pytest.raises(ValueError, match="a prompt is for a model with text; this one takes class_labels"):
+        class_task({"prompt": "a red heart"})
