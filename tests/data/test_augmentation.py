@@ -1,9 +1,15 @@
 """Random changes of training images: what is drawn, when it is drawn anew, and what stays as it is."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dq_hf.data.augmentation import Augmentation
+from dq_hf.data.images import ImageCollator
+from dq_hf.modeling.image_processing_dq import DQImageProcessor
 
 
 @pytest.fixture
@@ -41,3 +47,29 @@ def test_images_of_letters_are_never_mirrored(images):
     assert torch.equal(changed[::2], images[::2])
     mirrored = sum(torch.equal(one, two.flip(-1)) for one, two in zip(changed[1::2], images[1::2]))
     assert 65 < mirrored < 135  # 100 of 200 on average
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 8), (16, 60), (16, 16)])
+def test_a_random_part_of_the_wanted_shape_is_kept(width, height):
+    """Of ramps, whose grey values tell the place."""
+    ramp = np.linspace(0, 250, max(width, height)).round().astype(np.uint8)
+    pixels = np.broadcast_to(ramp[None, :width] if width > height else ramp[:height, None], (height, width))
+    augmentation = Augmentation(0, random_crop=True)
+    image = Image.fromarray(pixels)
+    crops = [augmentation.crop(image, 8, 16, epoch) for epoch in range(200)]
+    wanted = {(40, 8): (16, 8), (16, 60): (16, 8), (16, 16): (16, 8)}[width, height]
+    assert {crop.size for crop in crops} == {wanted}
+    firsts = {crop.getpixel((0, 0)) for crop in crops}
+    places = width - wanted[0] + height - wanted[1] + 1
+    assert len(firsts) > 0.8 * places and min(firsts) <= ramp[2]
+    assert augmentation.crop(image, 8, 16, 3).tobytes() == crops[3].tobytes()
+
+
+def test_photographs_are_turned_upright_before_they_are_cropped():
+    image = Image.new("RGB", (40, 8))
+    image.getexif()[0x0112] = 6  # a quarter turn
+    image.save(file := io.BytesIO(), "jpeg", exif=image.getexif())
+    processor = DQImageProcessor(size={"height": 20, "width": 8})
+    collate = ImageCollator(processor, augmentation=Augmentation(0, random_crop=True))
+    assert Augmentation(0, random_crop=True).crop(Image.open(file), 20, 8, 0).size == (8, 20)
+    assert collate([{"image": file.getvalue()}])["pixel_values"].shape == (1, 3, 20, 8)

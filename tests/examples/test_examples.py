@@ -618,6 +618,32 @@ def test_both_stages_take_any_number_of_granularities(place, granularities, shar
     assert model.transformer.config.grid_sizes == [[16 // side] * 2 for side in granularities]
 
 
+def test_both_stages_take_images_that_are_not_square(place):
+    size = f"{PLAIN} --data folders --max_steps 2 --crop random --save_minutes 1e-9".replace(
+        "--image_size 16", "--image_size 16 24"
+    )
+    run_here(place, f"{size} --output_dir wide-vae --keep_checkpoints 9")
+    assert {path.name for path in (place / "wide-vae").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert Image.open(place / "wide-vae" / "samples-000002.png").size[1] == 3 * 64
+    run_here(
+        place, "encode_dataset.py --data folders --vae wide-vae/model --output_dir wide-codes --copies 2 --crop random"
+    )
+    assert len(load_codes(place / "wide-codes", "train", DQVAEModel.from_pretrained(place / "wide-vae/model"))) == 88
+    run_here(place, f"{STAGE_2} --codes wide-codes --vae wide-vae/model --output_dir wide --max_steps 1")
+    assert pipeline("dq-generation", model=str(place / "wide" / "model"))("sun")["image"].size == (24, 16)
+    assert "24" in card_figures(place / "wide-vae" / "model")["image size"]
+    run_here(
+        place,
+        f"{size} --output_dir wide-further --start_from wide-vae/model".replace(
+            STAGE_1, "train_dqvae.py --image_size 16 24"
+        ),
+    )
+    refused = refusal(
+        place, f"train_dqvae.py --data tables --start_from wide-vae/model --image_size 16 --output_dir no {STARTED}"
+    )
+    assert "--image_size is [16, 24] in the model of --start_from, got 16; leave it out" in refused
+
+
 PULL = """
 from safetensors.torch import save_file
 from transformers import pipeline

@@ -268,6 +268,9 @@ class ImageCollator:
 
     def __call__(self, rows):
         images = [self._decode(row[self.image_column], i) for i, row in enumerate(rows)]
+        if self.augmentation is not None:
+            size = self.processor.size
+            images = [self.augmentation.crop(image, size["height"], size["width"], self.epoch) for image in images]
         pixel_values = self.processor(images)["pixel_values"]
         if self.augmentation is not None:
             pixel_values = self.augmentation(pixel_values, rows, self.epoch)

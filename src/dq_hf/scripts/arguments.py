@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass
 
 from dq_hf import DEFAULT_MODEL
 from dq_hf.training.options import (
+    CROP,
     EMOJI,
     SMALL,
     RunOptions,
@@ -12,6 +13,7 @@ from dq_hf.training.options import (
     require_different,
     require_one_of,
     require_share,
+    shown,
     size_option,
 )
 
@@ -50,7 +52,9 @@ class TokenizerArguments(RunOptions):
     decoder_only: bool = option(
         False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
     )
-    image_size: int | None = size_option(TOKENIZER_SIZES["image_size"], "Height and width of the images in pixels.")
+    image_size: list[int] | None = size_option(
+        TOKENIZER_SIZES["image_size"], "Sides of the images in pixels: one number, or height and width, like 64 96."
+    )
     granularities: list[int] | None = size_option(
         TOKENIZER_SIZES["granularities"],
         "Sides in pixels of what a code stands for, coarsest first, each half of the one before.",
@@ -98,6 +102,13 @@ class TokenizerArguments(RunOptions):
         require(self, 1, "disc_channels", "disc_layers")
         require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
         require_share(self, "fine_ratios", "ema_decay")
+        if self.image_size is not None:
+            if len(self.image_size) > 2:
+                raise ValueError(
+                    f"--image_size must be one number, or height and width, got {shown(self, 'image_size')}"
+                )
+            same = len(set(self.image_size)) == 1
+            self.image_size = self.image_size[0] if same else self.image_size  # as in the model's configuration
         if self.decoder_only and self.start_from is None:
             raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
 
@@ -136,10 +147,12 @@ class EncodeArguments:
     )
     copies: int = option(
         1,
-        "Versions of each training image: itself, and others that are shifted at random; each with its mirror image.",
+        "Versions of each training image: itself, and others that are cropped (--crop random) or shifted (--max_shift) at "
+        "random; each with its mirror image.",
     )
+    crop: str = option("center", CROP)
     max_shift: int = option(0, "Pixels by which the further versions are shifted at most, along each axis.")
-    seed: int = option(0, "Seed of the shifts.")
+    seed: int = option(0, "Seed of the crops and shifts.")
     batch_size: int = option(32, "Images at a time, in each process.")
     num_workers: int = option(0, "Processes that read images, for each process that encodes.")
     overwrite: bool = option(False, "Replace the code cache in --output_dir.")
@@ -155,10 +168,11 @@ class EncodeArguments:
         require_different(self, "test_split")
         if self.train_split in self.test_split:
             raise ValueError(f"--test_split must not have the training split, got {' '.join(self.test_split)}")
-        if (self.copies > 1) != (self.max_shift > 0):
+        require_one_of(self, "crop", ("center", "random"))
+        if (self.copies > 1) != (self.max_shift > 0 or self.crop == "random"):
             raise ValueError(
-                f"--copies above 1 needs --max_shift above 0, and the other way round; got {self.copies} and "
-                f"{self.max_shift}"
+                "--copies above 1 needs --crop random or --max_shift above 0, and the other way round; got "
+                f"--copies {self.copies}, --crop {self.crop} and --max_shift {self.max_shift}"
             )
 
 

@@ -87,7 +87,7 @@ def encode(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         num_rows = {name: count_rows(stage, name) for name in splits}
-        options = ("data", "horizontal_flips", "no_flip_column", "copies", "max_shift", "caption_column")
+        options = ("data", "horizontal_flips", "no_flip_column", "copies", "crop", "max_shift", "caption_column")
         origin = {name: getattr(args, name) for name in options} | {"command": shlex.join(sys.argv)}
         write_index(stage, vae, args.vae, names, num_rows, **origin)
         put_in_place(output_dir)
@@ -98,12 +98,12 @@ def encode(args):
 
 
 def encode_split(args, vae, dataset, name, schema, show):
-    """Tables of this process's rows of a split: of the images as they are, and in training of their shifted versions."""
+    """Tables of this process's rows of a split: of the images as they are, and in training of their other versions."""
     processor, trains = DQImageProcessor.for_model(vae.config), name == args.train_split
-    shift = Augmentation(args.seed, max_shift=args.max_shift)
+    change = Augmentation(args.seed, random_crop=args.crop == "random", max_shift=args.max_shift)
     for version in range(args.copies if trains else 1):
         collate = ImageCollator(
-            processor, args.image_column, args.label_column, shift if version > 0 else None, partial(beside, args)
+            processor, args.image_column, args.label_column, change if version > 0 else None, partial(beside, args)
         )
         collate.set_epoch(version)
         loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.num_workers)

@@ -69,7 +69,8 @@ def train(args):
     torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a compiled graph twice more
 
     # Data.
-    processor = DQImageProcessor(size={"height": args.image_size, "width": args.image_size})
+    config = start.config if start is not None else make_config(args)
+    processor = DQImageProcessor.for_model(config)
     train_set, test_sets = run.load_images()
     collate = ImageCollator(processor, args.image_column)
     train_collate = ImageCollator(processor, args.image_column, augmentation=run.augmentation())
@@ -77,7 +78,6 @@ def train(args):
     test_loaders = run.test_loaders(test_sets, collate)
 
     # Models, and one optimiser for each (method section 5).
-    config = start.config if start is not None else make_config(args)
     vae = start if start is not None else DQVAEModel(config)
     calibration = Calibration(args, TOKENIZER_SIZES, vae, train_set, collate)
     if run.begins and start is None and not vae.router.uses_features:
@@ -91,7 +91,7 @@ def train(args):
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers)
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
-        discriminator.check_size(args.image_size, args.image_size)
+        discriminator.check_size(*config.image_height_width)
     perceptual = None
     if args.perceptual_weight > 0:
         perceptual = make_perceptual_loss(args.perceptual).to(accelerator.device)
@@ -183,16 +183,9 @@ def train(args):
 
 
 def sizes_of(config):
-    """The sizes of a model as options.
-
-    Raises:
-        ValueError: a model of images that are not square.
-    """
-    height, width = config.image_height_width
-    if height != width:
-        raise ValueError(f"--start_from must be a model of square images, got {height}x{width}")
+    """The sizes of a model as options."""
     sizes = {name: getattr(config, name) for name in TOKENIZER_SIZES if hasattr(config, name)}
-    return sizes | {"image_size": height, "fine_ratios": config.budget_targets or []}
+    return sizes | {"fine_ratios": config.budget_targets or []}
 
 
 def is_trained(parameter):

@@ -12,12 +12,20 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
+CROP = "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part."
 SMALL = "small"  # the text encoder that is made for a run
 
 # When a run is resumed, each option of the scripts is one of these:
 TAKEN = (  # the new value counts from there
     *("data", "train_split", "test_split", "image_column", "max_test_images", "max_broken_share", "codes"),
-    *("max_uncaptioned_share", "horizontal_flips", "no_flip_column", "batch_size", "gradient_accumulation_steps"),
+    *(
+        "max_uncaptioned_share",
+        "crop",
+        "horizontal_flips",
+        "no_flip_column",
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("learning_rate", "warmup_steps", "max_grad_norm", "max_steps"),
     *("perceptual", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "dropout", "attention_dropout"),
 )
@@ -31,7 +39,16 @@ REFUSED = (  # another value than the checkpoint's is an error
 )
 FREE = (  # changes nothing that is learned
     *("output_dir", "num_workers", "precompute_text", "gradient_checkpointing", "attn_implementation"),
-    *("log_every", "save_every", "keep_checkpoints", "sample_every", "resume", "report_to", "push_to_hub"),
+    *(
+        "log_every",
+        "save_every",
+        "save_minutes",
+        "keep_checkpoints",
+        "sample_every",
+        "resume",
+        "report_to",
+        "push_to_hub",
+    ),
 )
 
 
@@ -68,6 +85,7 @@ class RunOptions:
         0.01, "Images that cannot be read are left out; the run stops if their share is larger than this."
     )
     num_workers: int = option(0, "Processes that read images, for each process that trains.")
+    crop: str = option("center", CROP)
     horizontal_flips: bool = option(True, "Mirror half of the training images.")
     no_flip_column: str | None = option(
         None, "Column that is true for images that are never mirrored, such as those of letters."
@@ -85,6 +103,7 @@ class RunOptions:
 
     log_every: int = option(20, "Steps between two rows of log.jsonl.")
     save_every: int = option(500, "Steps between two checkpoints.")
+    save_minutes: float = option(15.0, "Minutes after which a checkpoint is saved in any case; 0 means never.")
     keep_checkpoints: int = option(2, "Newest checkpoints that are kept.")
     sample_every: int = option(500, "Steps between two measurements on held-out images, each with a picture.")
     resume: str = option(
@@ -100,7 +119,8 @@ class RunOptions:
     def __post_init__(self):
         require(self, 1, "max_test_images", "batch_size", "gradient_accumulation_steps", "max_steps")
         require(self, 1, "log_every", "save_every", "keep_checkpoints", "sample_every")
-        require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed")
+        require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed", "save_minutes")
+        require_one_of(self, "crop", ("center", "random"))
         require_above_0(self, "max_grad_norm")
         require_share(self, "max_broken_share")
         require_different(self, "test_split")

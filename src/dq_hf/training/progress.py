@@ -102,14 +102,18 @@ class StopSignal:
         self.received = True
 
     def requested(self, accelerator):
-        """Whether any process was asked to stop; the same answer on all, which must all ask, as often."""
+        """Whether any process was asked to stop, as `any_process`."""
+        return self.any_process(accelerator, self.received)
+
+    def any_process(self, accelerator, flag):
+        """Whether the flag is true on any process; the same answer on all, which must all ask, as often."""
         if accelerator.num_processes == 1:
-            return self.received
+            return flag
         if self.group is None:
             self.group = torch.distributed.new_group(backend="gloo")  # on the CPU: a GPU would be waited for
-        received = torch.tensor(int(self.received))
-        torch.distributed.all_reduce(received, group=self.group)
-        return received.item() > 0
+        count = torch.tensor(int(flag))
+        torch.distributed.all_reduce(count, group=self.group)
+        return count.item() > 0
 
     def close(self):
         """Put the previous handler back."""

@@ -1,5 +1,7 @@
 """The model card of a training run, and the upload of its model."""
 
+import logging
+import os
 import platform
 import re
 import shlex
@@ -13,6 +15,7 @@ from huggingface_hub import constants
 from .. import __version__
 from ..hub.upload import check_push, upload
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -39,6 +42,32 @@ def machine_facts(accelerator):
         "device of a process": str(device),
         "software": versions(),
     }
+
+
+def warn_of_launcher(accelerator):
+    """Log a warning if `accelerate launch` was asked for several processes and started this one alone."""
+    asked = asked_processes(parent_command())
+    if accelerator.num_processes == 1 < asked:
+        logger.warning(
+            f"accelerate launch was asked for {asked} processes and has started one, as it does on CPUs; start them by "
+            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {asked} SCRIPT ..."
+        )
+
+
+def asked_processes(words):
+    """The number of processes that a command asks accelerate's launcher for, 1 if it names none."""
+    if "launch" not in words:
+        return 1
+    found = re.search(r" --num[-_]processes[= ](\d+) ", f" {' '.join(words)} ")
+    return int(found[1]) if found else 1
+
+
+def parent_command():
+    """The words of the command that started this process; none where the system does not tell."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
 
 SECRETS = {"token", "secret", "password", "passwd", "key", "apikey", "auth", "credentials"}

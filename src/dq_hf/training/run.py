@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from .progress import (
     ignore_sigterm,
     progress_bar,
 )
-from .publish import command_line, machine_facts, push_folder
+from .publish import command_line, machine_facts, push_folder, warn_of_launcher
 
 logger = logging.getLogger(__name__)
 OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change
@@ -89,6 +90,7 @@ class Run:
             # One process checks the images, the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
         )
+        warn_of_launcher(self.accelerator)
         check_writable(self.dir)
         check_place(self.dir / "model")
         self.lock = together(
@@ -135,9 +137,11 @@ class Run:
     def augmentation(self):
         """What happens to training images; None: nothing."""
         options = self.options
-        if not options.horizontal_flips:
+        if not options.horizontal_flips and options.crop == "center":
             return None
-        return Augmentation(options.seed, horizontal_flips=True, no_flip_column=options.no_flip_column)
+        return Augmentation(
+            options.seed, options.horizontal_flips, options.no_flip_column, random_crop=options.crop == "random"
+        )
 
     def test_loaders(self, test_sets, collate):
         """{split: prepared batches to measure on}."""
@@ -199,6 +203,7 @@ class Run:
         """Batches, with a progress bar, to the last step or until SIGTERM asks to stop; see `progress.batches`."""
         accelerator, total = self.accelerator, self.options.max_steps
         bar = progress_bar(total, self.images_per_step, self.step, disable=not accelerator.is_main_process)
+        self.saved_at = time.monotonic()
         with bar as self.bar, StopSignal() as self.stop:
             for batch in batches(loader, self.progress, accelerator, on_epoch, total):
                 yield batch
@@ -217,6 +222,7 @@ class Run:
     def count_step(self):
         """An optimizer step was made."""
         self.progress.step += 1
+        self.bar.set_description(f"step {self.step} of {self.options.max_steps}", refresh=False)
         self.bar.update(self.images_per_step)
 
     def due(self, every):
@@ -241,7 +247,7 @@ class Run:
         if self.log is not None:
             self.log.write(self.step, values)
         if show:
-            self.bar.set_postfix({"step": self.step} | {name: f"{values[name]:.4g}" for name in show})
+            self.bar.set_postfix({name: f"{values[name]:.4g}" for name in show})
 
     def report(self, figures, **more):
         """Put held-out figures into log and tracker, and print them.
@@ -264,10 +270,13 @@ class Run:
 
     def save_when_due(self):
         """Save a checkpoint if one is due, or if the run was asked to stop, which then ends `batches`."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        late = self.stop.any_process(self.accelerator, 0 < self.options.save_minutes <= minutes)
         self.stopped = self.stop.requested(self.accelerator)
-        if self.due(self.options.save_every) or self.stopped:
+        if self.due(self.options.save_every) or late or self.stopped:
             self.finite.raise_if_bad(self.step, self.dir)
             save_checkpoint(self.accelerator, self.dir, self.step, self.options.keep_checkpoints)
+            self.saved_at = time.monotonic()
         if self.stopped:
             self.accelerator.print(f"stopped at step {self.step}; the same command goes on from there")
 
