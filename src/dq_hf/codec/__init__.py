@@ -1,5 +1,6 @@
 """Images as bytes, as tokens for other models, and what they cost."""
 
 from .compress import compress, decompress, read_codes
+from .tokens import DQTokens
 
-__all__ = ["compress", "decompress", "read_codes"]
+__all__ = ["DQTokens", "compress", "decompress", "read_codes"]
