@@ -17,7 +17,7 @@ from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
 from .modeling_utils_dq import TorchInitMixin
-from .text_dq import check_tokenizer, encode_tokens, prompt_arguments, text_encoder_class
+from .text_dq import check_tokenizer, encode_tokens, prompt_arguments, text_encoder_class, unused_parameters
 
 
 @dataclass
@@ -98,7 +98,17 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
         model = cls.from_models(**models, tokenizer=tokenizer).eval()
         if hasattr(config, "auto_map"):  # of code that came with the model
             model.config.auto_map = config.auto_map
-        return (model, infos) if output_loading_info else model
+        return (model, joined(infos)) if output_loading_info else model
+
+
+def joined(infos):
+    """The loading information of a whole from {part: loading information}, as transformers gives it; keys by their part."""
+    whole = {}
+    for name, info in infos.items():
+        for problem, keys in info.items():
+            named = [(f"{name}.{key[0]}", *key[1:]) if isinstance(key, tuple) else f"{name}.{key}" for key in keys]
+            whole.setdefault(problem, set()).update(named)
+    return whole
 
 
 def load_part(part_class, source, subfolder, *args, **kwargs):
@@ -254,6 +264,14 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             return_loss,
             **{name: value for name, value in outputs.items() if value is not None},
         )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        """Names of what `forward` does not train, and DistributedDataParallel need not wait for."""
+        names = [f"vae.{name}" for name in self.vae.state_dict()]
+        if self.text_encoder is not None:
+            names += [f"text_encoder.{name}" for name in unused_parameters(self.text_encoder)]
+        return names
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in torch. Weights of one part may have the names that they have in its file: transformers.Trainer resumes so."""

@@ -93,6 +93,12 @@ def encode_tokens(text_encoder, input_ids, attention_mask=None):
     return states.masked_fill(attention_mask[..., None] == 0, 0), attention_mask
 
 
+def unused_parameters(text_encoder):
+    """Names of its parameters that no state depends on: those of the heads that make one vector of a text."""
+    heads = {"pooler", "text_projection", "head"}
+    return [name for name, _ in text_encoder.named_parameters() if heads & set(name.split("."))]
+
+
 def encode_prompts(tokenizer, text_encoder, prompts, length):
     """encoder_hidden_states (B, length, d) and encoder_attention_mask (B, length) of prompts, see `tokenize`."""
     return encode_tokens(text_encoder, *tokenize(tokenizer, prompts, length))
