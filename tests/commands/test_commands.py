@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -128,6 +128,43 @@ def test_generate_writes_single_files_whatever_the_batch_and_the_lookahead(run, 
     assert sorted(path.name for path in Path("new/images").iterdir()) == names
     images, _ = expected_images("model", [0, 1, 2, 0, 1], seed=2)
     assert [pixels(Image.open(f"new/images/{name}")).tolist() for name in names] == images
+
+
+@pytest.fixture(scope="module")
+def text_model(models):
+    """A folder with a model that takes prompts."""
+    parts = make_vae(image_size=8), make_transformer(grid_sizes=[[2, 2], [4, 4]], **TEXT)
+    model = DQForImageGeneration.from_models(*parts, make_text_encoder(), make_text_tokenizer())
+    model.save_pretrained(models / "text")
+    return models / "text"
+
+
+def test_generate_takes_prompts_in_turn(run, place, text_model):
+    prompts = ["a red heart", "", "sun"]
+    (place / "prompts.txt").write_text("\n".join(prompts), "utf-8")
+    options = ["--model", text_model, "--negative-prompt", "blue", "--guidance-scale", 2, "--seed", 5, "-n", 4]
+    run("generate", *options, "--prompts-file", "prompts.txt", "--output", "a.png", "--batch-size", 3)
+    given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    run("generate", *options, *given, "--output", "b.png")
+    pipe = DQPipeline.from_pretrained(text_model)
+    texts = dict(negative_prompt="blue", guidance_scale=2.0)
+    images = pipe([*prompts, "a red heart"], generator=torch.Generator().manual_seed(5), **texts).images
+    expected = [pixels(image).tolist() for image in images]
+    assert cells("a.png", 2, 4) == cells("b.png", 2, 4) == expected
+    run("draw", "order", *options, *given, "--seconds", 0.2, "order.gif")
+
+
+def test_generate_refuses_prompts_that_cannot_be(refused, place, text_model):
+    (place / "empty.txt").write_text("")
+    (place / "bytes.txt").write_bytes(b"\xff\xfe")
+    for model, options, message in (
+        ("model", ["--prompt", "sun"], "prompt is for a model with text; this one takes class_labels"),
+        (text_model, ["--class-label", "sun"], "takes a prompt: it has no classes"),
+        (text_model, ["--prompts-file", "empty.txt"], "at least one line"),
+        (text_model, ["--prompts-file", "bytes.txt"], "must be text in UTF-8"),
+        (text_model, ["--prompts-file", "none.txt"], "none.txt"),
+    ):
+        assert message in refused("generate", "--model", model, "--output", "grid.png", *options)
 
 
 def test_generate_passes_sampling_options_on(run, place):

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from hypothesis import given
@@ -399,6 +399,18 @@ def test_an_unconditional_model_has_no_class_and_no_guidance(models):
     assert not found["dropdown", "Class"]["visible"] and not found["slider", "Guidance scale"]["visible"]
     *_, last = sample_frames(pipe, None, 5)
     assert (pixels(last.image) == pixels(directly(pipe, None, 5))).all()
+
+
+def test_a_prompt_gives_the_image_of_the_pipeline_and_others_are_refused(serving):
+    parts = make_vae(), make_transformer(**TEXT)
+    pipe = DQPipeline(*parts, make_text_encoder(), make_text_tokenizer())
+    address = serving(make_page(pipe.vae, pipe))
+    image, *_ = visitor(address).predict(None, 7, *SAMPLING.values(), "a red heart", api_name="/sample")
+    expected = pipe("a red heart", generator=torch.Generator().manual_seed(7), **OPTIONS).images[0]
+    assert (pixels(opened(image)) == enlarged(expected, 24)).all()
+    for wrong in (3, None, ["sun"], "x" * 501):
+        told = json.loads(answer(address, "sample", [None, 7, *SAMPLING.values(), wrong]).removeprefix("data: "))
+        assert "the prompt" in told["error"]
 
 
 def test_a_tokenizer_alone_has_no_tab_that_samples(models):

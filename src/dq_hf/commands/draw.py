@@ -16,7 +16,7 @@ from .options import (
     check_encoding,
     check_generation,
     check_outputs,
-    chosen_classes,
+    chosen_inputs,
     chosen_sampling,
     fine_ratio,
     open_image,
@@ -68,9 +68,11 @@ def run_order(args):
 
     pipe = load_pipeline(args.model).to(device)
     config = pipe.transformer.config
+    inputs = chosen_inputs(args, config, range(args.num_images))
     steps = pipe.transformer.generate_steps(
-        chosen_classes(args, config, range(args.num_images)),
+        inputs["class_labels"],
         args.num_images,
+        **pipe.encode_prompt(inputs["prompt"], inputs["negative_prompt"]),
         generator=torch.Generator().manual_seed(args.seed),
         **chosen_sampling(args),
     )

@@ -11,7 +11,7 @@ from .options import (
     check_device,
     check_generation,
     check_outputs,
-    chosen_classes,
+    chosen_inputs,
     chosen_sampling,
     save_image,
 )
@@ -64,10 +64,10 @@ def run(args):
     pictures = []
     for first in range(0, args.num_images, args.batch_size):
         numbers = range(first, min(first + args.batch_size, args.num_images))
-        labels = chosen_classes(args, pipe.transformer.config, numbers)
-        count = len(numbers) if labels is None else 1
+        inputs = chosen_inputs(args, pipe.transformer.config, numbers)
+        count = len(numbers) if inputs["prompt"] is inputs["class_labels"] is None else 1
         sampling = chosen_sampling(args) | {"lookahead": args.lookahead}
-        output = pipe(class_labels=labels, num_images_per_label=count, generator=generator, **sampling)
+        output = pipe(**inputs, num_images_per_prompt=count, generator=generator, **sampling)
         for image, grain_map in zip(output.images, output.grain_maps):
             if args.show_grain_map:
                 image = image_grid([enlarge(image, scale), draw_grain_map(image, grain_map, scale)], columns=2)

@@ -19,7 +19,7 @@ SAMPLING_HELP = {
     "position_temperature": "Draw positions at this temperature, above 0.",
     "position_top_k": "Draw positions from this many of the most likely.",
     "position_top_p": "Draw positions from the most likely that together have this probability.",
-    "guidance_scale": "Strengthen the class by classifier-free guidance, above 1; 1 means none.",
+    "guidance_scale": "Strengthen class and prompt by classifier-free guidance, above 1; 1 means none.",
 }
 
 
@@ -170,6 +170,25 @@ def add_generation_options(command, num_images):
         help="Generate these classes in turn, given as names or ids; a wrong name is answered by the names that there are "
         "(default: every class).",
     )
+    texts = command.add_mutually_exclusive_group()
+    texts.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="Generate images of this text, for a model trained with captions; give it again for more texts, which come in "
+        "turn (default: no text).",
+    )
+    texts.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="Generate images of the lines of this text file, in turn; an empty line is no text.",
+    )
+    command.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="Let guidance lead away from this text (default: from no text).",
+    )
     command.add_argument(
         "-n",
         "--num-images",
@@ -205,6 +224,19 @@ def check_generation(args):
     check_at_least_one(num_images=args.num_images)
     check_seed(args.seed)
     chosen_sampling(args)
+    if args.prompts_file is not None:
+        args.prompt = read_prompts(args.prompts_file)
+
+
+def read_prompts(path):
+    """The lines of a text file; OSError or ValueError if there are none, or it is no text in UTF-8."""
+    try:
+        prompts = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {path} must be text in UTF-8: {error}") from error
+    if not prompts:
+        raise ValueError(f"--prompts-file {path} must hold at least one line, it is empty")
+    return prompts
 
 
 def chosen_sampling(args):
@@ -214,19 +246,21 @@ def chosen_sampling(args):
     return given
 
 
-def chosen_classes(args, config, numbers):
-    """Class ids of the images of these numbers, whose classes come in turn; None for an unconditional model.
+def chosen_inputs(args, config, numbers):
+    """What the images of these numbers are of, prompts and classes in turn: arguments of `DQPipeline`, None where not given.
 
     Raises:
         ValueError: a class that the `DQTransformerConfig` does not have.
     """
     from ..pipelines.class_labels import class_ids
 
-    if args.class_label is None and not config.num_classes:
-        return None
-    names = args.class_label or list(range(config.num_classes))
-    ids = class_ids([name_or_id(name, config) for name in names], config)
-    return [ids[number % len(ids)] for number in numbers]
+    labels = None
+    if args.class_label is not None or config.num_classes:
+        names = args.class_label or list(range(config.num_classes))
+        ids = class_ids([name_or_id(name, config) for name in names], config)
+        labels = [ids[number % len(ids)] for number in numbers]
+    prompts = args.prompt and [args.prompt[number % len(args.prompt)] for number in numbers]
+    return {"prompt": prompts, "negative_prompt": args.negative_prompt, "class_labels": labels}
 
 
 def name_or_id(name, config):

@@ -12,6 +12,7 @@ from PIL import Image
 from ..loading import load_models
 from ..pictures import image_grid
 from .views import (
+    MAX_PROMPT,
     MAX_SEED,
     MAX_UPLOAD_BYTES,
     MAX_UPLOAD_PIXELS,
@@ -19,6 +20,7 @@ from .views import (
     check_class,
     check_number,
     check_painting,
+    check_prompt,
     check_seed,
     cost_cells,
     count_values,
@@ -44,6 +46,7 @@ MAX_WAITING = 20  # visitors in the queue
 MAX_VALUES = 200  # in one request, those inside of lists and objects included
 SECONDS_KEPT = 3600  # uploads and pictures on the disk
 
+PROMPTS = ("a red heart", "a blue circle", "a snail, flat style", "a smiling face with sunglasses")  # examples
 NUM_STRIP_FRAMES, STRIP_SIDE = 8, 128
 
 NO_IMAGE = "Drop an image into the box, or take the sample of the other tab."
@@ -145,9 +148,14 @@ def add_generate_tab(pipe, turn):
     config = pipe.transformer.config
     defaults = config.sampling_defaults
     names = [(config.id2label[i], i) for i in range(config.num_classes)]
+    has_prompts = pipe.text_encoder is not None and pipe.tokenizer is not None
+    is_guided = config.class_dropout > 0 or config.text_length is not None
     sample = gr.State()
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
+            prompt = gr.Textbox(label="Prompt", info="empty: no text", max_length=MAX_PROMPT, visible=has_prompts)
+            if has_prompts:
+                gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", api_visibility="private")
             label = gr.Dropdown(names, value=0 if names else None, label="Class", visible=bool(names))
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
@@ -158,8 +166,8 @@ def add_generate_tab(pipe, turn):
                 defaults.get("guidance_scale", 1.0),
                 step=0.1,
                 label="Guidance scale",
-                info="how much the class counts; 1: no guidance",
-                visible=config.class_dropout > 0,
+                info="how much class and prompt count; 1: no guidance",
+                visible=is_guided,
             )
             temperature = gr.Slider(0.1, 2, defaults.get("temperature", 1.0), step=0.05, label="Temperature of codes")
             position_temperature = gr.Slider(
@@ -181,17 +189,19 @@ def add_generate_tab(pipe, turn):
             figures = gr.Markdown("Press *Sample*: codes are drawn from coarse to fine.", elem_classes="figures")
             strip = picture("From coarse to fine", height=200)
 
-    def run_sample(label, seed, guidance, temperature, position_temperature, top_p):
+    def run_sample(label, seed, guidance, temperature, position_temperature, top_p, prompt=None):
         with told():
+            if has_prompts:
+                check_prompt(prompt)
             check_class(label, config)
             check_seed(seed)
             options = dict(temperature=temperature, position_temperature=position_temperature, top_p=top_p)
-            if config.class_dropout > 0:
+            if is_guided:
                 options["guidance_scale"] = guidance
             for name, value in options.items():
                 check_number(name, value, sliders[name].minimum, sliders[name].maximum)
             frames = []
-            for frame in sample_frames(pipe, label, int(seed), **options):
+            for frame in sample_frames(pipe, label, int(seed), prompt=prompt, **options):
                 frames.append(frame)
                 text = f"Element {frame.num_steps} of at most {config.longest_stream} …"
                 yield enlarged(frame.image), frame.coding, frame.order, text, gr.skip(), gr.skip()
@@ -202,7 +212,7 @@ def add_generate_tab(pipe, turn):
 
     button.click(
         run_sample,
-        [label, seed, *sliders.values()],
+        [label, seed, *sliders.values(), *[prompt] * has_prompts],
         [image, coding, order, figures, strip, sample],
         api_name="sample",
         preprocess=False,  # `run_sample` checks what was sent

@@ -30,6 +30,8 @@ MAX_UPLOAD_PIXELS = 25_000_000  # a camera's picture; 300 MB as float32
 MAX_ASPECT_RATIO = 16  # the shorter side is scaled to the model's, the longer one grows with it
 MAX_SEED = 2**31 - 1
 
+MAX_PROMPT = 500  # characters
+
 VIEW_SIDE = 384  # of the pictures, about, in pixels
 NUM_FRAMES = 24  # of a sample that grows
 PAINTED_SHARE = 0.1  # of a region that makes it painted; less is the brush's blurred edge
@@ -88,12 +90,13 @@ def legend(config: DQVAEConfig):
 
 
 @torch.no_grad()
-def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, **options):
+def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, prompt=None, **options):
     """Sample one image and give about `num_frames` `Frame`s as its codes come; the last one is finished.
 
     Args:
         pipe: `DQPipeline`.
-        class_label: an id, None for an unconditional model.
+        class_label: an id, None for a model without classes.
+        prompt: a text for a model with a text encoder, else None.
         seed: the image is that of `torch.Generator().manual_seed(seed)`.
         options: sampling options of the pipeline.
     """
@@ -101,6 +104,7 @@ def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, **options):
     every = max(1, config.longest_stream // num_frames)
     generator = torch.Generator().manual_seed(seed)
     order = torch.full((1, *config.grid_sizes[-1]), -1, device=pipe.device)  # steps until a code came; -1: not yet
+    options |= pipe.encode_prompt(prompt)
     for step, state in enumerate(pipe.transformer.generate_steps(class_label, generator=generator, **options)):
         codes, grain_map = state.grids()
         present = state.taken.view_as(codes)
@@ -184,12 +188,20 @@ def check_class(label, config):
     """Raise TypeError or ValueError unless this is one class id of a `DQTransformerConfig`, or None without classes."""
     if config.num_classes == 0:
         if label is not None:
-            raise ValueError("this model is unconditional and takes no class")
+            raise ValueError("this model has no classes, and takes none")
         return
     if isinstance(label, bool) or not isinstance(label, int):
         raise TypeError(f"the class must be one id, a whole number, got {kind_of(label)}")
     if not 0 <= label < config.num_classes:
         raise ValueError(f"class labels must lie in 0 ... {config.num_classes - 1}, got {label}")
+
+
+def check_prompt(prompt):
+    """Raise TypeError or ValueError unless this is one text that is not endless."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"the prompt must be one text, got {kind_of(prompt)}")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"the prompt may have {MAX_PROMPT} characters, got {len(prompt)}")
 
 
 def check_number(name, value, low, high):
