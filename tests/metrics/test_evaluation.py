@@ -9,11 +9,12 @@ import sys
 import time
 from collections import Counter
 
+import datasets
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from slow_metrics import slow_frechet_distance
@@ -144,6 +145,40 @@ def test_likelihood_figures_are_those_of_images_one_by_one(place):
         assert results["bits of 4x4 positions"] == 0 and results["bits of 8x8 positions"] > 0
         assert results["bits of fixed length"] == pytest.approx(4 * expected[3] + 4)
     assert report["protocol"]["evaluation"] == "likelihood" and report["protocol"]["transformer_fingerprint"]
+
+
+@pytest.fixture(scope="module")
+def captioned(place):
+    """A `DQPipeline` with text for the images of `place`, and a folder with six of them and captions."""
+    vae = DQVAEModel.from_pretrained(place / "model" / "vae")
+    parts = vae, make_transformer(grid_sizes=[[2, 2], [4, 4]], **TEXT), make_text_encoder(), make_text_tokenizer()
+    images = [Image.open(path) for path in sorted((place / "data").rglob("*.png"))[:6]]
+    captions = [["sun"], ["a red heart"], ["blue"], ["a sun"], ["heart"], ["red and blue"]]
+    folder = place / "captioned"
+    folder.mkdir()
+    rows = {"image": images, "caption": captions, "partly": [*captions[:4], [], None]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(folder / "test-0.parquet")
+    return DQPipeline(*parts), folder
+
+
+def test_captions_are_prompts_and_what_likelihood_knows(captioned, tmp_path, extractor):
+    pipe, folder = captioned
+    reports = {
+        column: evaluate_likelihood(pipe, "tiny", folder, "test", caption_column=column, batch_size=4)
+        for column in (None, "caption")
+    }
+    assert reports[None]["results"]["nats"] != reports["caption"]["results"]["nats"]
+    assert reports["caption"]["protocol"]["captions"] == "caption" and "captions" not in reports[None]["protocol"]
+    with pytest.raises(ValueError, match="got 2 of 6"):
+        evaluate_likelihood(pipe, "tiny", folder, "test", caption_column="partly")
+    options = dict(caption_column="caption", num_images=8, batch_size=3, networks={"extractor": extractor})
+    evaluate_generation(pipe, "tiny", folder, "test", tmp_path / "samples", **options)
+    order = np.random.default_rng(0).permutation(6)
+    captions = ["sun", "a red heart", "blue", "a sun", "heart", "red and blue"]
+    prompts = [captions[order[i % 6]] for i in range(8)]
+    expected = pipe(prompts, generator=torch.Generator().manual_seed(0)).images
+    for i, image in enumerate(expected):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "samples" / f"{i:06d}.png"))), i
 
 
 def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae, networks):

@@ -74,6 +74,7 @@ def register_generation(kinds):
         help="Sample the classes of the real images, in a mixed order, or every class in turn (default reference).",
     )
     add_label_column_option(command)
+    add_caption_column_option(command)
     add_sampling_options(command)
 
 
@@ -87,6 +88,7 @@ def register_likelihood(kinds):
     add_report_options(command)
     add_num_images_option(command)
     add_label_column_option(command)
+    add_caption_column_option(command)
 
 
 def add_num_images_option(command):
@@ -100,6 +102,15 @@ def add_label_column_option(command):
     """--label-column."""
     command.add_argument(
         "--label-column", default="label", help="Read classes from this column (default %(default)s)."
+    )
+
+
+def add_caption_column_option(command):
+    """--caption-column."""
+    command.add_argument(
+        "--caption-column",
+        help="Read captions from this column, for a model with text; of several one is drawn by the seed (default: no "
+        "text).",
     )
 
 
@@ -179,6 +190,7 @@ def run_generation(args):
             batch_size=args.batch_size,
             label_rule=args.class_labels,
             label_column=args.label_column,
+            caption_column=args.caption_column,
             sampling=sampling,
             networks={"extractor": args.extractor},
         ),
@@ -203,6 +215,7 @@ def run_likelihood(args):
             seed=args.seed,
             batch_size=args.batch_size,
             label_column=args.label_column,
+            caption_column=args.caption_column,
         ),
     )
 

@@ -15,7 +15,15 @@ from ..networks.extractors import make_extractor
 from .frechet_distance import FrechetDistance
 from .inception_score import InceptionScore
 from .precision_recall import PrecisionRecall
-from .references import ReferenceImages, check_number, environment, figures, reference_labels, share_out
+from .references import (
+    ReferenceImages,
+    check_number,
+    environment,
+    figures,
+    reference_captions,
+    reference_labels,
+    share_out,
+)
 
 PROTOCOL_FILE = "protocol.json"  # in a folder of samples: how they were made
 LABEL_RULES = ("reference", "balanced")
@@ -35,6 +43,7 @@ def evaluate_generation(
     batch_size=32,
     label_rule="reference",
     label_column="label",
+    caption_column=None,
     sampling=None,
     networks=None,
     **columns,
@@ -54,6 +63,8 @@ def evaluate_generation(
         label_rule: for a model with classes: "reference", the labels of the real images, mixed by the seed, from the
             start again when all are used; or "balanced", every class in turn.
         label_column: of the real images, for the rule "reference"; its names must be the model's.
+        caption_column: of the real images, whose captions are the prompts of a model with text, one of each image, mixed
+            by the seed as the labels are; None: no text.
         sampling: arguments of the pipeline, temperature and the like.
         networks: {"extractor": ...}, as for `FrechetDistance`.
 
@@ -75,19 +86,24 @@ def evaluate_generation(
     check_number(len(references), neighbours.num_neighbours + 1, "references")
 
     pipe = pipe.to(state.device)
-    labels = label_cycle(pipe.transformer.config, references.dataset, label_rule, label_column, seed)
+    config = pipe.transformer.config
+    labels = label_cycle(config, references.dataset, label_rule, label_column, seed)
+    prompts = reference_captions(config, references.dataset, caption_column, seed)
+    if prompts is not None:
+        prompts = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
     protocol = {
         "vae_fingerprint": fingerprint(pipe.vae),
         "transformer_fingerprint": fingerprint(pipe.transformer),
         "seed": seed,
         "sampling": pipe.transformer.config.sampling_defaults | (sampling or {}),
         "class_labels": label_rule if labels else None,
-        "class_labels_sha256": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16],
+        "class_labels_sha256": digest(labels),
+        **({} if prompts is None else {"captions": caption_column, "captions_sha256": digest(prompts)}),
         **environment(pipe.vae),
     }
     claim_folder(folder, protocol)
     paths = [folder / f"{number:06d}.png" for number in range(num_images)]
-    sample_missing(pipe, paths, labels, seed, batch_size, sampling or {})
+    sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling or {})
     state.wait_for_everyone()
 
     size = tuple(references.protocol["image_size"])
@@ -125,6 +141,11 @@ def label_cycle(config, dataset, rule, label_column, seed):
     return [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
 
 
+def digest(values):
+    """A short fingerprint of a list."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
 def claim_folder(folder, protocol):
     """Make a folder for samples, or make sure that those in it were made in the same way; all processes call it.
 
@@ -150,7 +171,7 @@ def claim_folder(folder, protocol):
         raise ValueError(f"{folder} holds samples made in another way: {details}; give another folder, or remove it")
 
 
-def sample_missing(pipe, paths, labels, seed, batch_size, sampling):
+def sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling):
     """Sample this process's part of the images that are not there."""
     state = PartialState()
     mine = range(state.process_index, len(paths), state.num_processes)
@@ -170,8 +191,9 @@ def sample_missing(pipe, paths, labels, seed, batch_size, sampling):
                 generators.append(torch.Generator())
                 generators[-1].set_state(source.get_state())
             images = pipe(
+                prompt=[prompts[number % len(prompts)] for number in numbers] if prompts else None,
                 class_labels=[labels[number % len(labels)] for number in numbers] if labels else None,
-                num_images_per_label=1 if labels else len(numbers),
+                num_images_per_prompt=1 if labels or prompts else len(numbers),
                 generator=generators,
                 **sampling,
             ).images

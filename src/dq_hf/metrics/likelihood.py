@@ -7,14 +7,25 @@ from accelerate import Accelerator
 
 from ..data.fingerprint import fingerprint
 from ..modeling.image_processing_dq import from_bytes
+from ..modeling.text_dq import prompt_arguments
 from .code_statistics import count_bits
-from .references import ReferenceImages, check_number, environment, reference_labels
+from .references import ReferenceImages, check_number, environment, reference_captions, reference_labels
 from .streaming import gather
 
 
 @torch.no_grad()
 def evaluate_likelihood(
-    model, name, data, split, *, num_images=None, seed=0, batch_size=32, label_column="label", **columns
+    model,
+    name,
+    data,
+    split,
+    *,
+    num_images=None,
+    seed=0,
+    batch_size=32,
+    label_column="label",
+    caption_column=None,
+    **columns,
 ):
     """Encode real images and measure the code length of their streams under the generator.
 
@@ -27,6 +38,7 @@ def evaluate_likelihood(
         data, split, num_images, seed, columns: as for `ReferenceImages`.
         batch_size: images at a time.
         label_column: of a model with classes; its names must be the model's.
+        caption_column: of a model with text; None: no text. Of several captions one is drawn by the seed.
 
     Returns:
         {"protocol": ..., "results": {figure: value}}, means over images, the same on all processes.
@@ -40,13 +52,18 @@ def evaluate_likelihood(
     vae, transformer = (part.to(state.device).eval() for part in (model.vae, model.transformer))
     config, vae_config = transformer.config, vae.config
     labels = reference_labels(config, references.dataset, label_column) if config.num_classes else None
+    captions = reference_captions(config, references.dataset, caption_column, seed)
+    if model.text_encoder is not None:
+        model.text_encoder.to(state.device)
     num_granularities = len(vae_config.granularities)
     sums = torch.zeros(2, num_granularities, dtype=torch.float64)  # nats of positions and of contents
     codes = regions = 0
     for rows, images in references.batches(batch_size):
         encoded = vae.encode(from_bytes(images.to(state.device)))
         chosen = None if labels is None else torch.tensor([labels[row] for row in rows])
-        output = transformer.log_prob(encoded.codes, encoded.grain_map, chosen)
+        prompts = None if captions is None else [captions[row] for row in rows]
+        texts = prompt_arguments(config, model.text_encoder, model.tokenizer, prompts)
+        output = transformer.log_prob(encoded.codes, encoded.grain_map, chosen, **texts)
         granularities = output.stream.granularities.flatten().cpu()
         for row, log_probs in zip(sums, (output.position_log_probs, output.content_log_probs)):
             row.index_add_(0, granularities, -log_probs.flatten().cpu().double())
@@ -66,6 +83,7 @@ def evaluate_likelihood(
         "model": str(name),
         "vae_fingerprint": fingerprint(vae),
         "transformer_fingerprint": fingerprint(transformer),
+        **({} if captions is None else {"captions": caption_column}),
         **references.protocol,
         "references_sha256": references.sha256(),
         **environment(vae),

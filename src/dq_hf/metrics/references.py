@@ -9,15 +9,18 @@ import math
 import platform
 from importlib.metadata import version
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..data.captions import all_captions, captions_of
 from ..data.images import ImageCollator, class_names, load_images
 from ..hub.folders import whole_file
 from ..modeling.image_processing_dq import DQImageProcessor, to_bytes
+from ..modeling.text_dq import require_text
 from .streaming import gather
 
 PIXELS = "8 bits a colour, as PNG stores them: originals, and what is compared with them"
@@ -100,6 +103,22 @@ def reference_labels(config, dataset, label_column):
     if unknown := [name for name in names if name not in config.label2id]:
         raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
     return [config.label2id[names[label]] for label in dataset[:][label_column]]
+
+
+def reference_captions(config, dataset, caption_column, seed):
+    """A caption of each real image, one of those that it has, drawn by the seed; None without a column: no text.
+
+    Raises:
+        ValueError: a model without text, no such column, or images without a caption.
+        TypeError: captions that are no texts.
+    """
+    if caption_column is None:
+        return None
+    require_text("caption_column", config)
+    all_captions(dataset, caption_column)  # or an error that counts those that are missing
+    own = [captions_of(value) for value in dataset.with_format(None)[caption_column]]
+    random = np.random.default_rng(seed)
+    return [texts[random.integers(len(texts))] for texts in own]
 
 
 def share_out(number, batch_size, text):
