@@ -16,7 +16,19 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .card_text import CITATION, KINDS, NOUNS, PICTURES, figures, known_limits, model_facts, section, table, term
+from .card_text import (
+    CITATION,
+    KINDS,
+    NOUNS,
+    PICTURES,
+    figures,
+    known_limits,
+    model_facts,
+    section,
+    table,
+    task_of,
+    term,
+)
 from .download import check_model_links, repository_of
 from .folders import MAX_DEPTH, check_links, whole_file
 from .weights import RESULTS_FILE
@@ -295,7 +307,7 @@ def card_header(config, title, dataset, test_split, metrics, license, parts):
         license = license or licences.pop()
     results = [
         EvalResult(
-            task_type=kind["task"],
+            task_type=task_of(config),
             dataset_type=dataset if on_hub else "custom",
             dataset_name=dataset,
             dataset_split=test_split,
@@ -309,7 +321,7 @@ def card_header(config, title, dataset, test_split, metrics, license, parts):
     bases = list(dict.fromkeys(card.repository for card in cards if card.repository))
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=kind["task"],
+        pipeline_tag=task_of(config),
         license=license,
         datasets=list(dict.fromkeys(datasets)) or None,
         metrics=[name for name, value in metrics.items() if math.isfinite(value)] or None,

@@ -31,6 +31,9 @@ PICTURES = {  # files that a card shows if the folder has them
 NOUNS = {"vae": "tokenizer", "transformer": "generator", "text_encoder": "text encoder"}  # of a part of a model
 
 
+PROMPT = "a red heart"  # of the code that a card shows
+
+
 def model_facts(config):
     """What the configuration says that a reader wants to know first."""
     facts = {}
@@ -47,6 +50,9 @@ def model_facts(config):
         if vae is None:
             grids = " and ".join(" x ".join(map(str, grid)) for grid in generator.grid_sizes)
             facts |= {"grids of codes": grids, "codebook": f"{generator.codebook_size:,} codes"}
+        text = getattr(config, "text_encoder_config", None)
+        encoder = f" of a {text.architectures[0]}" if text is not None and text.architectures else ""
+        facts["text"] = f"{generator.text_length} tokens{encoder}" if generator.text_length is not None else None
         facts |= {"classes": generator.num_classes or None, "layers": f"{layers}, width {generator.hidden_size}"}
     return facts
 
@@ -130,11 +136,26 @@ def transformer_usage(config, name, folder):
 
 
 def joint_usage(config, name, folder):
-    """Code for both pipelines, with the first class if there are classes."""
-    if not config.transformer_config.num_classes:
-        return JOINT_USAGE.format(name=name, label="", labels="")
-    label = json.dumps(config.id2label[0], ensure_ascii=False)
-    return JOINT_USAGE.format(name=name, label=f"{label}, ", labels=f"class_labels=[{label}], ")
+    """Code for both pipelines, with a prompt if there is a text encoder, and the first class if there are classes."""
+    generator, inputs, arguments = config.transformer_config, [], []
+    if config.text_encoder_config is not None:
+        inputs, arguments = [f'"{PROMPT}"'], [f'"{PROMPT}"']
+    if generator.num_classes:
+        label = json.dumps(config.id2label[0], ensure_ascii=False)
+        inputs = [f'{{"prompt": "{PROMPT}", "class_label": {label}}}' if inputs else label]
+        arguments.append(f"class_labels=[{label}]")
+    each = "num_images_per_prompt=4" if config.text_encoder_config is not None else "num_images_per_label=4"
+    options = [each, "generator=torch.Generator().manual_seed(0)"]
+    return JOINT_USAGE.format(
+        name=name, inputs=", ".join([*inputs, "seed=0"]), arguments=", ".join([*arguments, *options])
+    )
+
+
+def task_of(config):
+    """The Hub's task of a model."""
+    generator = generator_of(config)
+    has_text = generator is not None and generator.text_length is not None
+    return "text-to-image" if has_text else KINDS[config.model_type]["task"]
 
 
 KINDS = {  # by model_type: the Hub's task, tags, what it is, and the code that uses it
@@ -190,7 +211,7 @@ import dq_hf
 from transformers import pipeline
 
 generate = pipeline("dq-generation", model="{name}")
-generate({label}seed=0)["image"].save("sample.png")
+generate({inputs})["image"].save("sample.png")
 ```
 
 With diffusers:
@@ -200,7 +221,7 @@ import torch
 from dq_hf import DQPipeline
 
 pipe = DQPipeline.from_pretrained("{name}")
-images = pipe({labels}num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
+images = pipe({arguments}).images
 ```"""
 
 CITATION = """\

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .card import merge_with_owner, read_card, read_source_card, save_card
+from .card import dump, merge_with_owner, read_card, read_source_card, save_card, split_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
@@ -39,6 +39,7 @@ class PushMixin:
         create_pr=False,
         commit_message=None,
         commit_description=None,
+        tags=None,
         **save_arguments,
     ):
         """Upload to a repository, which is created if it is not there, and return the `CommitInfo`.
@@ -53,6 +54,7 @@ class PushMixin:
             revision: branch, created if it is not there. Default: main.
             create_pr: open a pull request instead.
             commit_message, commit_description: of the commit.
+            tags: for the card's header, besides its own and those of `add_model_tags`.
             save_arguments: of `save_pretrained`, such as max_shard_size.
 
         Raises:
@@ -66,6 +68,7 @@ class PushMixin:
         commit_message = commit_message or f"Upload {type(self).__name__}"
         with tempfile.TemporaryDirectory() as folder:
             self.write_folder(Path(folder), title=repo_id, repository=repo_id, **save_arguments)
+            add_tags(Path(folder, "README.md"), tags or ())
             options = {"token": token, "revision": revision, "create_pr": create_pr}
             return upload(folder, repo_id, commit_message, commit_description, **options)
 
@@ -223,6 +226,7 @@ class HubMixin(PushMixin):
             write_code(folder, {"": self} | self.parts)
         if (folder / "config.json").is_file():  # else these are an adapter's weights
             save_card(folder, self.config, self.parts, title, repository)
+            add_tags(folder / "README.md", getattr(self, "model_tags", None) or ())
 
 
 def load_model(model_class, load, folder, *args, **kwargs):
@@ -242,6 +246,14 @@ def keep_owners_card(stage, folder):
             new.unlink()
         else:
             new.write_text(merged, "utf-8")
+
+
+def add_tags(card, tags):
+    """Add tags to the header of a card, if there is one."""
+    if tags and card.is_file():
+        header, body = split_card(card.read_text("utf-8"))
+        header["tags"] = list(dict.fromkeys([*(header.get("tags") or ()), *tags]))
+        card.write_text(f"---\n{dump(header)}\n---\n{body}", "utf-8")
 
 
 def usual_arguments(arguments):

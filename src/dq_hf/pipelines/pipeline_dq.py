@@ -286,9 +286,10 @@ class DQPipeline(DiffusionPipeline):
         """Save the folder that `DQForImageGeneration.save_pretrained` saves: one folder serves both libraries."""
         DQForImageGeneration.from_models(**self.components).save_pretrained(save_directory, **kwargs)
 
-    def push_to_hub(self, repo_id, **kwargs):
+    def push_to_hub(self, repo_id, commit_message=None, **kwargs):
         """Push what `save_pretrained` saves; arguments as in transformers."""
-        return DQForImageGeneration.from_models(**self.components).push_to_hub(repo_id, **kwargs)
+        model = DQForImageGeneration.from_models(**self.components)
+        return model.push_to_hub(repo_id, commit_message=commit_message, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
