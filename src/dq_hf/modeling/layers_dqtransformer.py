@@ -161,12 +161,16 @@ class DQTransformerLayer(GradientCheckpointingLayer):
         self.attention = DQAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
         self.mlp = DQMLP(config)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.residual_dropout = config.residual_dropout
 
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, window=None):
         attended, _ = self.attention(self.input_layernorm(hidden_states), attention_mask, past_key_values, window)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + self.drop_out(attended)
+        return hidden_states + self.drop_out(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def drop_out(self, hidden_states):
+        """In training mode, some of it set to zero."""
+        return nn.functional.dropout(hidden_states, self.residual_dropout) if self.training else hidden_states
 
 
 class DQStack(nn.Module):

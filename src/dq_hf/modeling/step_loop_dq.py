@@ -102,7 +102,7 @@ def fixed_steps(model, state, source, caches, prefix_length, hidden=None, guidan
         targets = rest.targets
         guesses, positions, next_positions = rest.elements(targets)
         elements = with_twin(model, hidden, guesses, positions, granularities)
-        following = with_twin(model, hidden, guesses, next_positions, granularities)
+        following = next_positions if hidden is None else torch.cat([next_positions, next_positions])
         if lookahead == 1:
             place = rest.first + rest.num_passes  # of all images that go on
             places, window, chosen_by = torch.full_like(targets[:1], place - 1), None, source.inputs(place)
@@ -111,7 +111,7 @@ def fixed_steps(model, state, source, caches, prefix_length, hidden=None, guidan
             window = Window(prefix_length + places, prefix_length + rest.first + int(targets.max()))
             chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
         hidden_states = model.position_transformer(model.embed(*elements, places), caches[0], window)
-        hidden_states = hidden_states + model.embed_positions(*following[1:])
+        hidden_states = hidden_states + model.embed_positions(following, elements[2])
         hidden_states = model.content_transformer(hidden_states, caches[1], window)
         logits = guide(model.content_head(hidden_states).flatten(0, 1), guidance_scale)
         allowed = state.allowed_contents(next_positions).flatten(0, 1)

@@ -1,0 +1,199 @@
+"""What a step of sampling costs beside other models of transformers, and what looking ahead gains.
+
+    python benchmarks/sampling_steps.py                                # one CPU thread, some minutes
+    python benchmarks/sampling_steps.py --hidden_size 1024 --num_position_layers 6 --num_content_layers 18 --steps 8
+    python benchmarks/sampling_steps.py --output docs/performance.md   # puts the tables of this size into that file
+
+The first table has a step, one element of every image, of a DQ-Transformer with random weights, of `GPT2LMHeadModel` and
+`LlamaForCausalLM` with as many parameters, sampled by their own `generate`, and of nothing but our matrix products. The
+second has a pass of several elements in its fixed finest part, and what a code costs if as many come out of a pass as
+from the embedded model. All are timed in turn, round after round, and the fastest rounds count.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from report import CLOCKS, describe_device, write_section
+from sampling import make_model
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+import dq_hf
+
+
+@dataclass
+class Arguments:
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images at a time"})
+    lookahead: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32], metadata={"help": "elements a pass"})
+    codebook_size: int = field(default=1024, metadata={"help": "number of codes to choose from"})
+    hidden_size: int = field(default=512, metadata={"help": "width of both stacks"})
+    num_attention_heads: int = field(default=8, metadata={"help": "heads of every layer"})
+    num_position_layers: int = field(default=2, metadata={"help": "layers of the Position-Transformer"})
+    num_content_layers: int = field(default=6, metadata={"help": "layers of the Content-Transformer"})
+    steps: int = field(default=64, metadata={"help": "steps of a round, from the beginning of the streams"})
+    rounds: int = field(default=3, metadata={"help": "times that everything is timed"})
+    model: str | None = field(
+        default=None, metadata={"help": "model of which codes a pass are counted; default: ours"}
+    )
+    num_images: int = field(default=9, metadata={"help": "images of which they are counted"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
+    clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
+    seed: int = field(default=0, metadata={"help": "of weights and images"})
+    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
+    device = "cpu"
+
+
+@torch.no_grad()
+def main(args):
+    torch.set_num_threads(args.threads)
+    num_codes = 4 * math.ceil(args.steps / 4) * 2  # so that no stream ends
+    ours = make_model(args, num_codes)
+    others = [gpt2(ours), llama(ours)]
+    step_rows, pass_rows = [], []
+    for batch in args.batch_sizes:
+        calls = {
+            "ours": partial(sample, ours, batch, args.steps),
+            "GPT-2": partial(generate, others[0], batch, args.steps),
+            "Llama": partial(generate, others[1], batch, args.steps),
+            "products": partial(multiply, ours, batch, args.steps),
+        }
+        step_rows.append((batch, *fastest(calls, args).values()))
+    counted = {n: codes_a_pass(args, n) for n in args.lookahead}
+    for batch in args.batch_sizes:
+        passes = {n: math.ceil(args.steps / n) for n in args.lookahead}
+        calls = {n: partial(sample, ours, batch, passes[n], n) for n in args.lookahead}
+        for n, milliseconds in fastest(calls, args).items():
+            pass_rows.append((batch, n, milliseconds * args.steps / passes[n], counted[n]))
+    report = make_report(args, ours, others, step_rows, pass_rows)
+    print(f"\n{report}")
+    if args.output is not None:
+        size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
+        write_section(Path(args.output), f"benchmarks/sampling_steps.py, {size}", report)
+
+
+def fastest(calls, args):
+    """{name: milliseconds of a step} of functions that do `args.steps` steps each, timed in turn."""
+    now, best = CLOCKS[args.clock], dict.fromkeys(calls, math.inf)
+    for _ in range(args.rounds):
+        for name, call in calls.items():
+            start = now()
+            call()
+            best[name] = min(best[name], 1000 * (now() - start) / args.steps)
+    return best
+
+
+def sample(model, batch, passes, lookahead=1):
+    """Sample so many passes."""
+    steps = model.generate_steps(num_images=batch, generator=torch.Generator().manual_seed(0), lookahead=lookahead)
+    for _, _ in zip(range(passes + 1), steps):  # the first passes end the coarse part
+        pass
+
+
+def generate(model, batch, steps):
+    """Sample so many tokens, the transformers way."""
+    model.generate(torch.zeros(batch, 1, dtype=torch.long), do_sample=True, max_new_tokens=steps, min_new_tokens=steps)
+
+
+def linears(model):
+    """The linear layers of a DQ-Transformer through which an element goes."""
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+
+
+def multiply(model, batch, steps):
+    """The matrix products of so many steps, and nothing else."""
+    layers = linears(model)
+    inputs = {layer.in_features: torch.randn(batch, layer.in_features) for layer in layers}
+    for _ in range(steps):
+        for layer in layers:
+            torch.nn.functional.linear(inputs[layer.in_features], layer.weight, layer.bias)
+
+
+def gpt2(ours):
+    """A GPT-2 of the same width and depth, whose blocks have the same sizes."""
+    config = ours.config
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.content_vocab_size,
+            n_positions=config.longest_stream,
+            n_embd=config.hidden_size,
+            n_layer=config.num_position_layers + config.num_content_layers,
+            n_head=config.num_attention_heads,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    ).eval()
+
+
+def llama(ours):
+    """A Llama of the same width and depth; its MLP has three matrices, of two thirds of the size."""
+    config = ours.config
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.content_vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=round(8 * config.hidden_size / 3),
+            num_hidden_layers=config.num_position_layers + config.num_content_layers,
+            num_attention_heads=config.num_attention_heads,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    ).eval()
+
+
+def codes_a_pass(args, lookahead):
+    """Fine codes a pass of one image, the mean over images of a trained model with its own sampling options."""
+    model = dq_hf.DQForImageGeneration.from_pretrained(args.model or dq_hf.DEFAULT_MODEL).transformer.eval()
+    classes = model.config.num_classes
+    codes, passes = 0, 0
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
+    labels = [i % classes for i in range(args.num_images)] if classes else None
+    done = torch.zeros(args.num_images, dtype=torch.long)
+    for state in model.generate_steps(labels, args.num_images, generator=generators, lookahead=lookahead):
+        came = state.taken.sum(1) - done
+        if state.positions_are_fixed().all() and done.sum() > 0:  # one element a pass until then
+            codes, passes = codes + int(came.sum()), passes + int((came > 0).sum())
+        done = done + came
+    return codes / passes
+
+
+def make_report(args, ours, others, step_rows, pass_rows):
+    """Two Markdown tables, and how they were made."""
+    sizes = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M" for model in (ours, *others)]
+    lines = [
+        f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
+        f"{args.num_content_layers} layers; parameters: {sizes[0]}, GPT-2 {sizes[1]}, Llama {sizes[2]}; float32; "
+        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {args.clock} time. Milliseconds a step, the mean of the first {args.steps}:",
+        "",
+        "| batch | ours | GPT-2 | Llama | our products alone | ours / products |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for batch, mine, *rest, products in step_rows:
+        figures = [f"{value:.3g}" for value in (mine, *rest, products)]
+        lines.append(f"| {batch} | " + " | ".join(figures) + f" | {mine / products:.2f} |")
+    lines += [
+        "",
+        f"Looking ahead in the finest part; codes a pass are those of one image, the mean of {args.num_images} of "
+        f"{args.model or 'the embedded model'}, at whose size nothing here was timed:",
+        "",
+        "| batch | lookahead | ms a pass | codes a pass | ms a code | against 1 |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for batch, lookahead, milliseconds, codes in pass_rows:
+        (first,) = [row[2] / row[3] for row in pass_rows if row[:2] == (batch, args.lookahead[0])]
+        each = milliseconds / codes
+        lines.append(
+            f"| {batch} | {lookahead} | {milliseconds:.3g} | {codes:.2f} | {each:.3g} | {first / each:.2f} times |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
