@@ -16,6 +16,7 @@ from .modeling.modeling_dq import DQForImageGeneration
 from .modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling.modeling_dqvae import DQVAEModel
 from .pipelines.image_generation import DQGenerationPipeline
+from .pipelines.inpaint import DQInpaintPipeline  # noqa: F401, one of the public classes
 from .pipelines.pipeline_dq import DQPipeline
 
 for config_class, model_class in (

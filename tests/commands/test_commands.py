@@ -14,7 +14,7 @@ from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQVAEModel
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline, DQVAEModel
 from dq_hf.commands.main import main
 from dq_hf.modeling.grain_map_dq import expand_grain_map
 from dq_hf.modeling.routing_dq import image_entropy
@@ -574,3 +574,55 @@ def test_draw_refuses(refused, place, photographs, arguments, message):
 def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert 'pip install -c constraints.txt -e ".[draw]"' in refused("draw", *arguments, "--model", "model")
+
+
+# Edit
+
+
+def test_edit_draws_again_what_the_mask_touches(place, run):
+    image = Image.open(place / "noise.png").crop((0, 0, 8, 8))
+    image.save(place / "image.png")
+    mask = Image.new("L", (8, 8))
+    mask.putpixel((5, 1), 255)
+    mask.save(place / "mask.png")
+    options = ["--mask", "mask.png", "--model", "model", "--class-label", "moon", "--seed", "3"]
+    said = run("edit", "image.png", "edited.png", *options).out
+    pipe = DQInpaintPipeline.from_pretrained(place / "model")
+    arguments = dict(image=image, mask_image=mask, class_labels="moon")
+    output = pipe(**arguments, generator=torch.Generator().manual_seed(3))
+    assert (np.asarray(Image.open("edited.png")) == np.asarray(output.images[0])).all()
+    assert said == f"edited.png: 1 of 4 regions drawn again, {int((4**output.grain_maps).sum())} codes\n"
+    several = ["-n", "2", "--num-candidates", "3", "--no-overlay", "--temperature", "0.5"]
+    run("edit", "image.png", "edited.png", *options, *several, "--force")
+    output = pipe(
+        **arguments | dict(class_labels=["moon", "moon"]),
+        num_candidates=3,
+        overlay=False,
+        temperature=0.5,
+        generator=torch.Generator().manual_seed(3),
+    )
+    assert (np.asarray(Image.open("edited.png")) == np.hstack([np.asarray(each) for each in output.images])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mask", "missing.png", "--class-label", "moon"], "missing.png does not exist"),
+        (["--mask", "text.png", "--class-label", "moon"], "text.png is damaged, or no image"),
+        (["--mask", "noise.png"], "say which by --class-label"),
+        (["--mask", "black.png", "--class-label", "moon"], "touches no region"),
+        (["--mask", "small.png", "--class-label", "moon"], "must have the image's size, 24x16 pixels; got 8x8"),
+        (
+            ["--mask", "noise.png", "--class-label", "moon", "--num-candidates", "0"],
+            "--num-candidates must be at least 1",
+        ),
+    ],
+)
+def test_edit_refuses(place, capsys, options, message):
+    (place / "text.png").write_text("no image")
+    Image.new("L", (24, 16)).save(place / "black.png")
+    Image.new("L", (8, 8)).save(place / "small.png")
+    with pytest.raises(SystemExit):
+        main(["edit", "noise.png", "out.png", "--model", "model", *options])
+    assert message in capsys.readouterr().err
+    assert not (place / "out.png").exists()

@@ -9,7 +9,10 @@ from conftest import make_transformer, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dq_hf.modeling.generation_dq import Draw, own_generators, uniform_numbers
 from dq_hf.modeling.grain_map_dq import expand_grain_map, share_counts, top_left_cells
+from dq_hf.modeling.known_dq import KnownState, known_elements
+from dq_hf.modeling.sampling_options_dq import SamplingOptions
 
 NUM_CODES = 16
 KINDS = {
@@ -124,17 +127,16 @@ def test_a_seed_is_an_image_whatever_is_known_of_its_neighbours(models, kind, nu
     assert torch.equal(batch.codes[1], model.generate(generator=seeded(1)).codes[0])  # of which nothing is known
 
 
-def test_one_candidate_is_the_first_of_several_and_each_image_keeps_one_of_its_own(models):
+def test_one_candidate_is_the_first_of_several_and_states_on_the_way_show_it(models):
     model = models["row-first"]
     codes, grain_map = random_images(model.config, 2, 1)
     unknown = torch.tensor([[True, True, False], [False, True, True]]).expand(2, -1, -1)
     options = dict(zip(("codes", "grain_map"), hide(model.config, codes, grain_map, unknown)))
+    first = model.generate(generator=seeded(3), **options)
     *_, before, kept = model.generate_steps(generator=seeded(3), num_candidates=5, **options)
-    candidates = before.grids()[0].view(2, 5, 4, 6)
-    assert torch.equal(candidates[:, 0], model.generate(generator=seeded(3), **options).codes)
-    chosen = kept.grids()[0]
-    assert (candidates == chosen[:, None]).flatten(2).all(2).any(1).all()
-    assert len({str(candidate.tolist()) for candidate in candidates[0]}) == 5
+    assert torch.equal(before.grids()[0], first.codes) and kept.grids()[0].shape == first.codes.shape
+    drawn = {str(model.generate(generator=seeded(seed), num_candidates=5, **options).codes) for seed in range(3)}
+    assert len(drawn) == 3
 
 
 def distance(exact, outcomes, weights):
@@ -152,16 +154,23 @@ def normalised(log_probs):
 
 def assert_weights_give(exact, model, outcome_of, **known):
     """Candidates of one image, by their weights, follow the distribution {outcome: probability}; without them not."""
-    *_, before, kept = model.generate_steps(generator=seeded(0), num_candidates=2000, **known)
-    weights = normalised(model.log_weights(before, model.condition(batch=2000)))
-    outcomes = outcome_of(*before.grids())
-    assert distance(exact, outcomes, weights) < 0.04
-    assert distance(exact, outcomes, [1 / 2000] * 2000) > 0.07
+    num_candidates, longest = 2000, model.config.longest_stream
+    condition = model.condition(batch=num_candidates)
+    state = KnownState(
+        model.layout, condition.labels, known_elements(model.config, "cpu", **known).rows(1, num_candidates)
+    )
+    uniforms = uniform_numbers(own_generators(seeded(0), 1), longest, num_candidates)
+    *_, state = model.run_steps(state, condition, Draw(uniforms, SamplingOptions()))
+    weights = normalised(model.log_weights(state, condition))
+    outcomes = outcome_of(*state.grids())
+    assert distance(exact, outcomes, weights) < 0.05
+    assert distance(exact, outcomes, [1 / num_candidates] * num_candidates) > 0.07
     # The one that is kept lies where a number behind those of all candidates falls among the weights.
     stream = seeded(int(torch.randint(2**63 - 1, (), generator=seeded(0))))
-    uniform = torch.rand(2000 * 2 * model.config.longest_stream + 1, dtype=torch.float64, generator=stream)[-1]
+    uniform = torch.rand(num_candidates * 2 * longest + 1, dtype=torch.float64, generator=stream)[-1]
     number = next(i for i, total in enumerate(itertools.accumulate(weights)) if total > uniform)
-    assert outcome_of(*kept.grids()) == [outcomes[number]]
+    kept = model.generate(generator=seeded(0), num_candidates=num_candidates, **known)
+    assert outcome_of(kept.codes, kept.grain_map) == [outcomes[number]]
 
 
 @torch.no_grad()
@@ -226,7 +235,9 @@ def differing(codes, grain_map):
             TypeError,
             "grain_map must be a tensor of integers",
         ),
-        (lambda codes, grain_map: dict(grain_map=[[0]]), TypeError, "grain_map must be a tensor of integers"),
+        (lambda codes, grain_map: dict(grain_map=[[0]]), ValueError, "grain_map must have shape"),
+        (lambda codes, grain_map: dict(grain_map=[[0], []]), TypeError, "grain_map must be integers"),
+        (lambda codes, grain_map: dict(grain_map="fine"), TypeError, "grain_map must be integers"),
         (lambda codes, grain_map: dict(grain_map=grain_map + 2), ValueError, r"grain_map must lie in -1 ... 1"),
         (lambda codes, grain_map: dict(grain_map=grain_map - 2), ValueError, r"grain_map must lie in -1 ... 1"),
         (

@@ -135,6 +135,21 @@ def test_several_elements_a_pass_give_the_same_images_and_fewer_steps(task, pipe
     assert [pixels(result["image"]) for result in results] == [pixels(image) for image in expected.images]
 
 
+def test_detail_can_be_prescribed(task, pipe):
+    maps = torch.tensor([[[0, 1], [1, 0]], [[1, 1], [0, 0]], [[0, 0], [0, 0]]])
+    for grain_map in (maps, maps.numpy(), maps.tolist()):
+        output = pipe(class_labels=[0, 1, 2], grain_map=grain_map, generator=seeded(3))
+        assert torch.equal(output.grain_maps, maps)
+    output = pipe(class_labels=[0, 1, 2], grain_map=maps[0], generator=seeded(3))
+    results = task([0, 1, 2], seed=3, batch_size=2, grain_map=maps[0])
+    assert [result["codes"].tolist() for result in results] == output.codes.tolist()
+    assert all(torch.equal(result["grain_map"], maps[0]) for result in results)
+    output = pipe(class_labels=[0, 1, 2], fine_ratio=0.75, num_candidates=2, generator=seeded(3))
+    assert output.grain_maps.flatten(1).sum(1).tolist() == [3, 3, 3]
+    results = task([0, 1, 2], seed=3, fine_ratio=0.75, num_candidates=2)
+    assert [result["codes"].tolist() for result in results] == output.codes.tolist()
+
+
 def test_each_image_can_have_its_own_seed(task, pipe):
     results = task(["sun", "moon", None], seed=[4, 5, 6], batch_size=2)
     alone = [task("sun", seed=4), task("moon", seed=5), task(None, seed=6)]

@@ -12,6 +12,7 @@ from . import (
     decompress,
     demo,
     draw,
+    edit,
     encode,
     evaluate,
     generate,
@@ -22,6 +23,7 @@ from . import (
 
 COMMANDS = (
     generate,
+    edit,
     reconstruct,
     compress,
     decompress,

@@ -6,6 +6,9 @@ import torch
 
 from .sequence_dq import DQStream
 
+# What a `StreamState` has of every image.
+ROWS = ("labels", "taken", "codes", "fine_grain_map", "granularity", "start_is_next", "finished", "lengths")
+
 
 class StreamState:
     """The streams of a batch while they are generated: what may come next, and what came.
@@ -123,18 +126,9 @@ class StreamState:
         return self.codes.view(batch, *self.layout.grid_sizes[-1]), grain_map
 
     def select(self, rows):
-        """The streams of some rows, (N,) long, as a state of its own."""
+        """The streams of some rows, an index or a slice, as a state of its own."""
         chosen = copy.copy(self)
-        for name in (
-            "labels",
-            "taken",
-            "codes",
-            "fine_grain_map",
-            "granularity",
-            "start_is_next",
-            "finished",
-            "lengths",
-        ):
+        for name in ROWS:
             setattr(chosen, name, getattr(self, name)[rows])
         chosen.elements = self.elements[:, rows]
         chosen.last = tuple(column[rows] for column in self.last)

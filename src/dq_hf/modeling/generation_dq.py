@@ -151,8 +151,8 @@ class DQSamplingMixin:
             fine_ratio: share of each image's regions, in [0, 1], that become fine (the nearest whole number); the model
                 decides which. With more than two granularities a list of shares, one for each granularity but the coarsest.
             num_candidates: streams that are drawn of each image. One of them is kept, drawn by how well it
-                explains what is known (`log_weights`); the first, where nothing is. The last state has the kept ones, all
-                others have the candidates of an image one after the other.
+                explains what is known (`log_weights`); the first, where nothing is. States on the way
+                show the first, the last one shows those that are kept.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
                 position_top_p, guidance_scale, fine_positions.
 
@@ -216,9 +216,9 @@ class DQSamplingMixin:
     @torch.no_grad()
     def keep_candidates(self, steps, condition, uniforms):
         """The steps, and a last state with one candidate of each image: drawn by how well it explains what is known."""
-        for state in steps:
-            yield state
         num_candidates = len(condition) // len(uniforms)
+        for state in steps:
+            yield state.select(slice(None, None, num_candidates))
         with evaluation_mode(self):
             log_weights = self.log_weights(state, condition).view(-1, num_candidates)
         kept = draw_index(log_weights, uniforms)

@@ -131,14 +131,19 @@ class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
             raise ValueError(f"pixel_values must be a tensor of shape (B, 3, height, width), got {got}")
         if not torch.isfinite(pixel_values).all():
             raise ValueError("pixel_values must be finite, got NaN or infinite values")
-        pixel_values = pixel_values.detach()
-        if output_type == "pt":
-            return to_unit(pixel_values)
-        if output_type == "np":
-            return to_unit(pixel_values).permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in to_bytes(pixel_values)]
-        raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+        return from_unit(to_unit(pixel_values.detach()), output_type)
+
+
+def from_unit(images, output_type):
+    """Images (B, 3, height, width) in [0, 1] as an output type of `DQImageProcessor.post_process`."""
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "pil":
+        arrays = unit_to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+    raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
 
 
 def to_unit(pixel_values):
@@ -148,7 +153,12 @@ def to_unit(pixel_values):
 
 def to_bytes(pixel_values):
     """uint8 of images in [-1, 1]; what lies outside is clipped, as in any file."""
-    return (to_unit(pixel_values) * 255).round().to(torch.uint8)
+    return unit_to_bytes(to_unit(pixel_values))
+
+
+def unit_to_bytes(images):
+    """uint8 of images in [0, 1]."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def from_bytes(images):
@@ -291,11 +301,10 @@ def resize_and_crop(image, height, width):
     scale = max(height / image.shape[1], width / image.shape[2])
     if max(image.shape[1] * scale / height, image.shape[2] * scale / width) > MOST_COVERING:
         image = cut_ends(image, height / scale, width / scale, margin=math.ceil(2 / min(scale, 1)))
-    if scale != 1:
-        covering = [max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))]
+    covering, (top, left) = covering_size(image.shape[1:], height, width)
+    if covering != tuple(image.shape[1:]):
         image = torch.nn.functional.interpolate(image[None], size=covering, mode="bicubic", antialias=True)
         image = image[0].clamp(0, 1)
-    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width]
 
 
@@ -305,3 +314,10 @@ def cut_ends(image, height, width, margin):
         left_over = max(0, image.shape[dim] - math.ceil(needed) - 2 * margin)
         image = image.narrow(dim, left_over // 2, image.shape[dim] - left_over // 2 * 2)
     return image
+
+
+def covering_size(size, height, width):
+    """What an image (H, W) is scaled to until it covers (height, width), and where the part that is cut out begins."""
+    scale = max(height / size[0], width / size[1])
+    covering = max(height, round(size[0] * scale)), max(width, round(size[1] * scale))
+    return covering, ((covering[0] - height) // 2, (covering[1] - width) // 2)

@@ -63,13 +63,13 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
         if codes is not None:
             raise ValueError("codes are known only with their granularities: give grain_map, too")
         grain_map = torch.full((1, rows, columns), UNKNOWN)
-    grain_map = as_batch(grain_map, 2)
+    grain_map = as_batch("grain_map", grain_map)
     grain_map = check_indices("grain_map", grain_map, (None, rows, columns), num_granularities, device, UNKNOWN)
     if len(grain_map) == 0:
         raise ValueError("grain_map must hold at least one map, got a batch of 0")
     if codes is None:
         codes = torch.full((1, *config.grid_sizes[-1]), UNKNOWN)
-    codes = as_batch(codes, 2)
+    codes = as_batch("codes", codes)
     codes = check_indices("codes", codes, (None, *config.grid_sizes[-1]), config.codebook_size, device, UNKNOWN)
     if len(codes) not in (1, len(grain_map)):
         raise ValueError(f"codes must be of one image or of each of {len(grain_map)} grain maps, got {len(codes)}")
@@ -96,10 +96,14 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
     return Known(codes, grain_map, counts)
 
 
-def as_batch(values, num_dimensions):
-    """A tensor of one image as a batch of one; anything else as it is."""
-    is_one = isinstance(values, torch.Tensor) and values.dim() == num_dimensions
-    return values[None] if is_one else values
+def as_batch(name, values):
+    """A tensor of a tensor, an array or lists; one of two dimensions is a batch of one image."""
+    if not isinstance(values, torch.Tensor):
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError):  # strings, None, ragged lists
+            raise TypeError(f"{name} must be integers, got {values!r}") from None
+    return values[None] if values.dim() == 2 else values
 
 
 class KnownState(StreamState):

@@ -12,7 +12,9 @@ from ..modeling.text_dq import require_text
 from .class_labels import as_list, class_ids
 from .seeds import check_seed
 
-GENERATE_ARGUMENTS = ("do_sample", "compile_config", "lookahead", "negative_prompt")  # besides the sampling options
+# Besides the sampling options.
+GENERATE_ARGUMENTS = ("do_sample", "compile_config", "lookahead", "negative_prompt")
+GENERATE_ARGUMENTS += ("grain_map", "fine_ratio", "num_candidates")
 
 
 class DQGenerationPipeline(Pipeline):
@@ -48,8 +50,8 @@ class DQGenerationPipeline(Pipeline):
                 stream; a list: image i takes the first draw of its own. None: torch's global generator.
             num_workers: processes that read a stream ahead; changes the speed only. Default: the pipeline's, or 0.
             batch_size: images in work at a time; changes the speed only. Default: the pipeline's, or 1.
-            sampling: do_sample, compile_config, lookahead, negative_prompt (one for all) and the options of
-                `SamplingOptions`, as in `DQForImageGeneration.generate`.
+            sampling: do_sample, compile_config, lookahead, negative_prompt and grain_map (one for all), fine_ratio,
+                num_candidates and the options of `SamplingOptions`, as in `DQForImageGeneration.generate`.
 
         Raises:
             TypeError, ValueError: unknown arguments, names or values out of range, inputs that the model does not take.

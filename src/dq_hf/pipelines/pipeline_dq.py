@@ -130,7 +130,8 @@ class DQPipeline(DiffusionPipeline):
                 the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,). A
                 `PipelineCallback` of diffusers says by itself what it gets.
             options: those of `SamplingOptions`: temperature, top_k, top_p, position_temperature, position_top_k,
-                position_top_p, guidance_scale, fine_positions.
+                position_top_p, guidance_scale, fine_positions; and what is prescribed, as in `generate_steps`: grain_map,
+                fine_ratio, codes, num_candidates.
 
         Raises:
             TypeError, ValueError: arguments of another type or range.
