@@ -26,7 +26,9 @@ def make_model(kind="t5", **overrides):
 PUSH = """
 from dq_hf import DQForImageGeneration, DQPipeline
 DQPipeline.from_pretrained("model").push_to_hub("user/words", "words", export_code=True, tags=["hearts"])
-DQPipeline.from_pretrained("user/words")("a red heart", generator=torch.Generator().manual_seed(3)).images[0].save("a.png")
+pipe = DQPipeline.from_pretrained("user/words")
+assert pipe.name_or_path == "user/words"
+pipe("a red heart", generator=torch.Generator().manual_seed(3)).images[0].save("a.png")
 pipeline("dq-generation", model="user/words")("a red heart", seed=3)["image"].save("b.png")
 DQForImageGeneration.from_pretrained("user/words").save_pretrained("pulled")
 """

@@ -1,10 +1,17 @@
 """Prompts through DQPipeline: as in diffusers, the same images as the model's own; other inputs are refused."""
 
-import json
-
 import pytest
 import torch
-from conftest import TEXT, edit_weights, make_text_encoder, make_text_tokenizer, make_transformer, make_vae, seeded
+from conftest import (
+    TEXT,
+    edit_config,
+    edit_weights,
+    make_text_encoder,
+    make_text_tokenizer,
+    make_transformer,
+    make_vae,
+    seeded,
+)
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
 from transformers import pipeline
@@ -137,11 +144,16 @@ def test_a_damaged_text_encoder_is_refused_by_file_and_key(model, tmp_path):
     with pytest.raises(ValueError, match=f"text_encoder/model.safetensors .*missing: {key}"):
         DQPipeline.from_pretrained(tmp_path)
     assert DQPipeline.from_pretrained(tmp_path, text_encoder=model.text_encoder).text_encoder is model.text_encoder
-    (tmp_path / "model_index.json").write_text(
-        json.dumps(json.loads((tmp_path / "model_index.json").read_text()) | {"text_encodr": ["transformers", "x"]})
-    )
-    with pytest.raises(ValueError, match="unknown entries text_encodr"):
-        DQPipeline.from_pretrained(tmp_path)
+    for changes, message in (
+        ({"text_encoder": ["transformers", "BertModel"]}, "text_encoder must be CLIPTextModel, .*got BertModel"),
+        ({"tokenizer": ["antigravity", "fly"]}, "tokenizer must be a class of transformers, got .*antigravity"),
+        ({"text_encoder": []}, "text_encoder must be a class of transformers"),
+        ({"text_encodr": ["transformers", "x"]}, "unknown entries text_encodr"),
+    ):
+        edit_config(tmp_path / "model_index.json", **changes)
+        with pytest.raises(ValueError, match=message):
+            DQPipeline.from_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
 
 
 class Watch(PipelineCallback):

@@ -299,13 +299,20 @@ class DQPipeline(DiffusionPipeline):
         if not Path(folder).is_dir():
             folder = cls.download(folder, **kwargs)
         encoder, index = Path(folder, "text_encoder"), check_index(Path(folder, cls.config_name))
-        is_listed = index.get("text_encoder", [None])[0] is not None and "text_encoder" not in kwargs
+        is_listed = "text_encoder" in index and "text_encoder" not in kwargs
         is_checked = is_listed and kwargs.get("use_safetensors") is not False
         if is_checked:
             config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
             files = weight_files(encoder, kwargs.get("variant"))
-            check_weight_files(text_encoder_class(config), config, files)
+            encoder_class = text_encoder_class(config)
+            if index["text_encoder"][1] != encoder_class.__name__:
+                raise ValueError(
+                    f"{Path(folder, cls.config_name)}: text_encoder must be {encoder_class.__name__}, as in "
+                    f"{encoder / 'config.json'}; got {index['text_encoder'][1]}"
+                )
+            check_weight_files(encoder_class, config, files)
         pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)  # not its folder in the cache
         if is_checked:
             check_finite(pipe.text_encoder, files)
             pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
@@ -347,6 +354,12 @@ def check_index(file):
     for key, expected in ({"_class_name": "DQPipeline"} | parts).items():
         if index.get(key) != expected:
             raise ValueError(f"{file}: {key} must be {expected}, got {index.get(key)}; save the model again")
+    for name in DQPipeline._optional_components:
+        entry = index.get(name, ["transformers", "any"])
+        if not (
+            isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers"
+        ):  # what is named is imported
+            raise ValueError(f"{file}: {name} must be a class of transformers, got {entry}; save the model again")
     known = {*parts, *DQPipeline._optional_components}
     if unknown := sorted(key for key in set(index) - known if not key.startswith("_")):
         raise ValueError(f"{file} has unknown entries {', '.join(unknown)}")
