@@ -1,5 +1,6 @@
 """The commands of `dq-hf`: what they write and print, and that a refused command changes nothing."""
 
+import io
 import math
 import re
 import shutil
@@ -110,6 +111,28 @@ def test_generate_draws_a_grid_of_every_class_in_turn(run, place):
     assert Image.open("grid.png").size == (32, 32)
     images, _ = expected_images("model", [i % 3 for i in range(16)], seed=0)
     assert cells("grid.png", columns=4, count=16) == images
+
+
+@pytest.mark.parametrize("command", ["generate", "reconstruct"])
+def test_images_are_written_through_links_under_long_names_and_told_of_on_any_terminal(place, monkeypatch, command):
+    source = ["generate", "--model", "model", "-n", "1", "--force", "--output"]
+    if command == "reconstruct":
+        source = ["reconstruct", "noise.png", "--model", "model", "--force"]
+    (place / "disk").mkdir()
+    name = "\u96ea" * 80 + "12345678.png"  # 252 bytes
+    (place / "disk" / "old.png").write_bytes(b"old")
+    (place / "link.png").symlink_to("disk/old.png")
+    (place / "new link.png").symlink_to(place / "disk" / "new.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for output in ("link.png", "new link.png", name):
+        main([*source, output])
+    terminal.flush()
+    assert (place / "link.png").is_symlink() and (place / "new link.png").is_symlink()
+    for path in (place / "disk" / "old.png", place / "disk" / "new.png", place / name):
+        assert Image.open(path).size[0] > 0
+    assert sorted(path.name for path in (place / "disk").iterdir()) == ["new.png", "old.png"]
+    assert command == "reconstruct" or b"\\u96ea" in terminal.buffer.getvalue()
 
 
 def test_generate_takes_names_and_ids_and_a_seed(run, place):

@@ -41,7 +41,7 @@ from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc
 from dq_hf.training.average import averaged_weights
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
-from dq_hf.training.options import require_one_of, run_script, settle_sizes
+from dq_hf.training.options import require_one_of, run_script, settle_sizes, shown
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
 
@@ -201,6 +201,8 @@ def make_config(args):
             f"--fine_ratios must have {finer} share(s), one for each of --granularities {args.granularities} but the "
             f"coarsest; got {args.fine_ratios}"
         )
+    if sum(args.fine_ratios[:finer]) > 1:
+        raise ValueError(f"--fine_ratios must add up to at most 1, got {shown(args, 'fine_ratios')}")
     sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES if name != "fine_ratios"}
     return DQVAEConfig(
         **sizes,
