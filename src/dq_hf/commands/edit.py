@@ -10,7 +10,7 @@ from .options import (
     check_device,
     check_generation,
     check_outputs,
-    chosen_classes,
+    chosen_inputs,
     chosen_sampling,
     read_image,
     save_image,
@@ -64,12 +64,12 @@ def run(args):
     config = pipe.transformer.config
     if config.num_classes and args.class_label is None:
         raise ValueError("this model draws images of a class: say which by --class-label")
-    labels = chosen_classes(args, config, range(args.num_images))
+    inputs = chosen_inputs(args, config, range(args.num_images))
     output = pipe(
         image=image,
         mask_image=mask,
-        class_labels=labels,
-        num_images_per_label=args.num_images if labels is None else 1,
+        **inputs,
+        num_images_per_prompt=args.num_images if inputs["prompt"] is inputs["class_labels"] is None else 1,
         num_candidates=args.num_candidates,
         overlay=not args.no_overlay,
         generator=torch.Generator().manual_seed(args.seed),
