@@ -364,7 +364,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
         for name, side in zip(("height", "width"), pixel_values.shape[2:]):
             if side == 0 or side % factor:
                 raise ValueError(f"{name} must be a multiple of {factor}, got {side}; resize or pad the image")
-        if len(pixel_values) == 0:
+        if pixel_values.shape[0] == 0:  # len() would fix the number of images in an exported graph
             raise ValueError("pixel_values must hold at least one image, got a batch of 0")
         if not torch.compiler.is_compiling():
             low, high = pixel_values.detach().aminmax()

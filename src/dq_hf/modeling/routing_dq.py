@@ -35,7 +35,8 @@ def image_entropy(pixel_values, patch_size, pixels_at_once=2**20):
     patches = patches.transpose(1, 2).flatten(0, 1)  # (B*h*w, patch_size^2)
     bins = torch.linspace(-1, 1, NUM_BINS, device=grey.device)
     entropies = []
-    for rows in patches.split(max(1, pixels_at_once // patch_size**2)):
+    at_once = max(1, pixels_at_once // patch_size**2)
+    for rows in [patches] if torch.compiler.is_exporting() else patches.split(at_once):  # for any number of images
         kernel = torch.exp(-0.5 * ((rows[..., None] - bins) / KERNEL_WIDTH) ** 2).mean(1)  # (rows, bins)
         density = kernel / (kernel.sum(1, keepdim=True) + 1e-40)
         entropies.append(torch.special.entr(density).sum(1))  # -p log p, 0 where p is 0
