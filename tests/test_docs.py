@@ -103,6 +103,9 @@ def shown_commands():
 COMMANDS = shown_commands()
 
 
+KINDS = ("Arguments", "BuildArguments", "TokenizerArguments", "EncodeArguments", "GeneratorArguments")
+
+
 @functools.cache
 def script_parser(script):
     """The parser of a script of ours, also of one that starts a program of the package."""
@@ -110,7 +113,7 @@ def script_parser(script):
         patch.syspath_prepend(str((ROOT / script).parent))
         main = runpy.run_path(str(ROOT / script), run_name="shown")["main"]
     names = inspect.unwrap(main).__globals__
-    (kind,) = [names[name] for name in ("Arguments", "BuildArguments") if name in names]
+    kind = next(names[name] for name in KINDS if name in names)  # its own before one that it imports
     return HfArgumentParser(kind)
 
 

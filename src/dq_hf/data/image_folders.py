@@ -1,8 +1,8 @@
 """A folder of images as a data set: splits and classes from its folders, captions and more from files beside the images.
 
-    folder/<split>/<class>/.../image.png      labels: the name of the first folder below the split
-    folder/<split>/image.png                  no labels
-    folder/<class>/.../image.png              one split, "train"
+- `folder/<split>/<class>/.../image.png`: labels, the name of the first folder below the split;
+- `folder/<split>/image.png`: no labels;
+- `folder/<class>/.../image.png`: one split, "train".
 
 A split or class folder may be a link. `metadata.jsonl`, `.csv` or `.parquet` in any of these folders, with a column
 `file_name`, has further columns and takes the place of labels; else `image.txt` beside `image.png` has its captions, one a
