@@ -355,20 +355,25 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             draw < config.text_dropout if has_text else None,
         )
 
-    def embed(self, contents, positions, granularities, places=None):
-        """Input of the Position-Transformer, (B, L, width), for elements at `places` (L,) of the stream, else its first."""
+    def embed(self, contents, positions, granularities, places=None, finest=False):
+        """Input of the Position-Transformer, (B, L, width), for elements at `places` (L,) of the stream, else its first.
+
+        `finest` says that all are of the finest granularity.
+        """
         if places is None:
             places = torch.arange(contents.shape[1], device=contents.device)
         return self.dropout(
             self.content_embedding(contents)
-            + self.embed_positions(positions, granularities)
+            + self.embed_positions(positions, granularities, finest)
             + self.stream_embedding(places)
             + self.granularity_embedding(granularities)
         )
 
-    def embed_positions(self, positions, granularities):
-        """Each element's position (B, L) from its own granularity's table, (B, L, width)."""
+    def embed_positions(self, positions, granularities, finest=False):
+        """Each element's position (B, L) from its own granularity's table, (B, L, width); `finest` as in `embed`."""
         embedded = self.position_embeddings[-1](positions)
+        if finest:
+            return embedded
         for granularity, table in enumerate(self.position_embeddings[:-1]):
             coarser = table(positions.clamp(max=table.num_embeddings - 1))
             embedded = torch.where((granularities == granularity)[..., None], coarser, embedded)
