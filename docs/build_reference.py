@@ -132,6 +132,7 @@ def escape(line):
 
 def describe_parser(parser, title):
     """A command's options as a table, and its sub-commands."""
+    parser = parser.get_default("parser") or parser  # the one behind a parser that passes all on
     text, rows, commands = [parser.description], [], {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

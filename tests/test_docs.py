@@ -143,9 +143,10 @@ def test_options_and_files_of_a_command_exist(command):
         assert (ROOT / path).is_file()
     if words[0] == "dq-hf":
         parser = dq_hf_parser(words[1:])
+        parsers = [parser.get_default("parser") or parser]
         if script := parser.get_default("module"):
-            parser = script_parser(f"src/{script.replace('.', '/')}.py")
-        check_options(words, parser)
+            parsers.append(script_parser(f"src/{script.replace('.', '/')}.py"))
+        check_options(words, *parsers)
     elif words[-1] == "...":
         check_options(words, launch_command_parser(), *map(script_parser, scripts))
     elif scripts:

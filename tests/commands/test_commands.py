@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
+from datasets import Dataset
 from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline, DQVAEModel
+from dq_hf.codec import DQTokens, compress, read_codes
 from dq_hf.commands.main import main
 from dq_hf.modeling.grain_map_dq import expand_grain_map
 from dq_hf.modeling.routing_dq import image_entropy
@@ -364,6 +366,7 @@ def test_reconstruct_refuses(refused, place, arguments, message):
 
 
 HUB_COMMANDS = """
+from dq_hf.codec import DQTokens, compress, read_codes
 from dq_hf.commands.main import main
 for name in ("vae", "both"):
     main(["reconstruct", "noise.png", f"{name}.png", "--model", f"user/{name}"])
@@ -445,6 +448,56 @@ def test_compress_and_decompress_refuse_what_cannot_be(refused, run):
     assert "another model" in refused("decompress", "noise.dq", "back.png")
     assert "begin with DQ" in refused("decompress", "noise.png", "back.png")
     assert "nothing.dq" in refused("decompress", "nothing.dq", "back.png")
+
+
+@pytest.fixture
+def pictures(place):
+    """A folder of images of three sizes, two of them no whole regions, one in a folder of its own; and what is no image."""
+    sizes = {"a.png": (8, 8), "b.png": (8, 8), "c/d.png": (9, 13), "e.png": (8, 8), "f.png": (12, 12)}
+    for name, (width, height) in sizes.items():
+        path = place / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open("noise.png").crop((0, 0, width, height)).save(path)
+    (place / "pictures" / "notes.txt").write_text("of a walk")
+    return sizes
+
+
+def test_encode_writes_a_row_for_each_image_of_any_size(run, place, pictures):
+    printed = run("encode", "pictures", "--output", "codes.parquet", "--model", "model", "--fine-ratio", 0.5)
+    assert printed.out == "codes.parquet: 5 images\n"
+    rows = list(Dataset.from_parquet("codes.parquet", cache_dir=str(place / "cache")))
+    assert {row["file_name"]: (row["width"], row["height"]) for row in rows} == pictures
+    vae = DQVAEModel.from_pretrained("model/vae")
+    tokens = DQTokens(vae.config)
+    for row, back in zip(rows, tokens.from_tokens(tokens.to_tokens(rows)), strict=True):
+        data = compress(vae, Image.open(Path("pictures", row["file_name"])), fine_ratio=0.5)
+        for found in ({name: torch.tensor(row[name])[None] for name in ("codes", "grain_map")}, back):
+            expected = read_codes(vae, data)
+            assert torch.equal(found["codes"], expected[0]) and torch.equal(found["grain_map"], expected[1])
+
+
+def test_encode_skips_and_names_a_stated_share_of_broken_images(run, refused, place, pictures, caplog):
+    (place / "pictures" / "b.png").write_bytes(b"")
+    options = ("encode", "pictures", "--output", "codes.parquet", "--model", "model")
+    assert re.search(r"at most 1.00% .* got 1 of 5, the first: .*b.png", refused(*options))
+    assert run(*options, "--max-broken-share", 0.2).out == "codes.parquet: 4 images\n"
+    assert any("b.png" in record.getMessage() for record in caplog.records)
+    assert "--force" in refused(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["pictures", "--output", "codes.csv"], "must end in .parquet"),
+        (["none", "--output", "codes.parquet"], "must be a folder of images"),
+        (["empty", "--output", "codes.parquet"], "must hold images"),
+        (["pictures", "--output", "codes.parquet", "--fine-ratio", "2"], "[0, 1]"),
+        (["pictures", "--output", "codes.parquet", "--output_dir", "codes"], "not both"),
+    ],
+)
+def test_encode_refuses(refused, place, pictures, options, message):
+    (place / "empty").mkdir()
+    assert message in refused("encode", *options)
 
 
 @pytest.fixture

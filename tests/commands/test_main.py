@@ -13,6 +13,7 @@ COMMANDS = [
     ["generate"],
     ["reconstruct"],
     ["convert"],
+    ["encode"],
     ["calibrate"],
     ["evaluate"],
     ["evaluate", "reconstruction"],
@@ -116,7 +117,7 @@ def test_wrong_options_show_the_usage(capsys, arguments):
 
 def test_every_help_is_a_full_sentence():
     def sentences(parser):
-        for action in parser._actions:
+        for action in (parser.get_default("parser") or parser)._actions:
             yield action.help
             for command in (action.choices or {}).values() if action.nargs == "A..." else ():
                 yield command.description

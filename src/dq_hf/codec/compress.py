@@ -52,9 +52,8 @@ def compress(
         raise ValueError(f"image must be one image, got {len(pixel_values)}")
     height, width = pixel_values.shape[2:]
     factor = vae.config.granularities[0]
-    rows, columns = shape = region_shape(factor, height, width)
-    margins = (0, columns * factor - width, 0, rows * factor - height)
-    pixel_values = torch.nn.functional.pad(pixel_values, margins, mode="replicate").to(vae.device)
+    shape = region_shape(factor, height, width)
+    pixel_values = pad_to_regions(pixel_values, factor).to(vae.device)
 
     static = StaticPrior(vae)
     chosen = static if prior == "static" else GeneratorPrior(model, class_label, prompt)
@@ -175,6 +174,14 @@ def find_model(model, header):
 def region_shape(factor, height, width):
     """Rows and columns of regions with sides of `factor` pixels that cover an image."""
     return -(-height // factor), -(-width // factor)
+
+
+def pad_to_regions(pixel_values, factor):
+    """Images (B, 3, H, W) whose last row and column are repeated until whole regions cover them."""
+    height, width = pixel_values.shape[2:]
+    rows, columns = region_shape(factor, height, width)
+    margins = (0, columns * factor - width, 0, rows * factor - height)
+    return torch.nn.functional.pad(pixel_values, margins, mode="replicate")
 
 
 def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, prompt, model_id):

@@ -31,7 +31,7 @@ def add_command(commands, name, run, description):
 
 
 def add_script(commands, name, module, options, description):
-    """A command that passes all its arguments on to the `main` of a script.
+    """A command that passes all its arguments on to the `main` of a script; its parser.
 
     Args:
         module: of the script, `dq_hf.scripts.<module>`.
@@ -43,6 +43,7 @@ def add_script(commands, name, module, options, description):
     command = commands.add_parser(name, help=description, description=description, add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="See --help.")
     command.set_defaults(run=run_script, module=module, options=options)
+    return command
 
 
 def run_script(args):
@@ -350,6 +351,11 @@ def add_data_options(command, split):
         action="store_true",
         help="Read the images only as they are needed, for data that does not fit on the disk.",
     )
+    add_broken_option(command)
+
+
+def add_broken_option(command):
+    """--max-broken-share."""
     command.add_argument(
         "--max-broken-share",
         type=float,

@@ -18,15 +18,14 @@ from .images import as_pattern
 INDEX_FILE = "codes.json"
 CAPTIONS = "captions"  # column
 AGAIN = "encode the images again with encode_dataset.py"
-ROWS_PER_GROUP = 8192  # of a Parquet file: some MB
+GROUP_BYTES = 2**23  # of a Parquet file's rows that are held in memory and written together
 
 
 def code_features(config, class_names=(), captions=False):
     """Columns of a code cache for a VAE's configuration: grids are flattened, row by row."""
     (rows, columns), (fine_rows, fine_columns) = config.grid_sizes[0], config.grid_sizes[-1]
-    code = datasets.Value("int16" if config.codebook_size <= 2**15 else "int32")
     features = {
-        "codes": datasets.List(code, length=fine_rows * fine_columns),
+        "codes": datasets.List(code_type(config), length=fine_rows * fine_columns),
         "grain_map": datasets.List(datasets.Value("uint8"), length=rows * columns),
         "num_codes": datasets.Value("int32"),
         "flipped": datasets.Value("bool"),
@@ -36,6 +35,24 @@ def code_features(config, class_names=(), captions=False):
     if captions:
         features[CAPTIONS] = datasets.List(datasets.Value("string"))
     return datasets.Features(features)
+
+
+def row_features(config):
+    """Columns of images of many sizes: names and sizes in pixels, codes and grain map as lists of rows."""
+    return datasets.Features(
+        {
+            "file_name": datasets.Value("string"),
+            "height": datasets.Value("int32"),
+            "width": datasets.Value("int32"),
+            "codes": datasets.List(datasets.List(code_type(config))),
+            "grain_map": datasets.List(datasets.List(datasets.Value("uint8"))),
+        }
+    )
+
+
+def code_type(config):
+    """The smallest type of a VAE's codes."""
+    return datasets.Value("int16" if config.codebook_size <= 2**15 else "int32")
 
 
 @torch.no_grad()
@@ -79,14 +96,15 @@ def flat_lists(grids):
 
 
 def write_codes(path, schema, tables):
-    """Write tables of `encode_batches`, none or more, to one Parquet file."""
-    waiting = []
+    """Write tables with the columns of `schema`, none or more, to one Parquet file, as they come."""
+    waiting, num_bytes = [], 0
     with pq.ParquetWriter(path, schema) as writer:
         for table in tables:
             waiting.append(table)
-            if sum(map(len, waiting)) >= ROWS_PER_GROUP:
+            num_bytes += table.nbytes
+            if num_bytes >= GROUP_BYTES:
                 writer.write_table(pa.concat_tables(waiting))
-                waiting = []
+                waiting, num_bytes = [], 0
         if waiting:
             writer.write_table(pa.concat_tables(waiting))
 

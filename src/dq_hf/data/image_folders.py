@@ -57,6 +57,18 @@ def is_image_folder(folder):
     return bool(kinds & IMAGES) and not kinds & TABLES and not lists_files
 
 
+def image_names(folder):
+    """Paths, from a folder, of all images in it and in its folders, in order."""
+    return [path.relative_to(folder).as_posix() for path in files_of(folder) if path.suffix.lower() in IMAGES]
+
+
+def stream_images(folder, names):
+    """Images of a folder, by `image_names`, as a `datasets.IterableDataset` with columns `image` and `file_name`."""
+    features = datasets.Features({"image": datasets.Image(decode=False), "file_name": datasets.Value("string")})
+    arguments = {"folder": str(Path(folder).absolute()), "names": names}
+    return datasets.IterableDataset.from_generator(give_named, features=features, gen_kwargs=arguments)
+
+
 def load_image_folder(folder, split, streaming=False):
     """A split of a folder of images, as a `datasets.Dataset` or, with `streaming`, an `IterableDataset`.
 
@@ -163,3 +175,9 @@ def stamp(path):
 def give(rows, stamps):
     """The rows, one by one."""
     yield from rows
+
+
+def give_named(folder, names):
+    """The rows of `stream_images`."""
+    for name in names:
+        yield {"image": {"path": os.path.join(folder, name), "bytes": None}, "file_name": name}
