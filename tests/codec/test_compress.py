@@ -20,6 +20,7 @@ from dq_hf.codec.container import CHECK_BYTES, read_file
 from dq_hf.codec.static_prior import code_frequencies
 from dq_hf.modeling.grain_map_dq import expand_grain_map, top_left_cells
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
+from dq_hf.modeling.text_dq import encode_prompts
 
 CLASSES = dict(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
 THREE = dict(granularities=[8, 4, 2], block_out_channels=[8, 8, 16, 16])
@@ -154,8 +155,8 @@ def test_a_prompt_is_in_the_file(vae):
     assert read_file(files[0])[1] != read_file(files[1])[1]
     codes, grain_map = read_codes(model, files[1])
     assert torch.equal(codes, read_codes(vae, compress(vae, picture(6)))[0])
-    prompt = model.encode_prompt("red sun")
-    bits = transformer.log_prob(codes, grain_map, **prompt).nats.item() / math.log(2)
+    prompt = encode_prompts(model.tokenizer, model.text_encoder, "red sun", transformer.config.text_length)
+    bits = transformer.log_prob(codes, grain_map, None, *prompt).nats.item() / math.log(2)
     assert bits / 8 - 1 <= len(read_file(files[1])[1]) <= 1.02 * bits / 8 + 2
 
     other = DQForImageGeneration.from_models(vae, transformer, make_text_encoder("t5"), make_text_tokenizer()).eval()

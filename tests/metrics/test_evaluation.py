@@ -234,11 +234,12 @@ def test_the_reconstruction_command_prints_and_writes_the_same(place, tmp_path, 
 def test_a_refused_evaluation_leaves_no_report(place, tmp_path, capfd, monkeypatch, options, message):
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
+    before = set(tmp_path.rglob("*"))
     settings = ["--output", "r.json", "--extractor", "efficientnet-lite0", "--perceptual", "efficientnet-lite0"]
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "reconstruction", "--model", "model", "--data", "data", *settings, *options])
     assert stop.value.code == 1 and message in capfd.readouterr().err
-    assert {path.name for path in (tmp_path / "copy").iterdir()} == {"model", "data"}
+    assert set(tmp_path.rglob("*")) == before
 
 
 # Generation
