@@ -25,11 +25,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, table
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline
 from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
 from dq_hf.demo.page import make_page
-from dq_hf.demo.views import painted_regions, read_upload, reconstruct_painted, sample_frames
+from dq_hf.demo.views import (
+    edit_painted,
+    painted_detail,
+    painted_regions,
+    read_upload,
+    reconstruct_painted,
+    sample_frames,
+)
 from dq_hf.loading import load_models
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +102,7 @@ def directly(pipe, label, seed, **options):
     return pipe(class_labels=label, generator=torch.Generator().manual_seed(seed), **options).images[0]
 
 
-SAMPLING = dict(guidance=1.5, temperature=0.9, position_temperature=1.2, top_p=0.8)
+SAMPLING = dict(guidance=1.5, temperature=0.9, position_temperature=1.2, top_p=0.8, painting=None)
 OPTIONS = dict(guidance_scale=1.5, temperature=0.9, position_temperature=1.2, top_p=0.8)
 
 
@@ -205,6 +212,76 @@ def test_an_upload_is_reconstructed_by_the_router_and_at_any_share(loaded, addre
         assert (pixels(opened(image)) == enlarged(DQImageProcessor().post_process(decoded)[0], 24)).all()
 
 
+def painted_over(*regions, grid=4, side=384):
+    """A layer of the editor with these (row, column) regions painted over."""
+    layer, step = Image.new("RGBA", (side, side)), side // grid
+    for row, column in regions:
+        layer.paste((255, 0, 0, 255), (column * step, row * step, (column + 1) * step, (row + 1) * step))
+    return layer
+
+
+def test_painted_regions_prescribe_the_finest_codes_and_the_coarsest_elsewhere(loaded):
+    three = make_transformer(grid_sizes=[[2, 2], [4, 4], [8, 8]]).config
+    painting = {"layers": [painted_over((0, 1), grid=2)]}
+    assert painted_detail(painting, three).tolist() == [[0, 2], [0, 0]]
+    for nothing in (None, {"layers": [Image.new("RGBA", (384, 384))]}):
+        assert painted_detail(nothing, three) is None
+
+    _, pipe = loaded
+    grain_map = torch.zeros(4, 4, dtype=torch.long)
+    grain_map[1, 2] = grain_map[3, 0] = 1
+    found = painted_detail({"layers": [painted_over((1, 2), (3, 0))]}, pipe.transformer.config)
+    assert torch.equal(found, grain_map)
+    *_, last = sample_frames(pipe, 1, 3, grain_map=found)
+    assert torch.equal(last.grain_map, grain_map)
+    assert (pixels(last.image) == pixels(directly(pipe, 1, 3, grain_map=grain_map))).all()
+
+
+def test_painted_regions_are_drawn_again_and_all_others_stay(loaded):
+    vae, pipe = loaded
+    inpaint = DQInpaintPipeline.from_pipe(pipe)
+    pixel_values = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    original = DQImageProcessor().post_process(pixel_values)[0]
+    painting = {"layers": [painted_over((0, 1), (2, 2))]}
+    view = edit_painted(inpaint, pixel_values, painting, 2, 5, num_candidates=2, guidance_scale=1.5)
+
+    mask = np.zeros((16, 16), dtype=bool)
+    mask[:4, 4:8] = mask[8:12, 8:12] = True
+    options = dict(class_labels=2, image=original, mask_image=mask, num_candidates=2, guidance_scale=1.5)
+    output = inpaint(**options, generator=torch.Generator().manual_seed(5))
+    assert (pixels(view.image) == enlarged(output.images[0], 24)).all()
+    stays = ~mask.repeat(24, 0).repeat(24, 1)
+    assert (pixels(view.image)[stays] == enlarged(original, 24)[stays]).all()
+    (row,) = table(view.figures)
+    assert row["regions drawn again"] == "2 of 16"
+    assert row["codes"] == f"{int((4**output.grain_maps).sum())} of at most 64"
+    with pytest.raises(ValueError, match="nothing is painted"):
+        edit_painted(inpaint, pixel_values, None, 2, 5)
+
+
+def test_what_a_visitor_paints_is_sampled_with_detail_or_drawn_again(loaded, address, photo, tmp_path):
+    client = visitor(address)
+    layer = handle_file(save(tmp_path / "layer.png", painted_over((1, 2), (3, 0))))
+    painting = EMPTY | {"layers": [layer]}
+    grain_map = torch.zeros(4, 4, dtype=torch.long)
+    grain_map[1, 2] = grain_map[3, 0] = 1
+    image, *_ = client.predict(1, 7, *list(SAMPLING.values())[:-1], painting, api_name="/sample")
+    expected = directly(loaded[1], 1, 7, grain_map=grain_map, **OPTIONS)
+    assert (pixels(opened(image)) == enlarged(expected, 24)).all()
+
+    client.predict(handle_file(photo), api_name="/open_to_edit")
+    coding, image, figures = client.predict(painting, 1, 7, 1.5, 2, api_name="/edit")
+    pixel_values = DQImageProcessor(size={"height": 16, "width": 16})(Image.open(photo))["pixel_values"]
+    inpaint, painting = DQInpaintPipeline.from_pipe(loaded[1]), {"layers": [painted_over((1, 2), (3, 0))]}
+    view = edit_painted(inpaint, pixel_values, painting, 1, 7, guidance_scale=1.5, num_candidates=2)
+    assert (pixels(opened(image)) == pixels(view.image)).all() and figures == view.figures
+    assert (pixels(opened(coding)) == pixels(view.coding)).all()
+    with pytest.raises(AppError, match="nothing is painted; paint over what is to be drawn again"):
+        client.predict(EMPTY, 1, 7, 1.5, 2, api_name="/edit")
+    with pytest.raises(AppError, match="there is no image; upload one, or take a sample"):
+        visitor(address).predict(EMPTY, 1, 7, 1.5, 2, api_name="/edit")
+
+
 def save(path, image, **options):
     image.save(path, **options)
     return path
@@ -270,12 +347,21 @@ def answer(address, endpoint, values):
 SAMPLE = [1, 7, *SAMPLING.values()]
 EMPTY = {"background": None, "layers": [], "composite": None}
 FILE = {"path": "x.png", "meta": {"_type": "gradio.FileData"}}
+WRONG_CLASSES = ([0] * 100_000, [1], {"a": 1}, "moon", "m" * 10**6, 7, -1, 1.5, True, None)
+WRONG_SEEDS = ("x", [1], 1.5, -1, 1e300, None)
+WRONG_NUMBERS = ([1], "x", None, -1, 1e300)
+WRONG_FILES = (3, [FILE], "/etc/passwd", FILE | {"path": "/etc/passwd"}, {}, None)
+WRONG_PAINTINGS = (3, [1], EMPTY | {"layers": 3}, EMPTY | {"layers": [FILE] * 1000})
+WRONG_PAINTINGS += (EMPTY | {"layers": [FILE | {"path": "/etc/passwd"}]},)
+PAINTINGS = (("sample", 6), ("edit", 0), ("reconstruct", 0))
 WRONG = [
-    *(("sample", 0, value) for value in ([0] * 100_000, [1], {"a": 1}, "moon", "m" * 10**6, 7, -1, 1.5, True, None)),
-    *(("sample", 1, value) for value in ("x", [1], 1.5, -1, 1e300, None)),
-    *(("sample", place, value) for place in (2, 3, 4, 5) for value in ([1], "x", None, -1, 1e300)),
-    *(("open", 0, value) for value in (3, [FILE], "/etc/passwd", FILE | {"path": "/etc/passwd"}, {}, None)),
-    *(("reconstruct", 0, value) for value in (3, [1], EMPTY | {"layers": 3}, EMPTY | {"layers": [FILE] * 1000})),
+    *((name, place, value) for name, place in (("sample", 0), ("edit", 1)) for value in WRONG_CLASSES),
+    *((name, place, value) for name, place in (("sample", 1), ("edit", 2)) for value in WRONG_SEEDS),
+    *(("sample", place, value) for place in (2, 3, 4, 5) for value in WRONG_NUMBERS),
+    *(("edit", 3, value) for value in WRONG_NUMBERS),
+    *(("edit", 4, value) for value in (*WRONG_NUMBERS, 0, 1.5, 17, True)),
+    *((name, 0, value) for name in ("open", "open_to_edit") for value in WRONG_FILES),
+    *((name, place, value) for name, place in PAINTINGS for value in WRONG_PAINTINGS),
     *(("reconstruct", 1, value) for value in ("yes", 3, [True], None)),
     *(("reconstruct", 2, value) for value in ("a", [1], 2, -1, None)),
 ]
@@ -285,12 +371,14 @@ def test_what_an_endpoint_does_not_take_is_a_message(loaded, address, capfd):
     calls = []
     hook = loaded[1].transformer.position_transformer.register_forward_pre_hook(lambda *_: calls.append(1))
     right = {"sample": SAMPLE, "open": [FILE], "reconstruct": [EMPTY, True, 0.5]}
+    right |= {"open_to_edit": [FILE], "edit": [EMPTY, 1, 7, 1.5, 4]}
     wrong = [(name, [*right[name][:i], value, *right[name][i + 1 :]]) for name, i, value in WRONG]
     wrong += [(name, values[:-1]) for name, values in right.items()]
     wrong += [(name, [*values, 0]) for name, values in right.items()]
     for endpoint, values in wrong:
         told = json.loads(answer(address, endpoint, values).removeprefix("data: "))
         assert 10 < len(told["error"]) < 200, (endpoint, str(values)[:100], told)
+        assert endpoint.startswith("open") or "there is no image" not in told["error"]  # what comes after the checks
         assert "passwd" not in told["error"] and str(Path.cwd()) not in told["error"]
     hook.remove()
     assert not calls and "Traceback" not in capfd.readouterr().err
@@ -318,15 +406,22 @@ def endpoints(loaded):
     return {block.api_name: block.fn for block in make_page(*loaded).fns.values()}
 
 
-@given(st.lists(JSON, min_size=6, max_size=6))
+@given(st.lists(JSON, min_size=7, max_size=7))
 def test_any_values_are_sampled_with_or_refused_by_a_message(endpoints, values):
     try:
         next(endpoints["sample"](*values))
     except gr.Error as error:
         assert 0 < len(error.message) < 300
     else:
-        label, seed, *numbers = values
+        label, seed, *numbers, _ = values
         assert label in range(3) and 0 <= seed < 2**31 and all(0 < number <= 8 for number in numbers)
+
+
+@given(st.lists(JSON, min_size=5, max_size=5))
+def test_any_edit_is_refused_by_a_message_where_nothing_is_painted(endpoints, values):
+    with pytest.raises(gr.Error) as refused:
+        endpoints["edit"](torch.zeros(1, 3, 16, 16), *values)
+    assert 0 < len(refused.value.message) < 300
 
 
 @given(st.lists(JSON, min_size=3, max_size=3))
@@ -446,7 +541,9 @@ def test_what_the_command_refuses(models, capsys, monkeypatch):
     assert "nowhere" in refused("--model", "./nowhere", "--port", "0")
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "dq_hf.demo.page")
-    assert 'the demo needs gradio; install it with pip install -c constraints.txt -e ".[demo]"' in refused()
+    assert 'the demo needs gradio; install it with pip install -c constraints.txt -e ".[demo]"' in refused(
+        "--port", "0"
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from served_page import enlarged, pixels, psnr, start, stop
 
-from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQPipeline
+from dq_hf import DEFAULT_MODEL, DQImageProcessor, DQInpaintPipeline, DQPipeline
 
 pytestmark = pytest.mark.browser
 CHROMIUM = Path("/usr/bin/chromium")
@@ -97,16 +97,17 @@ def emoji(tmp_path_factory):
     return path, Image.open(path)
 
 
-def begin_sample(page, name, seed):
-    page.get_by_label("Class").click()
+def begin(page, button, name, seed):
+    """Press the button that draws an image of this class and seed."""
+    page.get_by_label("Class").filter(visible=True).click()
     page.get_by_role("option", name=name).click()
-    page.get_by_label("Seed").fill(str(seed))
-    page.get_by_role("button", name="Sample", exact=True).click()
+    page.get_by_label("Seed").filter(visible=True).fill(str(seed))
+    page.get_by_role("button", name=button, exact=True).click()
 
 
-def expect_sample(page, pipe, name, seed):
+def expect_sample(page, pipe, name, seed, **options):
     expect(figures(page)).to_contain_text("bits a pixel")
-    output = pipe(class_labels=name, generator=torch.Generator().manual_seed(seed))
+    output = pipe(class_labels=name, generator=torch.Generator().manual_seed(seed), **options)
     (row,) = table(page)
     num_codes = int((4**output.grain_maps).sum())
     assert row["codes"] == f"{num_codes} of at most 256"
@@ -130,9 +131,10 @@ def shown(page, label):
     return Image.open(io.BytesIO(page.request.get(source).body()))
 
 
-def upload(page, path):
-    page.get_by_role("tab", name="Reconstruct").click()
-    page.locator("input[type=file]:not([disabled])").first.set_input_files(path)
+def upload(page, path, tab="Reconstruct"):
+    page.get_by_role("tab", name=tab).click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.locator("input[type=file]:not([disabled])").first.set_input_files(path)
 
 
 def expect_row(row, vae, pixel_values, grain_map=None, **options):
@@ -149,13 +151,56 @@ def expect_row(row, vae, pixel_values, grain_map=None, **options):
 
 def test_sample(visit, address, pipe):
     page = visit()
-    begin_sample(page, "smileys", 3)
+    begin(page, "Sample", "smileys", 3)
     expect(figures(page)).to_contain_text(re.compile(r"Element \d+ of at most 260"))  # it grows
     expect_sample(page, pipe, "smileys", 3)
     sources = page.evaluate(
         "[...document.querySelectorAll('[src], link')].map(element => element.src || element.href)"
     )
     assert sources and all(source.startswith((address, "data:", "blob:")) for source in sources)
+
+
+def test_detail_goes_where_it_is_painted(visit, pipe):
+    page = visit()
+    grain_map = torch.zeros(8, 8, dtype=torch.long)
+    for row, column in ((2, 2), (2, 5), (5, 3)):
+        dab(page, (column + 0.5) / 8, (row + 0.5) / 8)
+        grain_map[row, column] = 1
+    begin(page, "Sample", "smileys", 3)
+    expect(figures(page)).to_contain_text("73 of at most 256")  # 64 + 3 * 3
+    expect_sample(page, pipe, "smileys", 3, grain_map=grain_map)
+
+    page.get_by_role("button", name="Erase what is painted").filter(visible=True).click()
+    page.get_by_role("button", name="Sample", exact=True).click()
+    expect(figures(page)).not_to_contain_text("73 of at most 256")
+    expect_sample(page, pipe, "smileys", 3)
+
+
+def test_what_is_painted_over_is_drawn_again(visit, pipe, emoji):
+    path, image = emoji
+    page = visit()
+    upload(page, path, "Edit")
+    begin(page, "Draw again", "smileys", 3)
+    toast = page.locator(".toast-body").last
+    expect(toast).to_contain_text("nothing is painted; paint over what is to be drawn again")
+    toast.locator(".toast-close").click()
+
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    for row, column in ((4, 3), (4, 4)):
+        dab(page, (column + 0.5) / 8, (row + 0.5) / 8)
+        mask[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = True
+    page.get_by_role("button", name="Draw again").click()
+    expect(figures(page)).to_contain_text("bits a pixel")
+    (row,) = table(page)
+    assert row["regions drawn again"] == "2 of 64"
+    pixel_values = DQImageProcessor.from_pretrained(DEFAULT_MODEL)(image)["pixel_values"]
+    original = DQImageProcessor().post_process(pixel_values)[0]
+    options = dict(image=original, mask_image=mask, class_labels="smileys", num_candidates=4)
+    output = DQInpaintPipeline.from_pipe(pipe)(**options, generator=torch.Generator().manual_seed(3))
+    edited = pixels(shown(page, "Edited"))
+    assert (edited == enlarged(output.images[0], SCALE)).all()
+    stays = ~mask.numpy().repeat(SCALE, 0).repeat(SCALE, 1)
+    assert (edited[stays] == enlarged(original, SCALE)[stays]).all()
 
 
 def test_reconstruct_at_any_share_and_with_what_is_painted(visit, pipe, emoji):
@@ -190,7 +235,7 @@ def test_reconstruct_at_any_share_and_with_what_is_painted(visit, pipe, emoji):
     found = float(painted["PSNR where painted"].removesuffix(" dB"))
     assert found == pytest.approx(psnr(difference, torch.zeros_like(difference)), abs=0.011)
 
-    page.get_by_role("button", name="Erase what is painted").click()
+    page.get_by_role("button", name="Erase what is painted").filter(visible=True).click()
     expect(figures(page)).not_to_contain_text("painted")
     expect_row(*table(page), pipe.vae, pixel_values, fine_ratio=0.25)
 
@@ -198,7 +243,7 @@ def test_reconstruct_at_any_share_and_with_what_is_painted(visit, pipe, emoji):
 def dab(page, x, y):
     """Click at this place of the picture in the editor, in shares of its width and height."""
     canvas = page.locator(".image-container canvas:visible").first.bounding_box()
-    zoom = float(page.get_by_text(re.compile(r"^\d+%$")).inner_text().rstrip("%")) / 100
+    zoom = float(page.get_by_text(re.compile(r"^\d+%$")).filter(visible=True).inner_text().rstrip("%")) / 100
     side = 64 * SCALE * zoom  # the picture stands in the middle of the canvas
     left, top = canvas["x"] + (canvas["width"] - side) / 2, canvas["y"] + (canvas["height"] - side) / 2
     page.mouse.click(left + x * side, top + y * side)
@@ -228,7 +273,7 @@ def test_wrong_uploads_get_a_message(visit, tmp_path, emoji):
 
 def test_two_visitors_at_once_are_both_served(visit, pipe):
     first, second = visit(), visit()
-    begin_sample(first, "flags", 1)
-    begin_sample(second, "people", 2)
+    begin(first, "Sample", "flags", 1)
+    begin(second, "Sample", "people", 2)
     expect_sample(second, pipe, "people", 2)
     expect_sample(first, pipe, "flags", 1)

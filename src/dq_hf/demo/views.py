@@ -12,6 +12,7 @@ from PIL import Image
 from ..codec.cost import coding_cost
 from ..metrics.psnr import psnr
 from ..modeling.configuration_dqvae import DQVAEConfig
+from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..pictures import (
     GRAIN_COLOURS,
@@ -58,11 +59,11 @@ class Frame:
 
 @dataclass
 class View:
-    """What is shown of a reconstruction.
+    """What is shown of a reconstruction or an edit.
 
     Args:
         coding: PIL image enlarged, with a frame for each code.
-        image: PIL image enlarged, the reconstruction.
+        image: PIL image enlarged, the reconstruction or the edited image.
         figures: Markdown.
     """
 
@@ -98,7 +99,7 @@ def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, prompt=None, *
         class_label: an id, None for a model without classes.
         prompt: a text for a model with a text encoder, else None.
         seed: the image is that of `torch.Generator().manual_seed(seed)`.
-        options: sampling options of the pipeline.
+        options: sampling options of the pipeline, and `grain_map`.
     """
     config = pipe.transformer.config
     every = max(1, config.longest_stream // num_frames)
@@ -152,8 +153,7 @@ def reconstruct_painted(vae, pixel_values, painting=None, shares=None):
         cells = {"decided by": decided_by, **cost_cells(encoded.grain_map[0], config)}
         cells["PSNR"] = f"{psnr(decoded, pixel_values).item():.2f} dB"
         if painted.any():
-            side = config.granularities[0]
-            inside = painted.repeat_interleave(side, 0).repeat_interleave(side, 1)
+            inside = repeat_cells(painted, config.granularities[0])
             within = psnr(decoded[..., inside][..., None], pixel_values[..., inside][..., None]).item()
             cells["PSNR where painted"] = f"{within:.2f} dB"
         table.append(cells)
@@ -162,6 +162,40 @@ def reconstruct_painted(vae, pixel_values, painting=None, shares=None):
         coding=draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size)),
         image=enlarged(image),
         figures=markdown_table(table),
+    )
+
+
+def edit_painted(inpaint, pixel_values, painting, class_label, seed, prompt=None, **options):
+    """Draw the painted regions of an image again; gives a `View`.
+
+    Args:
+        inpaint: `DQInpaintPipeline`.
+        pixel_values: (1, 3, height, width).
+        painting: value of the editor, or None.
+        class_label, seed, prompt: as in `sample_frames`.
+        options: of the pipeline.
+
+    Raises:
+        ValueError: nothing is painted.
+    """
+    config = inpaint.vae.config
+    painted = painted_regions(painting, inpaint.transformer.config.grid_sizes[0])
+    if not painted.any():
+        raise ValueError("nothing is painted; paint over what is to be drawn again")
+    output = inpaint(
+        prompt=prompt,
+        class_labels=class_label,
+        image=DQImageProcessor().post_process(pixel_values)[0],
+        mask_image=repeat_cells(painted, config.granularities[0]),
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+    image, grain_map = output.images[0], output.grain_maps[0].cpu()
+    cells = {"regions drawn again": f"{int(painted.sum())} of {painted.numel()}", **cost_cells(grain_map, config)}
+    return View(
+        coding=draw_grain_map(image, grain_map, view_scale(image.size)),
+        image=enlarged(image),
+        figures=markdown_table([cells]),
     )
 
 
@@ -212,11 +246,11 @@ def check_number(name, value, low, high):
         raise ValueError(f"{name} must lie in {low} ... {high}, got {value}")
 
 
-def check_seed(seed):
-    """Raise TypeError or ValueError unless this is one whole number that a seed can be."""
-    check_number("the seed", seed, 0, MAX_SEED)
-    if seed != int(seed):
-        raise ValueError(f"the seed must be a whole number, got {seed}")
+def check_whole(name, value, low, high):
+    """Raise TypeError or ValueError unless a value is one whole number from `low` to `high`."""
+    check_number(name, value, low, high)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def check_painting(painting):
@@ -286,6 +320,17 @@ def painted_regions(painting, grid):
         alpha = layer.convert("RGBA").getchannel("A").resize(grid[::-1], Image.BOX)
         painted |= np.asarray(alpha) >= PAINTED_SHARE * 255
     return torch.from_numpy(painted)
+
+
+def painted_detail(painting, config):
+    """Grain map (h, w) long with the finest codes where something is painted and the coarsest elsewhere; None without.
+
+    Args:
+        painting: value of the editor, or None.
+        config: `DQTransformerConfig`.
+    """
+    painted = painted_regions(painting, config.grid_sizes[0])
+    return painted * (len(config.grid_sizes) - 1) if painted.any() else None
 
 
 def view_scale(size, side=VIEW_SIDE):
