@@ -31,6 +31,7 @@ from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
 from dq_hf.data.images import load_images
+from dq_hf.scripts.arguments import GENERATOR_SIZES, TOKENIZER_SIZES, GeneratorArguments, TokenizerArguments
 from dq_hf.training import run as training_run
 from dq_hf.training.options import settle_sizes
 
@@ -137,11 +138,13 @@ def check(args):
 def describe_sizes(args):
     """The sizes of models and batches, by the scripts' own defaults where no option changes them."""
     stages = []
-    for script, options in (("train_dqvae", args.stage_1), ("train_dqtransformer", args.stage_2)):
-        module = load_script(script)
+    for kind, sizes, options in (
+        (TokenizerArguments, TOKENIZER_SIZES, args.stage_1),
+        (GeneratorArguments, GENERATOR_SIZES, args.stage_2),
+    ):
         words = ["--output_dir", "", *shlex.split(options)]
-        stages += HfArgumentParser(module.Arguments).parse_args_into_dataclasses(words)
-        settle_sizes(stages[-1], module.SIZES)
+        stages += HfArgumentParser(kind).parse_args_into_dataclasses(words)
+        settle_sizes(stages[-1], sizes)
     stage_1, stage_2 = stages
     return (
         f"{stage_1.image_size} pixels, widths {' '.join(map(str, stage_1.block_out_channels))}; transformer width "
