@@ -240,8 +240,10 @@ class StepClock:
         if len(self.moments) == self.moments_wanted:
             raise EnoughSteps
 
-    def set_postfix(self, values):
+    def set_description(self, *_, **__):
         """Shows nothing."""
+
+    set_postfix = set_description
 
     def __enter__(self):
         return self

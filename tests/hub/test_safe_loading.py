@@ -467,7 +467,9 @@ def outcome(load, path):
 def assert_holds(config, content):
     """A configuration has the values of its file, but for those that stand for a default."""
     if isinstance(config, DQImageProcessor):
-        assert config.size == (content.get("size") or {"height": 256, "width": 256})
+        size = content.get("size") or 256
+        height, width = size if isinstance(size, list) else 2 * [size]
+        assert config.size == (size if isinstance(size, dict) else {"height": height, "width": width})
         assert config.do_resize == content.get("do_resize", True)
         return
     for name in config.own_field_names() & content.keys():
