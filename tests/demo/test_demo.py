@@ -28,6 +28,8 @@ from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline
 from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
+from dq_hf.demo import views
+from dq_hf.demo.components import picture as picture_box
 from dq_hf.demo.page import make_page
 from dq_hf.demo.views import (
     edit_painted,
@@ -148,6 +150,14 @@ def test_frames_show_the_codes_that_came_so_far_in_the_order_in_which_they_came(
     order_of_brightness = [np.unique(grid, return_inverse=True)[1] for grid in (brightness, order)]
     assert (order_of_brightness[0] == order_of_brightness[1]).all()
     assert (pixels(frames[-1].image) == pixels(directly(pipe, 2, 3))).all()
+
+
+def test_equal_pictures_are_shown_from_files_of_their_own():
+    """Or one visitor reads a file while it is written for another."""
+    component, image = picture_box("Sample"), Image.new("RGB", (8, 8), (1, 2, 3))
+    one, other = (Path(component.postprocess(views.enlarged(image)).path) for _ in range(2))
+    assert one != other
+    assert (pixels(Image.open(one)) == pixels(Image.open(other))).all()
 
 
 def test_about_as_many_frames_as_asked(loaded):

@@ -6,7 +6,16 @@ import torch
 
 from ..pictures import image_grid
 from .components import PRIVATE, add_condition, open_painting, paint_editor, picture, told
-from .views import blank_editor, check_number, cost_cells, enlarged, markdown_table, painted_detail, sample_frames
+from .views import (
+    blank_editor,
+    check_number,
+    cost_cells,
+    enlarged,
+    markdown_table,
+    marked,
+    painted_detail,
+    sample_frames,
+)
 
 NUM_STRIP_FRAMES, STRIP_SIDE = 8, 128
 
@@ -61,7 +70,7 @@ def add_generate_tab(pipe, turn):
                 text = f"Element {frame.num_steps} of at most {config.longest_stream} …"
                 yield enlarged(frame.image), frame.coding, frame.order, text, gr.skip(), gr.skip()
             chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, NUM_STRIP_FRAMES).round().astype(int)]
-            film = image_grid([enlarged(frame.image, STRIP_SIDE) for frame in chosen], NUM_STRIP_FRAMES)
+            film = marked(image_grid([enlarged(frame.image, STRIP_SIDE) for frame in chosen], NUM_STRIP_FRAMES))
             text = markdown_table([cost_cells(frame.grain_map, pipe.vae.config)])
             yield enlarged(frame.image), frame.coding, frame.order, text, film, frame.image
 

@@ -2,6 +2,7 @@
 send.
 """
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +124,8 @@ def draw_frame(image, fine_grain_map, grain_map, order, num_steps):
     num_granularities = (len(fine_grain_map) // len(grain_map)).bit_length()
     return Frame(
         image=grey_out(image, present),
-        coding=draw_codes(image, fine_grain_map.where(present, NO_CODE_YET), num_granularities, scale),
-        order=grey_out(draw_order(order, (image.width * scale, image.height * scale)), present),
+        coding=marked(draw_codes(image, fine_grain_map.where(present, NO_CODE_YET), num_granularities, scale)),
+        order=marked(grey_out(draw_order(order, (image.width * scale, image.height * scale)), present)),
         grain_map=grain_map.cpu(),
         num_steps=num_steps,
     )
@@ -159,7 +160,7 @@ def reconstruct_painted(vae, pixel_values, painting=None, shares=None):
         table.append(cells)
     original, image = DQImageProcessor().post_process(torch.cat([pixel_values, decoded]))
     return View(
-        coding=draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size)),
+        coding=marked(draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size))),
         image=enlarged(image),
         figures=markdown_table(table),
     )
@@ -193,7 +194,7 @@ def edit_painted(inpaint, pixel_values, painting, class_label, seed, prompt=None
     image, grain_map = output.images[0], output.grain_maps[0].cpu()
     cells = {"regions drawn again": f"{int(painted.sum())} of {painted.numel()}", **cost_cells(grain_map, config)}
     return View(
-        coding=draw_grain_map(image, grain_map, view_scale(image.size)),
+        coding=marked(draw_grain_map(image, grain_map, view_scale(image.size))),
         image=enlarged(image),
         figures=markdown_table([cells]),
     )
@@ -340,4 +341,14 @@ def view_scale(size, side=VIEW_SIDE):
 
 def enlarged(image, side=VIEW_SIDE):
     """The image at about this longer side, pixel by pixel."""
-    return enlarge(image, view_scale(image.size, side))
+    return marked(enlarge(image, view_scale(image.size, side)))
+
+
+def marked(image):
+    """The image, with a mark of its own in its metadata.
+
+    gradio keeps pictures in files named by their bytes, and writes equal ones into one file again, also while another
+    visitor reads it; the mark makes them different.
+    """
+    image.info["shown"] = uuid.uuid4().hex
+    return image
