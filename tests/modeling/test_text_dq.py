@@ -1,6 +1,7 @@
 """Prompts to states of fixed length, by any text encoder of transformers; and models that have one as a part."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -251,6 +252,15 @@ def test_only_text_encoders_of_transformers_are_loaded(folder, changes, message)
     content["text_encoder_config"] |= changes
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
+        DQForImageGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"no tokenizer", b"{}", b'{"version": "1.0", "model": {"type": "none"}}', b"[" * 5000]
+)
+def test_a_damaged_tokenizer_is_refused_by_its_folder(folder, damaged):
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(damaged)
+    with pytest.raises((OSError, ValueError), match=re.escape(str(folder / "tokenizer"))):
         DQForImageGeneration.from_pretrained(folder)
 
 

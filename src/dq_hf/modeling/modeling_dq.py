@@ -129,9 +129,17 @@ def load_text_tokenizer(source, root, place):
     """The tokenizer of the text encoder in a folder or repository; None without one. Code that comes with it is not run."""
     folder = Path(source, root, TOKENIZER_FOLDER)
     if Path(source).is_dir():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if folder.is_dir() else None
-    place = place | {"subfolder": str(root / TOKENIZER_FOLDER)}
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+        if not folder.is_dir():
+            return None
+        source, place = folder, {}
+    else:
+        place = place | {"subfolder": str(root / TOKENIZER_FOLDER)}
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, also a bare one, where the files are no tokenizer's
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}; save or download it again") from error
 
 
 def differences(own, listed):
