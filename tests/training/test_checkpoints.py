@@ -302,11 +302,11 @@ def limit_file_size(size):
 
 
 @contextmanager
-def no_rights(folder):
+def no_rights(folder, mode=0o555):
     """In the folder nothing may be made, not even by root, which becomes nobody here."""
     user = os.geteuid()
     folder.parent.chmod(0o755)
-    folder.chmod(0o555)
+    folder.chmod(mode)
     if user == 0:
         os.seteuid(65534)
     try:
@@ -413,7 +413,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(run, tmp_path, size):
 
 
 def test_a_read_only_folder_leaves_the_last_good_checkpoint(run):
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # the folders above are everybody's
         run_dir = Path(place) / "run"
         save_steps(run, run_dir, [10])
         before = contents(run_dir)
@@ -424,6 +424,8 @@ def test_a_read_only_folder_leaves_the_last_good_checkpoint(run):
                 save_steps(run, run_dir, [20], keep=1)
             with pytest.raises(CheckpointError, match="log.jsonl could not be written: PermissionError"):
                 RunLog(run_dir / "log.jsonl").write(11, {"loss": 1.0})
+        with no_rights(run_dir, mode=0), pytest.raises(CheckpointError, match="cannot be listed: PermissionError"):
+            save_steps(run, run_dir, [20], keep=1)
         assert contents(run_dir) == before
 
 
@@ -436,7 +438,7 @@ def test_a_run_that_cannot_write_says_so_at_its_start(tmp_path):
             check_writable(run_dir)
     with limit_file_size(0), pytest.raises(CheckpointError, match="File too large"):
         check_writable(tmp_path)
-    with tempfile.TemporaryDirectory() as place, no_rights(Path(place)):
+    with tempfile.TemporaryDirectory(dir="/tmp") as place, no_rights(Path(place)):
         with pytest.raises(CheckpointError, match="Permission denied"):
             check_writable(Path(place) / "run")
 

@@ -139,7 +139,10 @@ def load_checkpoint(accelerator, folder):
 
 def list_checkpoints(run_dir):
     """Checkpoint folders of a run, oldest first; others, like copies that a user renamed, do not count."""
-    return sorted(filter(is_checkpoint, Path(run_dir).glob(f"{PREFIX}*")), key=checkpoint_step)
+    entries = (
+        Path(run_dir).iterdir() if Path(run_dir).is_dir() else ()
+    )  # glob would take what it may not read for empty
+    return sorted(filter(is_checkpoint, entries), key=checkpoint_step)
 
 
 def is_checkpoint(folder):
@@ -189,7 +192,10 @@ def cannot_write(path, run_dir, reason):
 
 def last_good(run_dir):
     """A sentence that names the newest checkpoint."""
-    checkpoints = list_checkpoints(run_dir)
+    try:
+        checkpoints = list_checkpoints(run_dir)
+    except OSError as error:
+        return f"The checkpoints there cannot be listed: {describe(error)}."
     return f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
 
