@@ -3,11 +3,13 @@
     pip install -c constraints.txt -e ".[demo]"
     python benchmarks/soak.py --output docs/performance.md     # an hour of one CPU core
 
-Encodes, samples and requests to the served web demo (a sample, an upload, and values that are refused, in turn) run in one process, one after the other. Exit status 1 if memory or files grow in the second half.
+Encodes, samples and requests to the served web demo (a sample, an upload that is painted over and drawn again, and values that are refused, in turn; each by a new visitor) run in one process, one after the other. Exit status 1 if memory or files grow in the second half.
 """
 
+import atexit
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ from pathlib import Path
 
 TEMPORARY = tempfile.mkdtemp()
 tempfile.tempdir = os.environ["TMPDIR"] = TEMPORARY
-os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(dir=Path(TEMPORARY).parent)  # kept for an hour, by design
+SHOWN = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(dir=Path(TEMPORARY).parent)  # kept for an hour, by design
+for folder in (TEMPORARY, SHOWN):
+    atexit.register(shutil.rmtree, folder)
 
 import httpx  # noqa: E402
 import psutil  # noqa: E402
@@ -25,7 +29,7 @@ from report import describe_device, write_section  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 from dq_hf import DEFAULT_MODEL  # noqa: E402
-from dq_hf.demo.page import make_page  # noqa: E402
+from dq_hf.demo.page import launch, make_page  # noqa: E402
 from dq_hf.loading import load_models  # noqa: E402
 
 MOST_GROWTH = 0.05  # of the memory, from the middle to the end
@@ -52,8 +56,9 @@ def main(args):
         "demo requests": Visitor(vae, pipe).request,
     }
     numbers = dict(zip(calls, (args.encodes, args.samples, args.requests)))
+    at_first = temporary_files()  # libraries leave some when they are imported
     tables = {name: soak(name, call, numbers[name]) for name, call in calls.items()}
-    left = [str(path.relative_to(TEMPORARY)) for path in Path(TEMPORARY).rglob("*") if path.is_file()]
+    left = [str(path.relative_to(TEMPORARY)) for path in sorted(temporary_files() - at_first)]
     report = make_report(tables, left, args)
     print(report)
     if args.output:
@@ -80,8 +85,13 @@ def measure():
         "megabytes": process.memory_info().rss / 2**20,
         "descriptors": process.num_fds(),
         "threads": process.num_threads(),
-        "temporary_files": sum(path.is_file() for path in Path(TEMPORARY).rglob("*")),
+        "temporary_files": len(temporary_files()),
     }
+
+
+def temporary_files():
+    """The files in the temporary folder."""
+    return {path for path in Path(TEMPORARY).rglob("*") if path.is_file()}
 
 
 def has_grown(points):
@@ -115,27 +125,38 @@ class Visitor:
 
     def __init__(self, vae, pipe):
         page = make_page(vae, pipe)
-        self.address = page.launch(quiet=True, prevent_thread_lock=True, ssr_mode=False)[1] + "gradio_api/"
+        self.address = launch(page) + "gradio_api/"
         self.inputs = {block.api_name: block.inputs for block in page.fns.values()}
-        self.image = Path(os.environ["GRADIO_TEMP_DIR"], "noise.png")
+        self.image = Path(SHOWN, "noise.png")
         Image.effect_noise((64, 64), 50).convert("RGB").save(self.image)
 
     def request(self, i):
         """The i-th request."""
-        values = [component.value for component in self.inputs["sample"]]
         if i % 3 == 0:
-            expect("event: complete", self.ask("sample", [values[0], i, *values[2:]]))
+            expect("event: complete", self.ask("sample", {"Seed": i}))
         elif i % 3 == 1:
             files = {"files": ("noise.png", self.image.read_bytes())}
             (path,) = httpx.post(self.address + "upload", files=files, timeout=600).json()
             file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-            expect("event: complete", self.ask("open", [file]))
+            painting = {"background": None, "layers": [file], "composite": None}
+            expect("event: complete", self.ask("open_to_edit", {"Image": file}, f"visitor {i}"))
+            edit = {"Paint here": painting, "Seed": i, "Candidates": 1}
+            expect("event: complete", self.ask("edit", edit, f"visitor {i}"))
         else:
-            expect("the seed must be one number", self.ask("sample", [values[0], "seven", *values[2:]]))
+            expect("the seed must be one number", self.ask("sample", {"Seed": "seven"}))
 
-    def ask(self, endpoint, values):
-        """What an endpoint answers."""
-        event = httpx.post(f"{self.address}call/{endpoint}", json={"data": values}, timeout=600).json()["event_id"]
+    def ask(self, endpoint, sent, session=None):
+        """What an endpoint answers.
+
+        Args:
+            endpoint: its name.
+            sent: values by their components' labels; what the page begins with for all others.
+            session: name of a visitor who has been here; None: a new one.
+        """
+        components = [component for component in self.inputs[endpoint] if not component.stateful]
+        values = [sent.get(component.label, component.value) for component in components]
+        body = {"data": values, "session_hash": session}
+        event = httpx.post(f"{self.address}call/{endpoint}", json=body, timeout=600).json()["event_id"]
         return httpx.get(f"{self.address}call/{endpoint}/{event}", timeout=600).text
 
 

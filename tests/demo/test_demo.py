@@ -30,7 +30,7 @@ from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
 from dq_hf.demo import views
 from dq_hf.demo.components import picture as picture_box
-from dq_hf.demo.page import make_page
+from dq_hf.demo.page import launch, make_page
 from dq_hf.demo.views import (
     edit_painted,
     painted_detail,
@@ -70,10 +70,7 @@ def serving(tmp_path_factory):
 
     def serving(page):
         pages.append(page)
-        options = dict(
-            server_name="127.0.0.1", server_port=free_port(), quiet=True, prevent_thread_lock=True, ssr_mode=False
-        )
-        return page.launch(**options)[1]
+        return launch(page, port=free_port())
 
     yield serving
     for page in pages:
@@ -506,16 +503,40 @@ def test_an_unconditional_model_has_no_class_and_no_guidance(models):
     assert (pixels(last.image) == pixels(directly(pipe, None, 5))).all()
 
 
-def test_a_prompt_gives_the_image_of_the_pipeline_and_others_are_refused(serving):
+def test_a_prompt_samples_and_edits_as_the_pipelines_do_and_others_are_refused(serving, photo, tmp_path):
     parts = make_vae(), make_transformer(**TEXT)
     pipe = DQPipeline(*parts, make_text_encoder(), make_text_tokenizer())
     address = serving(make_page(pipe.vae, pipe))
-    image, *_ = visitor(address).predict(None, 7, *SAMPLING.values(), "a red heart", api_name="/sample")
-    expected = pipe("a red heart", generator=torch.Generator().manual_seed(7), **OPTIONS).images[0]
-    assert (pixels(opened(image)) == enlarged(expected, 24)).all()
-    for wrong in (3, None, ["sun"], "x" * 501):
-        told = json.loads(answer(address, "sample", [None, 7, *SAMPLING.values(), wrong]).removeprefix("data: "))
-        assert "the prompt" in told["error"]
+    client = visitor(address)
+    layer = handle_file(save(tmp_path / "layer.png", painted_over((1, 2), (3, 0))))
+    painting, painted = EMPTY | {"layers": [layer]}, {"layers": [painted_over((1, 2), (3, 0))]}
+    client.predict(handle_file(photo), api_name="/open_to_edit")
+    pixel_values = DQImageProcessor(size={"height": 16, "width": 16})(Image.open(photo))["pixel_values"]
+    inpaint = DQInpaintPipeline.from_pipe(pipe)
+    for prompt in ("a red heart", ""):
+        image, *_ = client.predict(None, 7, *SAMPLING.values(), prompt, api_name="/sample")
+        options = dict(generator=torch.Generator().manual_seed(7), **OPTIONS)
+        assert (pixels(opened(image)) == enlarged(pipe(prompt, **options).images[0], 24)).all()
+        _, image, _ = client.predict(painting, None, 7, 1.5, 2, prompt, api_name="/edit")
+        options = dict(guidance_scale=1.5, num_candidates=2)
+        view = edit_painted(inpaint, pixel_values, painted, None, 7, prompt=prompt, **options)
+        assert (pixels(opened(image)) == pixels(view.image)).all()
+    for endpoint, values in (("sample", [None, 7, *SAMPLING.values()]), ("edit", [EMPTY, None, 7, 1.5, 2])):
+        for wrong in (3, None, ["sun"], "x" * 501):
+            told = json.loads(answer(address, endpoint, [*values, wrong]).removeprefix("data: "))
+            assert "the prompt" in told["error"]
+
+
+def test_only_so_many_visitors_images_are_kept(loaded, serving, monkeypatch, photo):
+    monkeypatch.setattr(demo_page, "MAX_SESSIONS", 1)
+    address = serving(make_page(*loaded))
+    first, second = visitor(address), visitor(address)
+    first.predict(handle_file(photo), api_name="/open_to_edit")
+    with pytest.raises(AppError, match="nothing is painted"):
+        first.predict(EMPTY, 1, 7, 1.5, 2, api_name="/edit")
+    second.predict(handle_file(photo), api_name="/open_to_edit")
+    with pytest.raises(AppError, match="there is no image; upload one, or take a sample"):
+        first.predict(EMPTY, 1, 7, 1.5, 2, api_name="/edit")
 
 
 def test_a_tokenizer_alone_has_no_tab_that_samples(models):

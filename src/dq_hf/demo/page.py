@@ -22,6 +22,7 @@ from .generate import add_generate_tab
 from .reconstruct import add_reconstruct_tab
 
 MAX_WAITING = 20  # visitors in the queue
+MAX_SESSIONS = 200  # visitors whose images are kept; each takes about 200 KB
 MAX_VALUES = 200  # in one request, those inside of lists and objects included
 SECONDS_KEPT = 3600  # uploads and pictures on the disk
 
@@ -54,26 +55,41 @@ def serve(model, device="cpu", host="127.0.0.1", port=7860):
     vae, pipe = load_models(model)
     (pipe or vae).to(device)
     page = make_page(vae, pipe, title=Path(model).resolve().name)
+    launch(page, host, port)
+    print(f"http://{'localhost' if host == '0.0.0.0' else host}:{port}", flush=True)
+    page.block_thread()
+
+
+def launch(page, host="127.0.0.1", port=None):
+    """Serve a page of `make_page` in a thread of its own, with limits on what visitors send and what is kept of them.
+
+    Args:
+        page: `gradio.Blocks`.
+        host, port: where it is; None: any free port from 7860 on.
+
+    Returns:
+        Its address, with a slash at the end.
+    """
     theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="slate",
         font=("ui-sans-serif", "system-ui", "sans-serif"),
         font_mono=("ui-monospace", "Consolas", "monospace"),
     )
-    page.launch(
+    _, address, _ = page.launch(
         server_name=host,
         server_port=port,
         theme=theme,
         css=CSS,
         max_file_size=MAX_UPLOAD_BYTES,
+        state_session_capacity=MAX_SESSIONS,
         footer_links=["api"],
         share=False,
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,
     )
-    print(f"http://{'localhost' if host == '0.0.0.0' else host}:{port}", flush=True)
-    page.block_thread()
+    return address
 
 
 class Page(gr.Blocks):
