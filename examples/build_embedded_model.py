@@ -1,9 +1,12 @@
-"""Make the embedded model from a finished training run: bfloat16 weights, measured figures, model card.
+"""Make the embedded model from a finished training run with text: bfloat16 weights, measured figures, pictures, card.
 
-    python examples/build_embedded_model.py --model runs/emoji-transformer/model \
-        --checkpoint runs/emoji-transformer/checkpoint-5000 --vae runs/emoji-decoder/model
+    python examples/build_embedded_model.py --model runs/emoji-text/model --vae runs/emoji-decoder/model
+    python benchmarks/text_alignment.py > runs/alignment.md
+    python examples/build_embedded_model.py --model runs/emoji-text/model --vae runs/emoji-decoder/model \
+        --findings runs/alignment.md
 
-The figures in the card are measured here, on the folder as it is shipped, with the held-out emoji.
+The second build is the first with the tables of the benchmark in its card. All other figures are measured here, on the
+folder as it is shipped, with the held-out emoji.
 """
 
 import json
@@ -13,78 +16,150 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
+from dq_hf.data.captions import with_wrong_captions
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, load_images
 from dq_hf.hub.card import write_model_card
 from dq_hf.hub.folders import partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.psnr import psnr
-from dq_hf.pictures import draw_grain_map, image_grid
+from dq_hf.pictures import captioned_grid, draw_grain_map, image_grid
+from dq_hf.training.generator import evaluate
+from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, GeneratorWithText, TrainedText
+
+SPLITS = {"test": "concepts never seen", "test_pairs": "concepts seen in other styles"}
+CAPTION_COLUMN = "captions"
+BATCH_SIZE = 32
+COLUMNS = 8  # of the samples
+CONCEPT = "snail"  # in all styles, and as guidance grows
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
+NUM_RECONSTRUCTIONS = 24
 
 SUMMARY = """\
-The model that dq_hf carries with it: a DQ-VAE and a class-conditional DQ-Transformer ({vae_parameters:,} and
-{transformer_parameters:,} parameters), trained from scratch on emoji. It shows what dynamic vector quantisation does,
-right after installing and offline; it is small and was trained on two CPU cores."""
+The model that dq_hf carries with it: a DQ-VAE, a DQ-Transformer and a small text encoder ({parameters} parameters), trained
+from scratch on captioned emoji in {num_styles} styles ({styles}). It shows what dynamic vector quantisation does, right after
+installing and offline; it is small, and takes prompts such as "{concept}, {style} style"."""
 
 SAMPLES = """\
-Samples, one row a class ({classes}); seed 0, not chosen. What is not given is drawn with {sampling} (`sampling_defaults`
-in the configuration)."""
+Samples, not chosen. First the {num_prompts} prompts of `{prompts}`, drawn at random from the captions of the training images:
+`dq-hf generate --prompts-file {prompts} -n {num_prompts} --seed 0`. Then one concept in all styles, and one prompt as
+guidance grows, all from seed 0. What is not given is {sampling} (`sampling_defaults` in the configuration)."""
 
-RECONSTRUCTIONS = """\
-Held-out images, the first ones and the first smileys: their variable-length coding, and their reconstructions."""
-
-COLUMNS = 12  # of that picture
+RECONSTRUCTIONS = "The first held-out images of split `test`, their variable-length coding, and their reconstructions."
 
 DATA = """\
-{num_train:,} training and {num_images:,} held-out pictures of 64x64, split by emoji; the figures above are of all that were
-held out, with the shipped (bfloat16) weights, computed in float32.
+{num_train:,} training pictures; held out are {held_out}. All were measured, with the shipped (bfloat16) weights, computed in
+float32.
 
-The pictures of Google's Noto Emoji are under the Apache License 2.0; those of Twitter's Twemoji (copyright 2020 Twitter,
-Inc and other contributors) are under CC-BY 4.0. They were composited on white. The weights are derived from both; keep
-this notice when you pass them on."""
+The pictures come from Google's Noto Emoji, of today and of 2017 (copyright Google LLC, Apache License 2.0), Twitter's Twemoji
+(copyright Twitter, Inc and other contributors, CC-BY 4.0) and Microsoft's Fluent Emoji, flat and 3D (copyright Microsoft
+Corporation, MIT licence, packaged by LobeHub); the captions from Emojibase (copyright 2017-2019 Miles Johnson, MIT licence),
+whose texts are from Unicode's CLDR (Unicode License v3). The pictures were rendered on white. The weights are derived from
+all of them; keep this notice when you pass them on. The licences in full: `{data}/NOTICE.md` of the repository."""
 
 LIMITS = """\
-Trained on few pictures of one style: other images are reconstructed coarsely, and small text and small faces are lost.
-The generator's held-out loss had stopped falling: more would need more pictures. People, flags, symbols, travel (mostly
-clocks) and smileys can be recognised; animals, food, objects and activities are mostly coloured shapes. The sampling
-defaults favour typical pictures over varied ones."""
+Trained on few pictures of emoji: other images are reconstructed coarsely, and small text and small faces are lost. The
+generator knows the words of its captions only; a prompt is at most {text_length} words, and what it cannot place becomes a
+coloured shape."""
 
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "folder that train_dqtransformer.py wrote"})
+    model: str = field(metadata={"help": "folder of a finished model with text, that train_dqtransformer.py wrote"})
     output_dir: str = DEFAULT_MODEL
-    data: str = "examples/data/emoji"
+    data: str = field(default="examples/data/emoji-captions", metadata={"help": "images that it was trained on"})
+    prompts: str = field(
+        default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, for the samples"}
+    )
     commands: str = field(
         default="examples/configs/emoji.sh", metadata={"help": "the training commands, for the card"}
     )
     checkpoint: str | None = field(
-        default=None, metadata={"help": "take the generator's weights from this checkpoint of the run"}
+        default=None,
+        metadata={"help": "take the weights that the run had at this checkpoint, averaged ones if it averages"},
     )
     vae: str | None = field(
         default=None, metadata={"help": "take this tokenizer; only its decoder may differ from that of the run"}
     )
-    temperature: float = field(default=0.8, metadata={"help": "becomes the model's default, like the next two"})
-    top_p: float = 0.92
-    guidance_scale: float = 2.5
+    temperature: float = field(default=0.85, metadata={"help": "becomes the model's default, like the next two"})
+    top_p: float = 0.9
+    guidance_scale: float = 3.0
     steps: str = field(default="", metadata={"help": "a sentence on steps and duration, for the card"})
+    findings: str | None = field(
+        default=None, metadata={"help": "Markdown file for the card's figures, such as text_alignment.py prints"}
+    )
 
 
 @torch.no_grad()
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
     output_dir = Path(args.output_dir)
+    prompts = Path(args.prompts).read_text("utf-8").splitlines()
+    findings = None if args.findings is None else Path(args.findings).read_text("utf-8").strip()
     folder = partial_of(output_dir)  # what was there stays until the new one is whole
     shutil.rmtree(folder, ignore_errors=True)
+    save_bfloat16(chosen_model(args), folder)
+    for pictures in folder.glob("origin*"):  # of the run's card, which the one below takes the place of
+        shutil.rmtree(pictures)
+
+    model = DQForImageGeneration.from_pretrained(folder)
+    sets = {split: load_images(args.data, split) for split in SPLITS}
+    train_set = load_images(args.data, "train")
+    styles = train_set.features["style"].names
+    figures, tables = measure(model, sets, styles)
+    draw_reconstructions(model, sets["test"]).save(folder / "reconstructions.png")
+    draw_samples(model, prompts, styles).save(folder / "samples.png")
+    config = model.transformer.config
+    sampling = ", ".join(f"{name} {value}" for name, value in config.sampling_defaults.items())
+    held_out = ", ".join(f"{len(rows):,} of {SPLITS[split]} (`{split}`)" for split, rows in sets.items())
+    write_model_card(
+        folder,
+        model.config,
+        title=output_dir.name,
+        summary=SUMMARY.format(
+            parameters=", ".join(f"{part.num_parameters():,}" for part in model.parts.values()),
+            num_styles=len(styles),
+            styles=", ".join(styles),
+            concept=CONCEPT,
+            style=styles[-1],
+        ),
+        dataset=args.data,
+        test_split="test",
+        metrics=figures,
+        findings="\n\n".join(part for part in (tables, findings) if part),
+        data=DATA.format(num_train=len(train_set), held_out=held_out, data=args.data),
+        training=args.steps,
+        command=Path(args.commands).read_text().rstrip(),
+        limits=LIMITS.format(text_length=config.text_length),
+        license="cc-by-4.0",
+        captions={
+            "samples.png": SAMPLES.format(num_prompts=len(prompts), prompts=args.prompts, sampling=sampling),
+            "reconstructions.png": RECONSTRUCTIONS,
+        },
+    )
+    put_in_place(output_dir)
+    size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
+
+
+# Weights
+
+
+def chosen_model(args):
+    """The model of the run, with the weights, the tokenizer and the sampling defaults that were asked for."""
     model = DQForImageGeneration.from_pretrained(args.model)
+    if model.text_encoder is None or model.tokenizer is None:
+        raise ValueError(f"--model must hold a text encoder and its tokenizer, and {args.model} does not")
     if args.checkpoint is not None:
-        model.transformer.load_state_dict(load_file(Path(args.checkpoint) / "model.safetensors"))
+        load_checkpoint(model, Path(args.checkpoint))
     if args.vae is not None:
         vae = load_tokenizer(args.vae)
         if codes_fingerprint(vae) != codes_fingerprint(model.vae):
@@ -97,38 +172,18 @@ def main():
         "top_p": args.top_p,
         "guidance_scale": args.guidance_scale,
     }
-    save_bfloat16(model, folder)
-    for pictures in folder.glob("origin*"):  # of the run's card, which the one below takes the place of
-        shutil.rmtree(pictures)
+    return model
 
-    model = DQForImageGeneration.from_pretrained(folder)
-    test_set = load_images(args.data, "test")
-    figures = measure(model, test_set, folder)
-    draw_samples(model, folder / "samples.png")
-    sampling = ", ".join(f"{name} {value}" for name, value in model.transformer.config.sampling_defaults.items())
-    write_model_card(
-        folder,
-        model.config,
-        title=output_dir.name,
-        summary=SUMMARY.format(
-            vae_parameters=model.vae.num_parameters(), transformer_parameters=model.transformer.num_parameters()
-        ),
-        dataset=args.data,
-        test_split="test",
-        metrics=figures,
-        data=DATA.format(num_train=len(load_images(args.data, "train")), num_images=len(test_set)),
-        training=args.steps,
-        command=Path(args.commands).read_text().rstrip(),
-        limits=LIMITS,
-        license="cc-by-4.0",
-        captions={
-            "samples.png": SAMPLES.format(classes=", ".join(model.config.id2label.values()), sampling=sampling),
-            "reconstructions.png": RECONSTRUCTIONS,
-        },
-    )
-    put_in_place(output_dir)
-    size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
-    print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
+
+def load_checkpoint(model, checkpoint):
+    """Give generator and text encoder their weights at a checkpoint, the moving average of them if the run has one."""
+    trained = GeneratorWithText(model.transformer, model.text_encoder)
+    trained.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    for path in checkpoint.glob("custom_checkpoint_*.pkl"):  # of what the run keeps beside the model
+        state = torch.load(path, weights_only=True)
+        if "shadow_params" in state:
+            for parameter, value in zip(trained.parameters(), state["shadow_params"], strict=True):
+                parameter.copy_(value)
 
 
 def save_bfloat16(model, folder):
@@ -137,38 +192,97 @@ def save_bfloat16(model, folder):
     model.save_pretrained(folder, state_dict=weights)
 
 
-def measure(model, test_set, folder):
-    """Figures on held-out images; a picture of the first ones: image with coding above, reconstruction below."""
-    processor = DQImageProcessor.for_model(model.vae.config)
-    sums = dict.fromkeys(("psnr", "codes_per_image", "content_loss", "position_loss", "nats"), 0.0)
-    shown = {"others": [], "faces": []}  # images with coding, and reconstructions
-    for batch in tqdm(DataLoader(test_set, 1, collate_fn=ImageCollator(processor, "image", "label"))):
-        pixel_values = batch["pixel_values"]
-        encoded = model.vae.encode(pixel_values)
-        decoded = model.vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
-        output = model.transformer(encoded.codes, encoded.grain_map, batch["class_labels"])
-        sums["psnr"] += psnr(decoded, pixel_values).item()
-        sums["codes_per_image"] += encoded.num_codes.item()
-        sums["content_loss"] += output.content_loss.item()
-        sums["position_loss"] += output.position_loss.item()
-        sums["nats"] += model.transformer.log_prob(encoded.codes, encoded.grain_map, batch["class_labels"]).nats.item()
-        pairs = shown["faces" if batch["class_labels"].item() == model.config.label2id["smileys"] else "others"]
-        if len(pairs) < COLUMNS:
-            overlay = draw_grain_map(processor.post_process(pixel_values)[0], encoded.grain_map[0], scale=2)
-            pairs.append((overlay, processor.post_process(decoded)[0].resize(overlay.size)))
-    rows = [row for pairs in shown.values() for row in zip(*pairs)]
-    image_grid([image for row in rows for image in row], columns=COLUMNS).save(folder / "reconstructions.png")
-    figures = {name: value / len(test_set) for name, value in sums.items()}
-    figures["nats_per_code"] = figures.pop("nats") / figures["codes_per_image"]
-    figures["code_bits_per_image"] = figures["codes_per_image"] * math.log2(model.vae.config.codebook_size)
+# Figures
+
+
+def measure(model, sets, styles):
+    """Figures of the first of the sets, {name: value}, and Markdown tables of all."""
+    by_style = ["| held out | " + " | ".join([*styles, "all"]) + " |", "|---|" + "---:|" * (len(styles) + 1)]
+    by_caption = ["| held out | right caption | none | another picture's |", "|---|---:|---:|---:|"]
+    figures = {}
+    for split, rows in sets.items():
+        name = f"{SPLITS[split]} (`{split}`)"
+        quality = torch.tensor(reconstruction_figures(model.vae, rows, split), dtype=torch.float64)
+        own = torch.tensor(rows["style"])
+        means = [quality[own == style].mean(0).tolist() for style in range(len(styles))] + [quality.mean(0).tolist()]
+        losses = held_out_losses(model, rows)
+        costs = [losses[f"test_content_loss{kind}"] for kind in ("", "_no_text", "_wrong_text")]
+        by_style.append(f"| {name} | " + " | ".join(f"{value:.2f} ({codes:.0f})" for value, codes in means) + " |")
+        by_caption.append(f"| {name} | " + " | ".join(f"{cost:.3f}" for cost in costs) + " |")
+        if not figures:
+            value, codes = means[-1]
+            bits = codes * math.log2(model.vae.config.codebook_size)
+            figures = {"psnr": value, "codes_per_image": codes, "code_bits_per_image": bits} | {
+                name: losses[f"test_{name}"] for name in ("content_loss", "text_worth", "position_loss")
+            }
+    lines = ["PSNR in dB, and in brackets codes an image, by style:", "", *by_style, ""]
+    lines += ["Content loss, nats an element, with each of three captions:", "", *by_caption]
+    return figures, "\n".join(lines)
+
+
+def reconstruction_figures(vae, rows, split):
+    """(PSNR, codes) of every image."""
+    figures = []
+    collate = ImageCollator(DQImageProcessor.for_model(vae.config))
+    for batch in tqdm(DataLoader(rows, BATCH_SIZE, collate_fn=collate), desc=f"reconstruct {split}"):
+        encoded = vae.encode(batch["pixel_values"])
+        decoded = vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
+        values = psnr(decoded, batch["pixel_values"])
+        figures += zip(values.tolist(), encoded.num_codes.tolist())
     return figures
 
 
-def draw_samples(model, picture):
-    """Eight samples of each class, one row a class."""
-    labels = [label for label in model.config.id2label for _ in range(8)]
-    generated = model.generate(labels, generator=torch.Generator().manual_seed(0))
-    image_grid(DQImageProcessor().post_process(generated.pixel_values), columns=8).save(picture)
+def held_out_losses(model, rows):
+    """Losses as in the run's log, but of these weights."""
+    text = TrainedText(model.tokenizer, model.text_encoder, model.transformer.config.text_length)
+    more = CaptionBatches(text, CAPTION_COLUMN, seed=0, wrong_column=WRONG_CAPTIONS)
+    rows = with_wrong_captions(rows, CAPTION_COLUMN, WRONG_CAPTIONS)
+    collate = ImageCollator(DQImageProcessor.for_model(model.vae.config), more=more)
+    loader = DataLoader(rows, BATCH_SIZE, collate_fn=collate)
+    generator = text.join(model.transformer)
+    return evaluate(Accelerator(cpu=True), model.vae, generator, loader, generator.config, text)
+
+
+# Pictures
+
+
+def draw_reconstructions(model, rows):
+    """The first images with their coding, and below each its reconstruction."""
+    processor = DQImageProcessor.for_model(model.vae.config)
+    batch = ImageCollator(processor)([rows[i] for i in range(min(NUM_RECONSTRUCTIONS, len(rows)))])
+    encoded = model.vae.encode(batch["pixel_values"])
+    originals = processor.post_process(batch["pixel_values"])
+    decoded = processor.post_process(model.vae.decode_codes(encoded.codes).sample)
+    codings = [draw_grain_map(*pair, scale=2) for pair in zip(originals, encoded.grain_map)]
+    pairs = [[coding, image.resize(coding.size)] for coding, image in zip(codings, decoded)]
+    return image_grid([image_grid(pair, columns=1) for pair in pairs], columns=NUM_RECONSTRUCTIONS // 2)
+
+
+def draw_samples(model, prompts, styles):
+    """Samples with their prompts below them: the prompts, one concept in all styles, and one prompt as guidance grows."""
+    processor = DQImageProcessor.for_model(model.vae.config)
+
+    def sample(prompts, generator, **options):
+        return processor.post_process(model.generate(prompt=prompts, generator=generator, **options).pixel_values)
+
+    def seeded():
+        return torch.Generator().manual_seed(0)
+
+    in_styles = [f"{CONCEPT}, {style} style" for style in styles]
+    rows = [
+        (sample(prompts, seeded()), prompts),
+        (sample(in_styles, [seeded() for _ in styles]), in_styles),
+        (
+            [sample(in_styles[-1], seeded(), guidance_scale=scale)[0] for scale in GUIDANCE],
+            [f"{in_styles[-1]}, guidance {scale:g}" for scale in GUIDANCE],
+        ),
+    ]
+    images, captions = [], []
+    for some, their_captions in rows:
+        missing = -len(some) % COLUMNS  # to the end of the row
+        images += [*some, *[Image.new("RGB", some[0].size, "white")] * missing]
+        captions += [*their_captions, *[""] * missing]
+    return captioned_grid(images, captions, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from dq_hf import DQImageProcessor
 from dq_hf.pictures import (
     GRAIN_COLOURS,
     LIGHT_GREY,
+    MARGIN,
+    captioned_grid,
     draw_code_usage,
     draw_entropy,
     draw_generation,
@@ -47,6 +49,24 @@ def test_grid_holds_the_images_row_by_row_and_white_after_them(count, columns, s
 def test_grid_refuses(images, columns, message):
     with pytest.raises(ValueError, match=message):
         image_grid(images, columns)
+
+
+def test_captions_stand_below_their_images_in_lines_of_whole_words():
+    images = [Image.new("RGB", (32, 16), COLOURS[i]) for i in range(3)]
+    pixels = np.array(captioned_grid(images, ["wide wide wide wide", "", "i"], columns=3, scale=2))
+    num_lines = []
+    for colour, cell in zip(COLOURS, np.split(pixels, 3, axis=1)):
+        assert cell.shape[1] == 2 * 32 + 2 * MARGIN
+        below = MARGIN + 2 * 16
+        assert (cell[MARGIN:below, MARGIN:-MARGIN] == colour).all()
+        inked = (cell[below:] < 128).all(2)
+        assert not inked[:, [0, -1]].any() and not inked[-1].any()
+        rows, columns = inked.any(1).nonzero()[0], inked.any(0).nonzero()[0]
+        num_lines.append(len(rows) and 1 + (np.diff(rows) > 2).sum())  # the dot of an i stands apart, too
+        assert len(columns) == 0 or abs(columns[0] + columns[-1] - (cell.shape[1] - 1)) <= 2  # in the middle
+    assert num_lines == [2, 0, 1]
+    with pytest.raises(ValueError, match="one for each of the 3 images, got 2"):
+        captioned_grid(images, ["a", "b"])
 
 
 def frame(granularity):

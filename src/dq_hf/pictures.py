@@ -1,10 +1,10 @@
-"""Pictures: grids of images, grain maps drawn over images, generation step by step, entropies, code usage."""
+"""Pictures: grids of images, with captions too, grain maps drawn over images, generation step by step, entropies, code usage."""
 
 import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .modeling.grain_map_dq import expand_grain_map
 
@@ -13,7 +13,8 @@ GRAIN_COLOURS = ((40, 90, 220, 150), (220, 40, 40, 150), (240, 150, 0, 150), (0,
 NO_CODE_YET = -1  # in place of a cell's granularity
 LIGHT_GREY = (226, 226, 226)  # where no code is yet
 ORDER_COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])  # first to last
-MARGIN = 4  # pixels around each image of an animation
+MARGIN = 4  # pixels around each image of an animation, and of a grid with captions
+CAPTION_PIXELS = 12  # height of a caption's font
 DOTS_PER_INCH = 100  # of figures
 CODING_PIXELS = 320  # at least so wide is a coding drawn, before a figure scales it down
 
@@ -37,6 +38,43 @@ def image_grid(images, columns=None):
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     return grid
+
+
+def captioned_grid(images, captions, columns=None, scale=2):
+    """As `image_grid`, of enlarged images with the caption of each below it, in as many lines as its width asks for.
+
+    Args:
+        captions: one text for each image, in letters of Latin scripts, which are those of Pillow's own font.
+        scale: enlargement, a whole number.
+
+    Raises:
+        ValueError: as `image_grid`, or another number of captions.
+    """
+    if len(captions) != len(images):
+        raise ValueError(f"captions must be one for each of the {len(images)} images, got {len(captions)}")
+    font = ImageFont.load_default(CAPTION_PIXELS)
+    texts = [break_lines(caption, font, scale * image.width) for image, caption in zip(images, captions)]
+    below = sum(font.getmetrics()) * max((len(lines) for lines in texts), default=0) + MARGIN
+    cells = []
+    for image, lines in zip(images, texts):
+        cell = ImageOps.expand(enlarge(image, scale), (MARGIN, MARGIN, MARGIN, below), "white")
+        pen, top = ImageDraw.Draw(cell), cell.height - below
+        for i, line in enumerate(lines):
+            pen.text((cell.width / 2, top + i * sum(font.getmetrics())), line, "black", font, anchor="ma")
+        cells.append(cell)
+    return image_grid(cells, columns)
+
+
+def break_lines(text, font, width):
+    """Lines of whole words that are no wider than so many pixels, unless a single word is."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def draw_grain_map(image, grain_map, scale=None):

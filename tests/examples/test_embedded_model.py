@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_vae
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
@@ -193,16 +193,24 @@ print(dq_hf.__file__)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "empty" / "food.png")), np.asarray(expected))
 
 
-def test_it_is_not_built_with_a_tokenizer_of_other_codes(tiny_vae, tiny_transformer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (TEXT, "vae must give the codes that the generator of .*run learned, got other ones"),
+        ({}, "--model must hold a text encoder and its tokenizer, and .*run does not"),
+    ],
+)
+def test_it_is_not_built_of_what_does_not_fit(tiny_vae, tmp_path, monkeypatch, text, message):
     build = runpy.run_path(str(ROOT / "examples" / "build_embedded_model.py"))["main"]
-    DQForImageGeneration.from_models(tiny_vae, tiny_transformer).save_pretrained(tmp_path / "run")
+    reader = (make_text_encoder("bert"), make_text_tokenizer()) if text else ()
+    DQForImageGeneration.from_models(tiny_vae, make_transformer(**text), *reader).save_pretrained(tmp_path / "run")
     other = make_vae()
     other.quantizer.codebook += 1
     other.save_pretrained(tmp_path / "vae")
-    options = ["--model", tmp_path / "run", "--vae", tmp_path / "vae", "--output_dir", tmp_path / "built"]
-    monkeypatch.setattr(sys, "argv", ["build", *map(str, options)])
-    with pytest.raises(
-        ValueError, match="vae must give the codes that the generator of .*run learned, got other ones"
-    ):
+    (tmp_path / "prompts.txt").write_text("a red heart\n")
+    options = {"model": "run", "vae": "vae", "output_dir": "built", "prompts": "prompts.txt"}
+    arguments = [word for name, place in options.items() for word in (f"--{name}", str(tmp_path / place))]
+    monkeypatch.setattr(sys, "argv", ["build", *arguments])
+    with pytest.raises(ValueError, match=message):
         build()
     assert not (tmp_path / "built").exists()

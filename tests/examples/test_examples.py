@@ -908,6 +908,49 @@ def test_the_average_is_over_the_text_encoder_too(worded):
         assert not torch.equal(weight, weights[f"text_encoder.{name}"])
 
 
+def test_the_embedded_model_is_built_of_a_run_with_text(place, worded):
+    rows = [
+        {"image": str(path), "captions": [path.parent.name, f"{path.parent.name}, number {path.stem}"], "style": i % 2}
+        for i, path in enumerate(sorted((place / "folders" / "test").rglob("*.png")))
+    ]
+    styles = datasets.ClassLabel(names=["flat", "round"])
+    captions = datasets.List(datasets.Value("string"))
+    features = datasets.Features({"image": datasets.Image(), "captions": captions, "style": styles})
+    for split in ("train", "test", "test_pairs"):
+        path = place / "styles" / "data" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    for name, text in (("prompts.txt", "moon\nsun, number 1\n"), ("commands.sh", "train"), ("more.md", "And more.")):
+        (place / name).write_text(text)
+    best = min((row for row in rows_of(worded) if "test_loss" in row), key=lambda row: row["test_loss"])["step"]
+    run_here(
+        place,
+        f"build_embedded_model.py --model worded/model --checkpoint worded/checkpoint-{best} --data styles --prompts "
+        "prompts.txt --commands commands.sh --findings more.md --output_dir embedded",
+    )
+
+    built, run = (DQForImageGeneration.from_pretrained(place / name) for name in ("embedded", "worded/model"))
+    for name, weight in run.state_dict().items():  # the run keeps the average of the checkpoint's weights
+        expected = weight if "quantizer" in name else weight.bfloat16().float()
+        assert torch.equal(built.state_dict()[name], expected), name
+
+    pipe = DQPipeline.from_pretrained(place / "embedded")
+    images = pipe(["moon", "sun, number 1"], generator=torch.Generator().manual_seed(0)).images
+    picture, cell = Image.open(place / "embedded" / "samples.png"), 2 * 16 + 2 * 4  # an image and its margins
+    assert picture.width == 8 * cell
+    shown = picture.crop((cell + 4, 4, cell + 4 + 32, 4 + 32))
+    assert shown.tobytes() == images[1].resize((32, 32), Image.NEAREST).tobytes()
+
+    card, figures = (place / "embedded" / "README.md").read_text(), card_figures(place / "embedded")
+    assert "license: cc-by-4.0" in card and "And more." in card
+    psnr = float(figures["PSNR of the reconstructions, mean over images"].removesuffix(" dB"))
+    flat, round_, mean = map(float, re.search(r"`test`\)" + r" \| ([\d.]+) \(\d+\)" * 3, card).groups())
+    assert mean == pytest.approx(psnr, abs=0.01) == pytest.approx((flat + round_) / 2, abs=0.02)
+    costs = re.search(r"\(`test_pairs`\)" + r" \| (\d\.\d{3})" * 3, card).groups()  # the same images as in `test`
+    assert float(costs[0]) == pytest.approx(float(figures["content loss"].removesuffix(" nats an element")), abs=1e-3)
+    worth = figures["content loss without the caption, less that with it"].removesuffix(" nats an element")
+    assert float(costs[1]) - float(costs[0]) == pytest.approx(float(worth), abs=2e-3)
+
+
 def test_a_run_with_text_goes_on_bit_for_bit(place, worded):
     resumed = place / "worded-resumed"
     shutil.copytree(worded / "checkpoint-3", resumed / "checkpoint-3")

@@ -212,6 +212,7 @@ def write_model_card(
     test_split=None,
     metrics=None,
     losses=None,
+    findings=None,
     data=None,
     training=None,
     command=None,
@@ -231,6 +232,7 @@ def write_model_card(
         test_split: where `metrics` were measured.
         metrics: {name: value} on held-out images; `TERMS` gives names of the scripts a text and a unit.
         losses: {name: value} of the last training steps, likewise.
+        findings: Markdown, what else was measured.
         data, training: {text: value} for the tables of these sections, values that are None are left out; or Markdown.
         command: shell commands that trained it.
         limits: Markdown, besides what follows from the configuration.
@@ -251,7 +253,7 @@ def write_model_card(
         summary or kind["summary"],
         table(model_facts(config)),
         *section("Use", kind["usage"](config, repository or UNNAMED, folder)),
-        *section("Measured", figures(metrics, held_out), figures(losses, "end of the training"), *pictures),
+        *section("Measured", figures(metrics, held_out), figures(losses, "end of the training"), findings, *pictures),
         *section("Data", *data),
         *section("Training", training, command and f"```\n{command}\n```"),
         *section("Limits", limits, *known_limits(config, dataset if metrics else None)),
