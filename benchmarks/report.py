@@ -33,8 +33,8 @@ def cpu_name():
 def write_section(path, title, report):
     """Put a report between the two marks of its title; they are added at the end of the file, or to a new one."""
     begin, end = (f"<!-- {edge} of {title} -->" for edge in ("begin", "end"))
-    text = path.read_text() if path.exists() else "# Performance\n\n"
+    text = path.read_text() if path.exists() else ""
     if begin not in text:
-        text = text.rstrip("\n") + f"\n\n{begin}\n{end}\n"
+        text = f"{text.rstrip()}\n\n{begin}\n{end}\n".lstrip()
     before, rest = text.split(begin)
     path.write_text(f"{before}{begin}\n{report}\n{end}{rest.split(end)[1]}")

@@ -1,7 +1,7 @@
 """Make the embedded model from a finished training run with text: bfloat16 weights, measured figures, pictures, card.
 
     python examples/build_embedded_model.py --model runs/emoji-text/model --vae runs/emoji-decoder/model
-    python benchmarks/text_alignment.py > runs/alignment.md
+    python benchmarks/text_alignment.py --output runs/alignment.md
     python examples/build_embedded_model.py --model runs/emoji-text/model --vae runs/emoji-decoder/model \
         --findings runs/alignment.md
 
@@ -94,7 +94,7 @@ class Arguments:
     guidance_scale: float = 3.0
     steps: str = field(default="", metadata={"help": "a sentence on steps and duration, for the card"})
     findings: str | None = field(
-        default=None, metadata={"help": "Markdown file for the card's figures, such as text_alignment.py prints"}
+        default=None, metadata={"help": "Markdown file for the card's figures, such as text_alignment.py writes"}
     )
 
 
