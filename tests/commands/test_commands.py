@@ -1,6 +1,7 @@
 """The commands of `dq-hf`: what they write and print, and that a refused command changes nothing."""
 
 import io
+import json
 import math
 import re
 import shutil
@@ -8,17 +9,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
-from datasets import Dataset
 from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline, DQVAEModel
-from dq_hf.codec import DQTokens, compress, read_codes
+from dq_hf.codec import DQTokens, compress, load_rows, read_codes
 from dq_hf.commands.main import main
+from dq_hf.data.fingerprint import decoding_fingerprint
 from dq_hf.modeling.grain_map_dq import expand_grain_map
 from dq_hf.modeling.routing_dq import image_entropy
 from dq_hf.pictures import draw_grain_map
@@ -366,8 +368,9 @@ def test_reconstruct_refuses(refused, place, arguments, message):
 
 
 HUB_COMMANDS = """
-from dq_hf.codec import DQTokens, compress, read_codes
+from dq_hf.codec import DQTokens, compress, load_rows, read_codes
 from dq_hf.commands.main import main
+from dq_hf.data.fingerprint import decoding_fingerprint
 for name in ("vae", "both"):
     main(["reconstruct", "noise.png", f"{name}.png", "--model", f"user/{name}"])
 main(["generate", "--output", "grid.png", "--model", "user/vae"])
@@ -465,15 +468,33 @@ def pictures(place):
 def test_encode_writes_a_row_for_each_image_of_any_size(run, place, pictures):
     printed = run("encode", "pictures", "--output", "codes.parquet", "--model", "model", "--fine-ratio", 0.5)
     assert printed.out == "codes.parquet: 5 images\n"
-    rows = list(Dataset.from_parquet("codes.parquet", cache_dir=str(place / "cache")))
-    assert {row["file_name"]: (row["width"], row["height"]) for row in rows} == pictures
     vae = DQVAEModel.from_pretrained("model/vae")
+    rows = list(load_rows("codes.parquet", vae))
+    assert {row["file_name"]: (row["width"], row["height"]) for row in rows} == pictures
     tokens = DQTokens(vae.config)
     for row, back in zip(rows, tokens.from_tokens(tokens.to_tokens(rows)), strict=True):
         data = compress(vae, Image.open(Path("pictures", row["file_name"])), fine_ratio=0.5)
         for found in ({name: torch.tensor(row[name])[None] for name in ("codes", "grain_map")}, back):
             expected = read_codes(vae, data)
             assert torch.equal(found["codes"], expected[0]) and torch.equal(found["grain_map"], expected[1])
+
+
+def test_encode_names_the_model_and_only_that_decodes(run, place, pictures):
+    run("encode", "pictures", "--output", "codes.parquet", "--model", "model")
+    vae = DQVAEModel.from_pretrained("model/vae")
+    model = json.loads(pq.read_schema("codes.parquet").metadata[b"dq_hf.model"])
+    names = {"model": "model", "granularities": [4, 2], "codebook_size": 16}
+    assert model == {"fingerprint": decoding_fingerprint(vae)} | names
+    with torch.no_grad():
+        vae.post_quant_conv.bias += 1
+    with pytest.raises(ValueError, match=f"codes.parquet .* another model: fingerprint {model['fingerprint']}, model"):
+        load_rows("codes.parquet", vae)
+    pq.write_table(pq.read_table("codes.parquet").replace_schema_metadata(), "nameless.parquet")
+    for name in ("nameless.parquet", "noise.png"):
+        with pytest.raises(ValueError, match=f"{name} is damaged, or no table that names its model"):
+            load_rows(name, vae)
+    with pytest.raises(OSError, match="nothing.parquet"):
+        load_rows("nothing.parquet", vae)
 
 
 def test_encode_skips_and_names_a_stated_share_of_broken_images(run, refused, place, pictures, caplog):

@@ -1,15 +1,65 @@
-"""Codes of images of any sizes as rows of a table, which `DQTokens.to_tokens` takes."""
+"""Codes of images of any sizes as rows of a table that names its model, which `DQTokens.to_tokens` takes."""
 
+import json
 from itertools import groupby, islice
 
+import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from ..data.codes import row_features
+from ..data.fingerprint import decoding_fingerprint
+from ..data.images import as_pattern
 from ..modeling.image_processing_dq import DQImageProcessor
 from .compress import pad_to_regions
 
 BATCH_PIXELS = 2**20  # encoded together: 16 images of 256x256; a larger image is encoded alone
+
+MODEL = b"dq_hf.model"  # key of the schema's metadata
+
+
+def row_schema(vae, vae_name):
+    """Columns of `row_features` as an Arrow schema, whose metadata name the model.
+
+    Args:
+        vae: the `DQVAEModel` that encodes.
+        vae_name: its folder or Hub id.
+    """
+    schema = row_features(vae.config).arrow_schema
+    model = {
+        "fingerprint": decoding_fingerprint(vae),
+        "model": vae_name,
+        "granularities": list(vae.config.granularities),
+        "codebook_size": vae.config.codebook_size,
+    }
+    return schema.with_metadata({**schema.metadata, MODEL: json.dumps(model)})
+
+
+def load_rows(path, vae):
+    """The rows of a table of `dq-hf encode --output`, a `datasets.Dataset` with the columns of `row_features`.
+
+    Args:
+        path: of the Parquet file.
+        vae: the `DQVAEModel` that is to decode them; one with another encoder may, too.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no such table, or one of another model's codes.
+    """
+    try:
+        model = json.loads((pq.read_schema(path).metadata or {})[MODEL])
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no table that names its model ({error}); encode the images again with dq-hf encode "
+            "--output"
+        ) from error
+    theirs, own = model["fingerprint"], decoding_fingerprint(vae)
+    if theirs != own:
+        raise ValueError(
+            f"{path} holds the codes of another model: fingerprint {theirs}, {model['model']}, got one with {own}"
+        )
+    return datasets.Dataset.from_parquet(as_pattern(path))
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ def write_table(args):
 
     from tqdm.auto import tqdm
 
-    from ..codec.rows import encode_rows
-    from ..data.codes import row_features, write_codes
+    from ..codec.rows import encode_rows, row_schema
+    from ..data.codes import write_codes
     from ..data.image_folders import image_names, stream_images
     from ..data.streams import StreamedImages
     from ..hub.folders import whole_file
@@ -80,5 +80,5 @@ def write_table(args):
     images = StreamedImages(stream_images(args.folder, names), max_share=args.max_broken_share, shuffle_buffer=0)
     with whole_file(args.output) as partial, tqdm(images, desc="encode", total=len(names)) as progress:
         tables = encode_rows(vae, ((row["file_name"], row["image"]) for row in progress), fine_ratio(args))
-        write_codes(partial, row_features(vae.config).arrow_schema, tables)
+        write_codes(partial, row_schema(vae, str(args.model)), tables)
     print(f"{args.output}: {images.num_rows - images.num_broken} images")
