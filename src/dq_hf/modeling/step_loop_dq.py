@@ -7,6 +7,7 @@ agree with: the codes are those that one element after the other gives.
 
 import torch
 
+from .fused_dq import cached_stack
 from .layers_dqtransformer import Window, make_cache
 
 POSITION, CONTENT = 0, 1  # the two symbols of an element
@@ -34,6 +35,7 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
     if condition.prefix is not None:
         prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
         model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
+    stacks = [cached_stack(*each) for each in zip((model.position_transformer, model.content_transformer), caches)]
     first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
     state.append(first, state.allowed_contents(first).long().argmax(1))
 
@@ -43,35 +45,35 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
     for i in range(1, most_elements):
         if (state.finished if compiled else state.positions_are_fixed()).all():  # waits for the device
             break
-        step(model, state, places[i - 1 : i], source, source.inputs(i), caches, hidden, guidance_scale)
+        step(model, state, places[i - 1 : i], source, source.inputs(i), stacks, hidden, guidance_scale)
         step = compiled_step  # the first step is not compiled: it makes the caches' buffers
         yield state
     if not state.finished.all():
         yield from fixed_steps(
-            model, state, source, caches, condition.prefix_length, hidden, guidance_scale, lookahead
+            model, state, source, stacks, condition.prefix_length, hidden, guidance_scale, lookahead
         )
 
 
-def append_next(model, state, place, source, inputs, caches, hidden, guidance_scale):
+def append_next(model, state, place, source, inputs, stacks, hidden, guidance_scale):
     """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
     last = [column[:, None] for column in state.last]
-    state.append(*next_element(model, last, place, state, source, inputs, caches, hidden, guidance_scale))
+    state.append(*next_element(model, last, place, state, source, inputs, stacks, hidden, guidance_scale))
 
 
-def next_element(model, elements, places, state, source, inputs, caches=(None, None), hidden=None, guidance_scale=1.0):
+def next_element(model, elements, places, state, source, inputs, stacks=None, hidden=None, guidance_scale=1.0):
     """Position and content (B,) of the element behind these.
 
     Args:
-        elements: contents, positions and granularities, (B, L) each: those behind what the caches hold, or all.
+        elements: contents, positions and granularities, (B, L) each: the last one, or all, without caches.
         places: (L,) long, of these elements in the streams.
         state: `StreamState` that says what may come.
         source, inputs: choose from it, see `Greedy`.
-        caches: of the Position- and the Content-Transformer.
+        stacks: the Position- and the Content-Transformer with their caches; None: without.
         hidden: twin of the condition, for a guidance scale other than 1.
     """
     contents, positions, granularities = elements
-    hidden_states = model.embed(*with_twin(model, hidden, *elements), places)
-    hidden_states = model.position_transformer(hidden_states, caches[0])
+    position_stack, content_stack = stacks or (model.position_transformer, model.content_transformer)
+    hidden_states = position_stack(model.embed(*with_twin(model, hidden, *elements), places))
     logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
     next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
 
@@ -80,19 +82,19 @@ def next_element(model, elements, places, state, source, inputs, caches=(None, N
     granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
     _, positions, granularities = with_twin(model, hidden, contents, positions, granularities)
     hidden_states = hidden_states + model.embed_positions(positions, granularities)
-    logits = guide(model.content_head(model.content_transformer(hidden_states, caches[1])[:, -1]), guidance_scale)
+    logits = guide(model.content_head(content_stack(hidden_states)[:, -1]), guidance_scale)
     allowed = state.allowed_contents(next_positions)
     return next_positions, source.choose(CONTENT, logits, allowed, inputs)
 
 
-def fixed_steps(model, state, source, caches, prefix_length, hidden=None, guidance_scale=1.0, lookahead=1):
+def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidance_scale=1.0, lookahead=1):
     """Choose what is left of the streams when all positions are known; yields the state after each pass.
 
     Args:
         prefix_length: elements that the caches hold before the streams.
-        model, state, source, caches, hidden, guidance_scale, lookahead: as in `generation_steps` and `next_element`.
+        model, state, source, stacks, hidden, guidance_scale, lookahead: as in `generation_steps` and `next_element`.
     """
-    rest = FixedPart(state, lookahead)
+    rest, (position_stack, content_stack) = FixedPart(state, lookahead), stacks
     granularities = torch.full_like(rest.targets, state.layout.num_granularities - 1)
     inputs = None
     if lookahead > 1:  # each image reads those of its own place
@@ -110,9 +112,9 @@ def fixed_steps(model, state, source, caches, prefix_length, hidden=None, guidan
             places = rest.first - 1 + (targets if hidden is None else torch.cat([targets, targets]))
             window = Window(prefix_length + places, prefix_length + rest.first + int(targets.max()))
             chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
-        hidden_states = model.position_transformer(model.embed(*elements, places, finest=True), caches[0], window)
+        hidden_states = position_stack(model.embed(*elements, places, finest=True), window=window)
         hidden_states = hidden_states + model.embed_positions(following, elements[2], finest=True)
-        hidden_states = model.content_transformer(hidden_states, caches[1], window)
+        hidden_states = content_stack(hidden_states, window=window)
         logits = guide(model.content_head(hidden_states).flatten(0, 1), guidance_scale)
         allowed = state.allowed_contents(next_positions).flatten(0, 1)
         rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
