@@ -689,7 +689,7 @@ def test_edit_draws_again_what_the_mask_touches(place, run):
     output = pipe(**arguments, generator=torch.Generator().manual_seed(3))
     assert (np.asarray(Image.open("edited.png")) == np.asarray(output.images[0])).all()
     assert said == f"edited.png: 1 of 4 regions drawn again, {int((4**output.grain_maps).sum())} codes\n"
-    several = ["-n", "2", "--num-candidates", "3", "--no-overlay", "--temperature", "0.5"]
+    several = ["-n", "2", "--num-candidates", "3", "--no-overlay", "--temperature", "0.5", "--lookahead", "4"]
     run("edit", "image.png", "edited.png", *options, *several, "--force")
     output = pipe(
         **arguments | dict(class_labels=["moon", "moon"]),
@@ -712,6 +712,10 @@ def test_edit_draws_again_what_the_mask_touches(place, run):
         (
             ["--mask", "noise.png", "--class-label", "moon", "--num-candidates", "0"],
             "--num-candidates must be at least 1",
+        ),
+        (
+            ["--mask", "noise.png", "--class-label", "moon", "--lookahead", "0"],
+            "--lookahead must be at least 1, got 0",
         ),
     ],
 )

@@ -108,6 +108,33 @@ def test_a_full_mask_is_plain_sampling(pipes, image):
         ]
 
 
+@pytest.mark.parametrize("num_candidates", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_elements_a_pass_give_the_same_image_in_fewer_passes(pipes, image, kind, num_candidates):
+    pipe, config = pipes[kind], pipes[kind].transformer.config
+    labels = [0, 1] if config.num_classes else None
+    images, masks = [image, image.transpose(Image.Transpose.ROTATE_90)], [box(0, 7, 3, 12), box(9, 16, 0, 16)]
+
+    def edit(lookahead):
+        """Codes, and the number of passes."""
+        steps = []
+        output = pipe(
+            image=images,
+            mask_image=masks,
+            class_labels=labels,
+            grain_map=np.full(config.grid_sizes[0], len(config.grid_sizes) - 1),
+            num_candidates=num_candidates,
+            lookahead=lookahead,
+            generator=seeded(5),
+            callback_on_step_end=lambda pipe, step, *_: steps.append(step),
+        )
+        return output.codes, len(steps)
+
+    codes, passes = zip(*map(edit, (1, 3, 100)))
+    assert all(torch.equal(each, codes[0]) for each in codes)
+    assert passes == tuple(sorted(passes, reverse=True)) and passes[-1] < passes[0]
+
+
 WHITE, BLACK = box(2, 7, 9, 15), np.zeros((16, 16), dtype=bool)
 GREY = Image.fromarray(WHITE.astype(np.uint8) * 200)
 MASKS = {

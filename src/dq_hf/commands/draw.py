@@ -74,9 +74,10 @@ def run_order(args):
         args.num_images,
         **pipe.encode_prompt(inputs["prompt"], inputs["negative_prompt"]),
         generator=torch.Generator().manual_seed(args.seed),
+        lookahead=args.lookahead,
         **chosen_sampling(args),
     )
-    order = 0  # after how many steps each cell has its code
+    order = 0  # after how many passes each cell has its code
     for state in tqdm(steps, "generate", config.longest_stream - 1, unit="code"):
         order = order + (~state.taken).long()
     codes, grain_maps = state.grids()

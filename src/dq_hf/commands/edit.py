@@ -73,6 +73,7 @@ def run(args):
         num_candidates=args.num_candidates,
         overlay=not args.no_overlay,
         generator=torch.Generator().manual_seed(args.seed),
+        lookahead=args.lookahead,
         **chosen_sampling(args),
     )
     save_image(image_grid(output.images), args.output)

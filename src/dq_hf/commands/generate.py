@@ -23,14 +23,6 @@ def register(commands):
     command.add_argument(
         "--batch-size", type=int, default=16, help="Generate this many images at a time (default %(default)s)."
     )
-    command.add_argument(
-        "--lookahead",
-        type=int,
-        default=1,
-        metavar="N",
-        help="Read guesses of the next fine codes in each pass, N in all; the images stay the same, and where a pass of N "
-        "elements costs little more than one of a single element, they come sooner (default %(default)s).",
-    )
     command.add_argument("--show-grain-map", action="store_true", help="Draw the coding beside each image.")
     where = command.add_mutually_exclusive_group(required=True)
     where.add_argument(
@@ -43,7 +35,7 @@ def register(commands):
 
 
 def run(args):
-    check_at_least_one(batch_size=args.batch_size, lookahead=args.lookahead)
+    check_at_least_one(batch_size=args.batch_size)
     check_generation(args)
     if args.output is not None:
         paths = [args.output]
@@ -66,8 +58,8 @@ def run(args):
         numbers = range(first, min(first + args.batch_size, args.num_images))
         inputs = chosen_inputs(args, pipe.transformer.config, numbers)
         count = len(numbers) if inputs["prompt"] is inputs["class_labels"] is None else 1
-        sampling = chosen_sampling(args) | {"lookahead": args.lookahead}
-        output = pipe(**inputs, num_images_per_prompt=count, generator=generator, **sampling)
+        how = dict(num_images_per_prompt=count, generator=generator, lookahead=args.lookahead)
+        output = pipe(**inputs, **how, **chosen_sampling(args))
         for image, grain_map in zip(output.images, output.grain_maps):
             if args.show_grain_map:
                 image = image_grid([enlarge(image, scale), draw_grain_map(image, grain_map, scale)], columns=2)

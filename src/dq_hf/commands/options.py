@@ -203,6 +203,14 @@ def add_generation_options(command, num_images):
         default=0,
         help="Seed the random numbers; the same seed gives the same images (default %(default)s).",
     )
+    command.add_argument(
+        "--lookahead",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Read guesses of the next fine codes in each pass, N in all; the images stay the same, and where a pass of N "
+        "elements costs little more than one of a single element, they come sooner (default %(default)s).",
+    )
     add_sampling_options(command)
 
 
@@ -221,8 +229,8 @@ def add_sampling_options(command):
 
 
 def check_generation(args):
-    """Raise ValueError if the number of images, the seed or a sampling option cannot be."""
-    check_at_least_one(num_images=args.num_images)
+    """Raise ValueError if the number of images, the seed, the lookahead or a sampling option cannot be."""
+    check_at_least_one(num_images=args.num_images, lookahead=args.lookahead)
     check_seed(args.seed)
     chosen_sampling(args)
     if args.prompts_file is not None:

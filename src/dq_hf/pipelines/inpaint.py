@@ -61,7 +61,8 @@ class DQInpaintPipeline(DQPipeline):
                 the model decides.
             output_type, return_dict: as in `DQPipeline`; a tuple ends with `regenerated`. With "codes" nothing is decoded.
             arguments: all others of `DQPipeline`, `num_candidates` above all: how many times the regions are drawn, to
-                keep what suits the known regions that come later in the stream.
+                keep what suits the known regions that come later in the stream; and `lookahead`, which gains more here,
+                as the guesses of known codes are right.
 
         Raises:
             TypeError, ValueError: images, masks or other arguments of another type, size or range; a mask that touches
