@@ -33,7 +33,7 @@ class Arguments:
     data: str = field(
         default="examples/data/emoji", metadata={"help": "images of these classes, with splits train and test"}
     )
-    label_column: str = field(default="label", metadata={"help": "of the images"})
+    label_column: str = field(default="category", metadata={"help": "of the images"})
     extractor: str = field(default="efficientnet-lite0", metadata={"help": "as for make_extractor"})
     samples_per_class: int = field(default=50, metadata={"help": "samples of each class, seed 0"})
     batch_size: int = field(default=32, metadata={"help": "images at a time"})

@@ -69,7 +69,7 @@ def main(args):
 def load_batches(images, args):
     """Pixel values and labels of all images."""
     model_config = DQForImageGeneration.config_class.from_pretrained(args.model)
-    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", "label")
+    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", "category")
     return list(DataLoader(images, args.batch_size, collate_fn=collate))
 
 

@@ -62,7 +62,7 @@ class Arguments:
     data: str = field(default="examples/data/emoji", metadata={"help": "folder of images or Parquet, or a Hub id"})
     split: str = field(default="test", metadata={"help": "which images of them"})
     image_column: str = field(default="image", metadata={"help": "where they are"})
-    label_column: str = field(default="label", metadata={"help": "their classes, for a model with classes"})
+    label_column: str = field(default="category", metadata={"help": "their classes, for a model with classes"})
     max_images: int | None = field(default=None, metadata={"help": "at most so many, drawn once and for all"})
     fine_ratios: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)],

@@ -48,7 +48,7 @@ GUIDANCE, TEMPERATURES, TOP_PS = (1.0, 2.0, 3.0, 5.0), (0.7, 0.85, 1.0), (0.9, 1
 class Arguments:
     model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of a text model"})
     data: str = field(
-        default="examples/data/emoji-captions", metadata={"help": "pictures with columns captions, concept and style"}
+        default="examples/data/emoji", metadata={"help": "pictures with columns captions, concept and style"}
     )
     prompts: int = field(default=256, metadata={"help": "prompts of each split, drawn at random with the seed"})
     samples_per_colour: int = field(default=4, metadata={"help": "samples of each of the 24 coloured shapes"})

@@ -73,7 +73,7 @@ class Arguments:
         metadata={"help": "more options of train_dqtransformer.py"},
     )
     data: str = field(default=str(EMOJI), metadata={"help": "as for the scripts; split train, column image"})
-    label_column: str = field(default="label", metadata={"help": "none: unconditional"})
+    label_column: str = field(default="category", metadata={"help": "none: unconditional"})
     num_images: int = field(default=200, metadata={"help": "drawn at random from the data, for all rows"})
     vae: str = field(default=f"{DEFAULT_MODEL}/vae", metadata={"help": "tokenizer of stage 2"})
     batch_size: int = field(default=32, metadata={"help": "images a step"})

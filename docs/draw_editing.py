@@ -17,7 +17,7 @@ from dq_hf.pictures import draw_grain_map
 
 NUM_SAMPLES = 5
 # Row of the held-out images, and the masked box as (left, top, right, bottom) in pixels.
-EDITS = ((198, (12, 40, 52, 56)), (314, (0, 32, 64, 64)), (188, (32, 0, 64, 64)))
+EDITS = ((212, (12, 40, 52, 56)), (153, (0, 32, 64, 64)), (531, (32, 0, 64, 64)))
 CANDIDATES = (1, 16)
 STEERED = ("smileys", 4)  # class and seed of the steered image
 
@@ -59,7 +59,7 @@ def draw_edits(pipe, emoji):
             output = pipe(
                 image=image,
                 mask_image=mask,
-                class_labels=[emoji[row]["label"]] * NUM_SAMPLES,
+                class_labels=[emoji[row]["category"]] * NUM_SAMPLES,
                 num_candidates=num_candidates,
                 generator=[torch.Generator().manual_seed(seed) for seed in range(NUM_SAMPLES)],
             )

@@ -17,8 +17,8 @@ from dq_hf.codec.cost import coding_cost
 from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
-PICTURE = 198  # row of the held-out images: a smiley with sunglasses
-STRIP = (198, 55)  # rows of the README's figure
+PICTURE = 293  # row of the held-out images: a cupcake
+STRIP = (212, 293)  # rows of the README's figure
 RATES = (0.1, 0.4, 0.8)  # its shares of fine regions
 COLOURS = [[value / 255 for value in colour[:3]] for colour in GRAIN_COLOURS]
 NAMES = ("coarse", "fine")
@@ -38,7 +38,7 @@ def main():
         rates = draw_rates(model.vae, processor, [emoji[row]["image"] for row in STRIP])
         rates.savefig(args.output_dir / "rates.png")
         encoded = model.vae.encode(pixel_values)
-        stream = model.transformer.pack(encoded.codes, encoded.grain_map, [picture["label"]])
+        stream = model.transformer.pack(encoded.codes, encoded.grain_map, [picture["category"]])
         draw_tokenizer(model.vae, processor, pixel_values, encoded).savefig(args.output_dir / "tokenizer.png")
         draw_stream(model.transformer, stream).savefig(args.output_dir / "stream.png")
         draw_growth(model.vae, processor, encoded, stream).savefig(args.output_dir / "growth.png")

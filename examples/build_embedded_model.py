@@ -31,7 +31,7 @@ from dq_hf.hub.card import write_model_card
 from dq_hf.hub.folders import partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.psnr import psnr
-from dq_hf.pictures import captioned_grid, draw_grain_map, image_grid
+from dq_hf.pictures import captioned_grid, draw_grain_map, enlarge, image_grid
 from dq_hf.training.generator import evaluate
 from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, GeneratorWithText, TrainedText
 
@@ -42,6 +42,7 @@ COLUMNS = 8  # of the samples
 CONCEPT = "snail"  # in all styles, and as guidance grows
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 NUM_RECONSTRUCTIONS = 24
+SCALE = 2  # of all pictures
 
 SUMMARY = """\
 The model that dq_hf carries with it: a DQ-VAE, a DQ-Transformer and a small text encoder ({parameters} parameters), trained
@@ -75,7 +76,7 @@ coloured shape."""
 class Arguments:
     model: str = field(metadata={"help": "folder of a finished model with text, that train_dqtransformer.py wrote"})
     output_dir: str = DEFAULT_MODEL
-    data: str = field(default="examples/data/emoji-captions", metadata={"help": "images that it was trained on"})
+    data: str = field(default="examples/data/emoji", metadata={"help": "images that it was trained on"})
     prompts: str = field(
         default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, for the samples"}
     )
@@ -253,8 +254,8 @@ def draw_reconstructions(model, rows):
     encoded = model.vae.encode(batch["pixel_values"])
     originals = processor.post_process(batch["pixel_values"])
     decoded = processor.post_process(model.vae.decode_codes(encoded.codes).sample)
-    codings = [draw_grain_map(*pair, scale=2) for pair in zip(originals, encoded.grain_map)]
-    pairs = [[coding, image.resize(coding.size)] for coding, image in zip(codings, decoded)]
+    codings = [draw_grain_map(*pair, SCALE) for pair in zip(originals, encoded.grain_map)]
+    pairs = [[coding, enlarge(image, SCALE)] for coding, image in zip(codings, decoded)]
     return image_grid([image_grid(pair, columns=1) for pair in pairs], columns=NUM_RECONSTRUCTIONS // 2)
 
 
@@ -282,7 +283,7 @@ def draw_samples(model, prompts, styles):
         missing = -len(some) % COLUMNS  # to the end of the row
         images += [*some, *[Image.new("RGB", some[0].size, "white")] * missing]
         captions += [*their_captions, *[""] * missing]
-    return captioned_grid(images, captions, COLUMNS)
+    return captioned_grid(images, captions, COLUMNS, SCALE)
 
 
 if __name__ == "__main__":

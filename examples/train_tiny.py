@@ -41,9 +41,9 @@ processor = DQImageProcessor(size={"height": 32, "width": 32})
 
 def load(split):
     rows = load_dataset(str(EMOJI), split=split)
-    names = rows.features["label"].names
-    rows = rows.filter(lambda label: names[label] in CLASSES, input_columns="label")
-    labels = torch.tensor([CLASSES.index(names[label]) for label in rows["label"]])
+    names = rows.features["category"].names
+    rows = rows.filter(lambda category: names[category] in CLASSES, input_columns="category")
+    labels = torch.tensor([CLASSES.index(names[category]) for category in rows["category"]])
     return processor(list(rows["image"]))["pixel_values"], labels
 
 

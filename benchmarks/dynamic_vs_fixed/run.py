@@ -37,7 +37,7 @@ from dq_hf.modeling.image_processing_dq import DQImageProcessor, to_bytes
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 DATA = {
-    "emoji": REPOSITORY / "examples" / "data" / "emoji-captions",
+    "emoji": REPOSITORY / "examples" / "data" / "emoji",
     "photographs": REPOSITORY / "runs" / "photographs",
 }
 

@@ -24,7 +24,7 @@ import dq_hf
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline, DQVAEModel
 
 ROOT = Path(__file__).parents[2]
-HELD_OUT = ROOT / "examples" / "data" / "emoji" / "test-00000-of-00001.parquet"
+HELD_OUT = ROOT / "tests" / "fixtures" / "two_styles" / "test-00000-of-00001.parquet"
 NAMES = ["people", "flags", "objects", "symbols", "travel", "smileys", "animals", "food", "activities"]
 MAX_BYTES = 20e6
 MIN_PSNR = 24.0  # dB, mean over 64 held-out emoji

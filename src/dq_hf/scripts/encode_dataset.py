@@ -10,7 +10,7 @@ One GPU, one's own images and tokenizer:
 
 Captioned images, each also shifted twice, where those of letters are not mirrored:
 
-    accelerate launch examples/encode_dataset.py --data examples/data/emoji-captions --test_split test test_pairs \
+    accelerate launch examples/encode_dataset.py --data examples/data/emoji --test_split test test_pairs \
         --label_column none --caption_column captions --no_flip_column letters --copies 3 --max_shift 4 \
         --output_dir runs/captioned-codes
 
