@@ -7,8 +7,8 @@
 
 Both tokenizers code the same images in the same grain maps. The rows of a new code in embedding and head are then means of
 the old rows, weighted by how often each old code stands where the new one does. Grids must be the same; all layers are
-taken over, of the start tokens the last one: that of no class, where there is one. Classes and text of the old generator are not: the new one has no
-classes, and with `--text_length` an untrained text prefix.
+taken over, of the start tokens the last one: that of no class, where there is one. Classes and text of the old generator
+are not: the new one has no classes, and with `--text_length` an untrained text prefix.
 """
 
 from dataclasses import dataclass, field

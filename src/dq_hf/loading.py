@@ -1,10 +1,10 @@
-"""The tokenizer, or both models, of a folder or a repository of the Hub; all files of a repository are of one commit."""
+"""The tokenizer, the generator, or both models, of a folder or a repository of the Hub; all files of a repository are of one commit."""
 
 from pathlib import Path
 
 from .hub.download import local_folder
 from .hub.folders import read_json_object
-from .public import DQConfig, DQPipeline, DQVAEModel
+from .public import DQConfig, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
 
 
 def look_into(model, revision=None):
@@ -25,8 +25,18 @@ def load_tokenizer(model, revision=None, **options):
     Raises:
         OSError, ValueError: as `DQVAEModel.from_pretrained`.
     """
+    return load_part(DQVAEModel, "vae", model, revision, **options)
+
+
+def load_generator(model, revision=None, **options):
+    """The `DQTransformerForImageGeneration` of a folder or repository, alone or beside a tokenizer, like `load_tokenizer`."""
+    return load_part(DQTransformerForImageGeneration, "transformer", model, revision, **options)
+
+
+def load_part(model_class, subfolder, model, revision, **options):
+    """A model that lies in a folder alone, or in the subfolder of one with both."""
     holds_both, revision = look_into(model, revision)
-    return DQVAEModel.from_pretrained(model, revision=revision, subfolder="vae" if holds_both else "", **options)
+    return model_class.from_pretrained(model, revision=revision, subfolder=subfolder if holds_both else "", **options)
 
 
 def load_pipeline(model, revision=None):

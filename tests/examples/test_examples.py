@@ -27,6 +27,7 @@ from dq_hf import (
     DQForImageGeneration,
     DQImageProcessor,
     DQPipeline,
+    DQTransformerConfig,
     DQTransformerForImageGeneration,
     DQVAEModel,
 )
@@ -708,6 +709,11 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
     run_here(place, f"{command} --output_dir same --learning_rate 0")
     start = generator / "model" / "transformer" / "model.safetensors"
     assert_same_weights(place / "same" / "model" / "transformer" / "model.safetensors", start)
+    beside_its_tokenizer = command.replace("generator/model/transformer", "generator/model") + " --dropout 0.25"
+    run_here(place, f"{beside_its_tokenizer} --output_dir other-dropout --learning_rate 0")
+    assert_same_weights(place / "other-dropout" / "model" / "transformer" / "model.safetensors", start)
+    config = DQTransformerConfig.from_pretrained(place / "other-dropout" / "model" / "transformer")
+    assert (config.embedding_dropout, config.residual_dropout, config.attention_dropout) == (0.25, 0.25, 0.0)
     for message, arguments in (
         ("--hidden_size is 16 in the model of --start_from, got 256; leave it out", "--hidden_size 256"),
         ("--start_from must have num_classes 0.*got 2; train a new generator", "--label_column none"),

@@ -200,7 +200,9 @@ class GeneratorArguments(RunOptions):
     length_buckets: bool = option(True, "With --codes: make batches of streams of similar length.")
 
     start_from: str | None = option(
-        None, "Folder or Hub id of a DQTransformerForImageGeneration to go on from; its sizes stay."
+        None,
+        "Folder or Hub id of a generator, alone or with its tokenizer, to go on from; its sizes stay. Its text "
+        "encoder goes on with --text_encoder, the same folder, and --train_text_encoder.",
     )
     hidden_size: int | None = size_option(GENERATOR_SIZES["hidden_size"], "Width of both transformers.")
     num_attention_heads: int | None = size_option(

@@ -37,7 +37,7 @@ from dq_hf.data.codes import CAPTIONS, CodeCollator, LengthBucketSampler, load_c
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, find_labels, first_rows
 from dq_hf.data.streams import prepare_loader
-from dq_hf.loading import load_tokenizer
+from dq_hf.loading import load_generator, load_tokenizer
 from dq_hf.pictures import image_grid
 from dq_hf.scripts.arguments import GENERATOR_SIZES, GeneratorArguments
 from dq_hf.training.average import averaged_weights
@@ -194,7 +194,7 @@ def load_start(args):
     if args.start_from is None:
         settle_sizes(args, GENERATOR_SIZES)
         return None
-    model = DQTransformerForImageGeneration.from_pretrained(args.start_from, dtype=torch.float32)
+    model = load_generator(args.start_from, dtype=torch.float32, **dropout(args))
     if (model.config.text_length is None) != (args.caption_column is None):
         with_it, without = ("with", "leave out") if args.caption_column else ("without", "give")
         raise ValueError(
@@ -202,6 +202,12 @@ def load_start(args):
         )
     settle_sizes(args, GENERATOR_SIZES, {name: getattr(model.config, name) for name in GENERATOR_SIZES})
     return model
+
+
+def dropout(args):
+    """What the configuration says of it: an option of the run, also where the sizes are those of --start_from."""
+    rest = args.dropout
+    return {"embedding_dropout": rest, "residual_dropout": rest, "attention_dropout": args.attention_dropout}
 
 
 def make_model(vae, names, text, model, args):
@@ -213,13 +219,11 @@ def make_model(vae, names, text, model, args):
         "id2label": dict(enumerate(names)),
         "text_hidden_size": None if text is None else text.encoder.config.hidden_size,
     }
-    dropout = {"embedding_dropout": args.dropout, "residual_dropout": args.dropout}
-    dropout["attention_dropout"] = args.attention_dropout
     if model is None:
         sizes = {name: getattr(args, name) for name in GENERATOR_SIZES}
         sizes |= {} if names else {"class_dropout": 0.0}
         sizes |= {} if text is not None else {"text_length": None}
-        return DQTransformerForImageGeneration(DQTransformerConfig(**fitting, **sizes, **dropout))
+        return DQTransformerForImageGeneration(DQTransformerConfig(**fitting, **sizes, **dropout(args)))
     for name, value in fitting.items():
         if getattr(model.config, name) != value:
             raise ValueError(
