@@ -95,8 +95,9 @@ def shown_commands():
         lines = re.findall(r"^    ((?:python|accelerate launch) .*)$", help_text, re.MULTILINE)
         commands |= {shlex.join(shlex.split(line, comments=True)): path for line in lines}
     for path in paths_of("examples/configs/*.sh"):
-        lines = re.findall(r"\$launch (.*)", read(path).replace("\\\n", " "))
-        commands |= {shlex.join(shlex.split(f"accelerate launch {line}")): path for line in lines}
+        lines = re.findall(r"^ *((?:\$launch|python|dq-hf) .*)$", read(path).replace("\\\n", " "), re.MULTILINE)
+        lines = [line.replace("$launch", "accelerate launch") for line in lines]
+        commands |= {shlex.join(shlex.split(line)): path for line in lines}
     return commands
 
 
