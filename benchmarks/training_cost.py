@@ -81,7 +81,7 @@ def options_of(arguments, options):
 
 def count_tokenizer(vae, options, pixel_values, grain_map):
     """The `Count` of stage 1 with the perceptual and the adversarial loss."""
-    discriminator = PatchDiscriminator(options.disc_channels, options.disc_layers)
+    discriminator = PatchDiscriminator(options.disc_channels, options.disc_layers, options.disc_norm)
     perceptual = random_lpips() if options.perceptual == "lpips" else make_perceptual_loss(options.perceptual)
 
     def loss():

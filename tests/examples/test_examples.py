@@ -744,6 +744,9 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
         ("--learning_rate must be 0 or more, got nan", "--learning_rate nan"),
         (r"--fine_ratios must lie in \[0, 1\], got 0.5 1.5", "--fine_ratios 0.5 1.5"),
         ("--router must be one of entropy, feature, random, got best", "--router best"),
+        ("--disc_norm must be one of batch, group, none, got layer", "--disc_norm layer"),
+        ("--disc_r1 1.0 needs a discriminator that judges each image by itself: --disc_norm group", "--disc_r1 1"),
+        ("checkpoint-3 cannot be loaded: .*--disc_lecam was 0.0, got 0.1", "--output_dir plain --disc_lecam 0.1"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):

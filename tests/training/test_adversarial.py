@@ -10,12 +10,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dq_hf.training.adversarial import (
+    NORMS,
     GlobalBatchNorm2d,
+    LeCam,
     PatchDiscriminator,
     adaptive_weight,
     disc_factor,
     generator_loss,
     hinge_loss,
+    r1_penalty,
 )
 
 
@@ -54,6 +57,18 @@ def test_the_layout_is_that_of_pix2pix():
     assert [conv.bias is not None for conv in convs] == [True, *[False] * 5, True]
     names = [type(layer).__name__ for layer in PatchDiscriminator(8, 1).layers]
     assert names == ["Conv2d", "LeakyReLU", "Conv2d", "GlobalBatchNorm2d", "LeakyReLU", "Conv2d"]
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "alone"),
+    [("batch", GlobalBatchNorm2d, False), ("group", nn.GroupNorm, True), ("none", nn.Identity, True)],
+)
+def test_whether_an_image_is_judged_alone_depends_on_the_norm(norm, kind, alone):
+    discriminator, images = PatchDiscriminator(4, 2, norm), randn(3, 3, 16, 16)
+    assert [type(discriminator.layers[place]) for place in (3, 6)] == [kind] * 2
+    convs = [layer for layer in discriminator.layers if isinstance(layer, nn.Conv2d)]
+    assert [conv.bias is not None for conv in convs] == [True, kind is nn.Identity, kind is nn.Identity, True]
+    assert torch.allclose(discriminator(images)[:1], discriminator(images[:1]), atol=1e-6) == alone
 
 
 def test_weights_start_small():
@@ -111,6 +126,57 @@ def test_the_discriminator_comes_in_slowly_or_at_once():
     assert disc_factor(0, start=0, ramp_steps=0) == 1
 
 
+# Regularisation
+
+
+def test_r1_is_the_squared_gradient_at_an_image():
+    images = randn(4, 3, 5, 6)
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1))
+    linear = r1_penalty(lambda x: (x * weight).sum(1, keepdim=True), images)  # its gradient is the weight, everywhere
+    assert linear.item() == pytest.approx(5 * 6 * (1 + 4 + 0.25))
+    linear.backward()
+    assert weight.grad.flatten().tolist() == pytest.approx([60, -120, 30])  # 2 w for each of 30 pixels
+    square = r1_penalty(lambda x: weight * x.square().sum((1, 2, 3), keepdim=True), images).detach()
+    assert square.item() == pytest.approx(4 * images.square().sum((1, 2, 3)).mean().item() * 0.25, rel=1e-5)
+    assert images.grad is None and not images.requires_grad
+
+
+def test_r1_of_the_discriminator_agrees_with_finite_differences():
+    discriminator = PatchDiscriminator(4, 1, "group").double()
+    images, pull, step = randn(2, 3, 8, 8).double(), randn(2, 3, 8, 8, seed=1).double(), 1e-6
+    with torch.no_grad():
+        slope = (discriminator(images + step * pull) - discriminator(images - step * pull)).sum((1, 2, 3)) / (2 * step)
+    penalty = r1_penalty(discriminator, images)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(images).sum(), images)
+    assert (gradient * pull).sum((1, 2, 3)).tolist() == pytest.approx(slope.tolist(), rel=1e-5)
+    assert penalty.item() == pytest.approx(gradient.square().sum().item() / 2)
+
+
+def test_a_scale_keeps_small_slopes_in_half_precision():
+    def slope(images):
+        return (images.half() * 2e-8).sum((1, 2, 3), keepdim=True)  # half begins at 6e-8
+
+    images = torch.ones(2, 3, 4, 4)
+    assert r1_penalty(slope, images).item() == 0
+    assert r1_penalty(slope, images, scale=2.0**10).item() == pytest.approx(48 * 2e-8**2, rel=1e-2)
+
+
+def test_lecam_draws_logits_to_the_others_moving_average():
+    lecam = LeCam(decay=0.75)
+    real, fake = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1)
+    assert lecam(real, fake).item() == (1 + 9) / 2 + (4 + 0) / 2  # both averages are 0
+    # Now they are 0.25 * 2 = 0.5 for real and 0.25 * -1 = -0.25 for generated images.
+    assert lecam.averages.tolist() == [0.5, -0.25]
+    leaf = real.clone().requires_grad_()
+    loss = lecam(leaf, fake)
+    assert loss.item() == (1.25**2 + 3.25**2) / 2 + (2.5**2 + 0.5**2) / 2
+    loss.backward()
+    assert leaf.grad.flatten().tolist() == [1.25, 3.25]  # 2 (D - average) / 2 images
+    assert lecam.averages.tolist() == [0.75 * 0.5 + 0.25 * 2, 0.75 * -0.25 + 0.25 * -1]
+    assert LeCam()(real.bfloat16(), fake.bfloat16()).dtype == torch.float32
+
+
 # Adaptive weight
 
 
@@ -161,10 +227,14 @@ def test_gradients_that_are_not_finite_give_nan(bad):
 # Several processes
 
 
-def train(rank=None):
-    """Two steps on a joint batch, or on the half of it of one process: what each step computes, by name."""
+def train(norm, rank=None):
+    """Two steps on a joint batch, or on the half of it of one process: what each step computes, by name.
+
+    The discriminator is regularised where that goes together with its norm.
+    """
     torch.manual_seed(0)
-    decoder, discriminator = nn.Conv2d(4, 3, 3, padding=1), PatchDiscriminator(base_channels=4, num_layers=1)
+    decoder, discriminator = nn.Conv2d(4, 3, 3, padding=1), PatchDiscriminator(4, 1, norm)
+    lecam = LeCam()
     decoder_call, discriminator_call = decoder, discriminator
     mine = slice(None)
     if rank is not None:
@@ -182,11 +252,14 @@ def train(rank=None):
         (reconstruction_loss + weight * adversarial_loss).backward()
         discriminator.requires_grad_(True)
         logits = discriminator_call(images), discriminator_call(reconstructions.detach())
-        hinge_loss(*logits).backward()
+        loss = hinge_loss(*logits) + lecam(*logits)
+        if norm != "batch":
+            loss = loss + 1e-3 * r1_penalty(discriminator, images)
+        loss.backward()
         gradients = {
             name: p.grad.clone() for name, p in [*decoder.named_parameters(), *discriminator.named_parameters()]
         }
-        buffers = {name: buffer.clone() for name, buffer in discriminator.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in [*discriminator.named_buffers(), *lecam.named_buffers()]}
         steps.append({"logits": torch.cat(logits, dim=1).detach(), "lambda": weight, **gradients, **buffers})
         optimizer.step()
         optimizer.zero_grad()
@@ -216,7 +289,7 @@ def run_process(rank, folder):
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=2))
     results = {
-        "train": train(rank),
+        **{norm: train(norm, rank) for norm in NORMS},
         "norm": normalise(GlobalBatchNorm2d(3), rank),
         "half": normalise_half(GlobalBatchNorm2d(3), rank),
         "not finite": weigh([float("inf") if rank else 1.0, 1.0], [1.0, 1.0], 1.0),
@@ -234,12 +307,14 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-def test_two_processes_train_like_one_on_the_joint_batch(ranks):
-    for first, second, joint in zip(ranks[0]["train"], ranks[1]["train"], train()):
-        assert 0.01 < joint["lambda"] < 0.75
+@pytest.mark.parametrize("norm", NORMS)
+def test_two_processes_train_like_one_on_the_joint_batch(ranks, norm):
+    for first, second, joint in zip(ranks[0][norm], ranks[1][norm], train(norm)):
+        assert 1e-4 < joint["lambda"] <= 0.75
         logits = torch.cat([first.pop("logits"), second.pop("logits")])
         torch.testing.assert_close(logits, joint.pop("logits"), atol=1e-5, rtol=1e-5)
-        assert first.keys() == second.keys() == joint.keys() and len(first) == 13
+        assert first.keys() == second.keys() == joint.keys()
+        assert len(first) == {"batch": 14, "group": 11, "none": 10}[norm]
         for name, value in joint.items():
             assert torch.equal(first[name], second[name])
             torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-5)

@@ -60,7 +60,7 @@ STAGE_1 += f" --disc_weight 0.01 --learning_rate 1e-3 {SCHEDULE}"
 STAGE_2 = "train_dqtransformer.py --vae ../vae --hidden_size 16 --num_attention_heads 2 --num_position_layers 1"
 STAGE_2 += f" --num_content_layers 1 {SCHEDULE}"
 # All that a stage can do: every term of the objective, and all that is random.
-WHOLE = {1: f"{STAGE_1} --router feature", 2: f"{STAGE_2} --codes ../codes"}
+WHOLE = {1: f"{STAGE_1} --router feature --disc_lecam 0.1", 2: f"{STAGE_2} --codes ../codes"}
 NO_DROPOUT = "--dropout 0 --attention_dropout 0 --class_dropout 0"
 
 
@@ -449,6 +449,7 @@ def draw_no_routes():
 
 SETTINGS = {
     "stage-1": f"{STAGE_1} --perceptual_weight 0",
+    "stage-1-regularised": f"{STAGE_1} --perceptual_weight 0 --disc_norm group --disc_r1 1 --disc_lecam 0.1",
     "stage-1-feature": f"{STAGE_1} --perceptual_weight 0 --router feature",
     "stage-1-accumulated": f"{STAGE_1} --perceptual_weight 0 --gradient_accumulation_steps 2",
     "stage-2-images": f"{STAGE_2} {NO_DROPOUT}",

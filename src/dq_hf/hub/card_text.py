@@ -13,6 +13,8 @@ TERMS = {  # of measured figures: name and unit
     "budget": ("budget loss", ""),
     "g_loss": ("generator's adversarial loss", ""),
     "d_loss": ("discriminator's hinge loss", ""),
+    "d_r1": ("discriminator's R1 penalty, before gamma / 2", ""),
+    "d_lecam": ("discriminator's LeCam regularisation", ""),
     "lambda": ("adaptive weight of the adversarial loss", ""),
     "grad_norm": ("norm of the gradient", ""),
     "lr": ("learning rate", ""),

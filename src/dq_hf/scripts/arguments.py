@@ -85,7 +85,25 @@ class TokenizerArguments(RunOptions):
     disc_start: int = option(2000, "Step at which the discriminator begins.")
     disc_ramp: int = option(0, "Steps in which the adversarial loss comes to its full weight; 0 means at once.")
     disc_channels: int = option(64, "Width of the discriminator's first layer.")
-    disc_layers: int = option(3, "Layers of the discriminator that halve the image.")
+    disc_layers: int = option(
+        3,
+        "Layers of the discriminator that halve the image. It judges patches of 16, 34, 70 or 142 pixels a side with 1, 2, "
+        "3 or 4 layers (Isola et al. 2017).",
+    )
+    disc_norm: str = option(
+        "batch",
+        "Norm of the discriminator: batch (the paper's); group, of each image alone (Wu and He 2018); none.",
+    )
+    disc_r1: float = option(
+        0.0,
+        "Gamma of the R1 penalty, gamma / 2 times the squared gradient of the discriminator at real images (Mescheder et "
+        "al. 2018); not with --disc_norm batch, where it would depend on other images. 0 means none.",
+    )
+    disc_lecam: float = option(
+        0.0,
+        "Weight of the LeCam regularisation, which draws the discriminator's logits of real and of reconstructed images to "
+        "each other's moving averages (Tseng et al. 2021), for small data sets. 0 means none.",
+    )
 
     gradient_accumulation_steps: int = option(
         1, "Forward passes of a step; the codebook still moves at every one of them."
@@ -100,7 +118,12 @@ class TokenizerArguments(RunOptions):
         require(self, 1, "image_size", "granularities", "block_out_channels", "layers_per_block", "norm_num_groups")
         require(self, 1, "z_channels", "codebook_size", "codebook_dim", "calibration_images")
         require(self, 1, "disc_channels", "disc_layers")
-        require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp")
+        require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "disc_r1", "disc_lecam")
+        require_one_of(self, "disc_norm", ("batch", "group", "none"))
+        if self.disc_r1 > 0 and self.disc_norm == "batch":
+            raise ValueError(
+                f"--disc_r1 {self.disc_r1} needs a discriminator that judges each image by itself: --disc_norm group or none"
+            )
         require_share(self, "fine_ratios", "ema_decay")
         if self.image_size is not None:
             if len(self.image_size) > 2:

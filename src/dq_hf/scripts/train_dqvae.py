@@ -37,7 +37,15 @@ from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.networks.perceptual import make_perceptual_loss
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.scripts.arguments import TOKENIZER_SIZES, TokenizerArguments
-from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, disc_factor, generator_loss, hinge_loss
+from dq_hf.training.adversarial import (
+    LeCam,
+    PatchDiscriminator,
+    adaptive_weight,
+    disc_factor,
+    generator_loss,
+    hinge_loss,
+    r1_penalty,
+)
 from dq_hf.training.average import averaged_weights
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
@@ -45,7 +53,7 @@ from dq_hf.training.options import require_one_of, run_script, settle_sizes, sho
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
 
-PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss")
+PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss", "d_lecam")
 
 
 def main(arguments=None):
@@ -89,7 +97,8 @@ def train(args):
     if args.gradient_checkpointing:
         vae.gradient_checkpointing_enable()
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
-    discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers)
+    discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers, args.disc_norm)
+    lecam = LeCam().to(accelerator.device) if args.disc_lecam > 0 else None
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
         discriminator.check_size(*config.image_height_width)
     perceptual = None
@@ -105,7 +114,7 @@ def train(args):
     train_loader = prepare_loader(accelerator, train_loader)
     plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
     vae, discriminator, *optimizers = accelerator.prepare(vae, discriminator, *optimizers)
-    run.resume(ema, scheduler, calibration)
+    run.resume(ema, scheduler, calibration, *([] if lecam is None else [lecam]))
     ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     average = ema if args.ema_decay > 0 else None
@@ -145,9 +154,16 @@ def train(args):
             # The discriminator's step.
             if factor > 0:
                 optimizers[1].param_groups[0]["lr"] = scheduler.get_last_lr()[0]
-                d_loss = hinge_loss(discriminator(pixel_values), discriminator(output.sample.detach()))
+                logits = discriminator(pixel_values), discriminator(output.sample.detach())
+                terms["d_loss"] = d_loss = hinge_loss(*logits)
+                if args.disc_r1 > 0:
+                    terms["d_r1"] = r1_penalty(judge, pixel_values, scale)
+                    d_loss = d_loss + args.disc_r1 / 2 * terms["d_r1"]
+                if lecam is not None:
+                    terms["d_lecam"] = lecam(*logits)
+                    d_loss = d_loss + args.disc_lecam * terms["d_lecam"]
                 norm = update(accelerator, discriminator, optimizers[1], factor * d_loss, args.max_grad_norm)
-                terms |= {"d_loss": d_loss} | {f"d_{name}": value for name, value in norm.items()}
+                terms |= {f"d_{name}": value for name, value in norm.items()}
         terms = {name: value.detach() for name, value in terms.items()}
         run.watch(terms, without_scaling=terms.keys() - PLAIN_LOSSES)
         if not accelerator.sync_gradients:

@@ -1,5 +1,7 @@
 """The adversarial part of stage 1: the discriminator, its losses, and how much it weighs."""
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,14 +11,16 @@ from torch import nn
 class PatchDiscriminator(nn.Module):
     """How real each patch of an image looks: the convolutional PatchGAN of Isola et al. (2017).
 
-    With three layers, a logit sees 70 x 70 pixels.
+    A logit sees a square of 16, 34, 70 or 142 pixels a side with 1, 2, 3 or 4 layers.
 
     Args:
         base_channels: width of the first convolution; widths double up to eight times this.
         num_layers: convolutions of stride 2; two of stride 1 follow.
+        norm: "batch", by the statistics of all images (Isola et al. 2017); "group", by those of each image (Wu and He
+            2018); "none". Only with the latter two an image's logits depend on that image alone, in training too.
     """
 
-    def __init__(self, base_channels=64, num_layers=3):
+    def __init__(self, base_channels=64, num_layers=3, norm="batch"):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
@@ -26,8 +30,8 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
             layers += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride, padding=1, bias=False),
-                GlobalBatchNorm2d(widths[i]),
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride, padding=1, bias=norm == "none"),
+                NORMS[norm](widths[i]),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -85,6 +89,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return normalised.to(features.dtype)
 
 
+# By the width that is normalised.
+NORMS = {
+    "batch": GlobalBatchNorm2d,
+    "group": lambda width: nn.GroupNorm(math.gcd(32, width), width),
+    "none": lambda width: nn.Identity(),
+}
+
+
 class _SumOverProcesses(torch.autograd.Function):
     """Sum of a tensor over the processes; each process's loss sends its gradient to all of them."""
 
@@ -107,6 +119,51 @@ def _num_processes():
 def hinge_loss(real_logits, fake_logits):
     """The discriminator's loss, a float32 scalar: 0 once real logits are at least 1 and fake ones at most -1."""
     return 0.5 * (F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean())
+
+
+def r1_penalty(discriminator, pixel_values, scale=1.0):
+    """Squared norm of the gradient of an image's summed logits by its pixels, the mean over images, a float32 scalar.
+
+    R1 of Mescheder et al. (2018), to be weighed by gamma / 2: real images must not lie on a slope of the discriminator.
+    The logits of an image must not depend on others, as they do with batch norm.
+
+    Args:
+        discriminator: images (B, 3, H, W) to logits (B, 1, h, w).
+        pixel_values: real images.
+        scale: the gradient scaler's factor, for fp16, where small gradients would vanish.
+    """
+    pixel_values = pixel_values.detach().requires_grad_()
+    logits = discriminator(pixel_values).float().sum()
+    (gradient,) = torch.autograd.grad(logits * scale, pixel_values, create_graph=True)
+    return (gradient.float() / scale).square().sum(dim=(1, 2, 3)).mean()
+
+
+class LeCam(nn.Module):
+    """The regularisation of Tseng et al. (2021), a float32 scalar: how far the logits of real images are from the moving
+    average of generated ones', and the other way round, squared.
+
+    It keeps a discriminator that has seen few images from parting the two ever further. The averages, over the batches of
+    all processes, start at 0 and are those before the present batch; they belong into checkpoints.
+
+    Args:
+        decay: of the moving averages.
+    """
+
+    def __init__(self, decay=0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("averages", torch.zeros(2))  # real, generated
+
+    def forward(self, real_logits, fake_logits):
+        logits = torch.stack([real_logits.float(), fake_logits.float()])
+        loss = (logits - self.averages.flip(0).view(2, 1, 1, 1, 1)).square().flatten(1).mean(1).sum()
+        with torch.no_grad():
+            means = logits.flatten(1).mean(1)
+            if _num_processes() > 1:
+                dist.all_reduce(means)
+                means /= _num_processes()
+            self.averages.lerp_(means, 1 - self.decay)
+        return loss
 
 
 def generator_loss(fake_logits):

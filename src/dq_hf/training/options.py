@@ -27,13 +27,14 @@ TAKEN = (  # the new value counts from there
         "gradient_accumulation_steps",
     ),
     *("learning_rate", "warmup_steps", "max_grad_norm", "max_steps"),
-    *("perceptual", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "dropout", "attention_dropout"),
+    *("perceptual", "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "disc_r1"),
+    *("dropout", "attention_dropout"),
 )
 REFUSED = (  # another value than the checkpoint's is an error
     *("streaming", "label_column", "length_buckets", "seed", "start_from", "decoder_only", "compile"),
     *("image_size", "granularities", "router", "fine_ratios", "calibration_images", "block_out_channels"),
     *("layers_per_block", "norm_num_groups", "z_channels", "codebook_size", "codebook_dim"),
-    *("disc_channels", "disc_layers", "ema_decay", "vae", "weight_decay", "class_dropout"),
+    *("disc_channels", "disc_layers", "disc_norm", "disc_lecam", "ema_decay", "vae", "weight_decay", "class_dropout"),
     *("hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers", "fine_order"),
     *("caption_column", "text_encoder", "train_text_encoder", "text_length", "text_dropout"),
 )
