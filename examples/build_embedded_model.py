@@ -39,7 +39,7 @@ SPLITS = {"test": "concepts never seen", "test_pairs": "concepts seen in other s
 CAPTION_COLUMN = "captions"
 BATCH_SIZE = 32
 COLUMNS = 8  # of the samples
-CONCEPT = "snail"  # in all styles, and as guidance grows
+CONCEPT = "crown"  # in all styles, one of which is held out, and as guidance grows
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 NUM_RECONSTRUCTIONS = 24
 SCALE = 2  # of all pictures
@@ -51,8 +51,8 @@ installing and offline; it is small, and takes prompts such as "{concept}, {styl
 
 SAMPLES = """\
 Samples, not chosen. First the {num_prompts} prompts of `{prompts}`, drawn at random from the captions of the training images:
-`dq-hf generate --prompts-file {prompts} -n {num_prompts} --seed 0`. Then one concept in all styles, and one prompt as
-guidance grows, all from seed 0. What is not given is {sampling} (`sampling_defaults` in the configuration)."""
+`dq-hf generate --prompts-file {prompts} -n {num_prompts} --seed 0`. Then one concept in all styles (not seen in training: {unseen}),
+and one prompt as guidance grows, all from seed 0. What is not given is {sampling} (`sampling_defaults` in the configuration)."""
 
 RECONSTRUCTIONS = "The first held-out images of split `test`, their variable-length coding, and their reconstructions."
 
@@ -120,6 +120,8 @@ def main():
     draw_samples(model, prompts, styles).save(folder / "samples.png")
     config = model.transformer.config
     sampling = ", ".join(f"{name} {value}" for name, value in config.sampling_defaults.items())
+    pairs = sets["test_pairs"].select_columns([CAPTION_COLUMN, "style"])
+    unseen = [styles[row["style"]] for row in pairs if row[CAPTION_COLUMN][0] == CONCEPT]
     held_out = ", ".join(f"{len(rows):,} of {SPLITS[split]} (`{split}`)" for split, rows in sets.items())
     write_model_card(
         folder,
@@ -142,7 +144,12 @@ def main():
         limits=LIMITS.format(text_length=config.text_length),
         license="cc-by-4.0",
         captions={
-            "samples.png": SAMPLES.format(num_prompts=len(prompts), prompts=args.prompts, sampling=sampling),
+            "samples.png": SAMPLES.format(
+                num_prompts=len(prompts),
+                prompts=args.prompts,
+                unseen=", ".join(unseen) or "none",
+                sampling=sampling,
+            ),
             "reconstructions.png": RECONSTRUCTIONS,
         },
     )
@@ -206,7 +213,7 @@ def measure(model, sets, styles):
         quality = torch.tensor(reconstruction_figures(model.vae, rows, split), dtype=torch.float64)
         own = torch.tensor(rows["style"])
         means = [quality[own == style].mean(0).tolist() for style in range(len(styles))] + [quality.mean(0).tolist()]
-        losses = held_out_losses(model, rows)
+        losses = held_out_losses(model, rows, split)
         costs = [losses[f"test_content_loss{kind}"] for kind in ("", "_no_text", "_wrong_text")]
         by_style.append(f"| {name} | " + " | ".join(f"{value:.2f} ({codes:.0f})" for value, codes in means) + " |")
         by_caption.append(f"| {name} | " + " | ".join(f"{cost:.3f}" for cost in costs) + " |")
@@ -233,13 +240,13 @@ def reconstruction_figures(vae, rows, split):
     return figures
 
 
-def held_out_losses(model, rows):
+def held_out_losses(model, rows, split):
     """Losses as in the run's log, but of these weights."""
     text = TrainedText(model.tokenizer, model.text_encoder, model.transformer.config.text_length)
     more = CaptionBatches(text, CAPTION_COLUMN, seed=0, wrong_column=WRONG_CAPTIONS)
     rows = with_wrong_captions(rows, CAPTION_COLUMN, WRONG_CAPTIONS)
     collate = ImageCollator(DQImageProcessor.for_model(model.vae.config), more=more)
-    loader = DataLoader(rows, BATCH_SIZE, collate_fn=collate)
+    loader = tqdm(DataLoader(rows, BATCH_SIZE, collate_fn=collate), desc=f"predict {split}")
     generator = text.join(model.transformer)
     return evaluate(Accelerator(cpu=True), model.vae, generator, loader, generator.config, text)
 
