@@ -45,9 +45,9 @@ NUM_RECONSTRUCTIONS = 24
 SCALE = 2  # of all pictures
 
 SUMMARY = """\
-The model that dq_hf carries with it: a DQ-VAE, a DQ-Transformer and a small text encoder ({parameters} parameters), trained
-from scratch on captioned emoji in {num_styles} styles ({styles}). It shows what dynamic vector quantisation does, right after
-installing and offline; it is small, and takes prompts such as "{concept}, {style} style"."""
+The model that dq_hf carries with it: a DQ-VAE, a DQ-Transformer and a small text encoder ({parameters}
+parameters), trained on captioned emoji in {num_styles} styles ({styles}). It shows what dynamic vector
+quantisation does, right after installing and offline; it is small, and takes prompts such as "{concept}, {style} style"."""
 
 SAMPLES = """\
 Samples, not chosen. First the {num_prompts} prompts of `{prompts}`, drawn at random from the captions of the training images:
@@ -128,7 +128,7 @@ def main():
         model.config,
         title=output_dir.name,
         summary=SUMMARY.format(
-            parameters=", ".join(f"{part.num_parameters():,}" for part in model.parts.values()),
+            parameters=" + ".join(f"{part.num_parameters():,}" for part in model.parts.values()),
             num_styles=len(styles),
             styles=", ".join(styles),
             concept=CONCEPT,
