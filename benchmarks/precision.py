@@ -33,6 +33,7 @@ VARIANTS = {
 class Arguments:
     model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of both models"})
     data: str = field(default="examples/data/emoji", metadata={"help": "images with a split test"})
+    label_column: str = field(default="category", metadata={"help": "of the images"})
     num_images: int = field(default=386, metadata={"help": "held-out images, the first ones"})
     samples_per_class: int = field(default=8, metadata={"help": "samples of each class, seed 0"})
     batch_size: int = field(default=32, metadata={"help": "images at a time"})
@@ -69,7 +70,7 @@ def main(args):
 def load_batches(images, args):
     """Pixel values and labels of all images."""
     model_config = DQForImageGeneration.config_class.from_pretrained(args.model)
-    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", "category")
+    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", args.label_column)
     return list(DataLoader(images, args.batch_size, collate_fn=collate))
 
 

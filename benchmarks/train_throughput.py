@@ -73,7 +73,6 @@ class Arguments:
         metadata={"help": "more options of train_dqtransformer.py"},
     )
     data: str = field(default=str(EMOJI), metadata={"help": "as for the scripts; split train, column image"})
-    label_column: str = field(default="category", metadata={"help": "none: unconditional"})
     num_images: int = field(default=200, metadata={"help": "drawn at random from the data, for all rows"})
     vae: str = field(default=f"{DEFAULT_MODEL}/vae", metadata={"help": "tokenizer of stage 2"})
     batch_size: int = field(default=32, metadata={"help": "images a step"})
@@ -159,7 +158,7 @@ def script_options(args, row, setting, images, cache):
     if ROWS[row].stage == 1:
         parts.append(args.stage_1)
     else:
-        parts.append(f"--vae {shlex.quote(args.vae)} --label_column {args.label_column} {args.stage_2}")
+        parts.append(f"--vae {shlex.quote(args.vae)} --label_column none {args.stage_2}")
     return " ".join([*parts, ROWS[row].options.format(cache=cache), SETTINGS[setting][1]])
 
 
@@ -180,7 +179,7 @@ def draw_images(args, path):
 def encode(args, images, cache):
     """Make the code cache of these images."""
     torch.set_num_threads(args.threads)
-    options = f"--data {images} --test_split none --vae {shlex.quote(args.vae)} --label_column {args.label_column}"
+    options = f"--data {images} --test_split none --vae {shlex.quote(args.vae)} --label_column none"
     run_script("encode_dataset", f"{options} --batch_size {args.batch_size} --output_dir {cache}")
 
 

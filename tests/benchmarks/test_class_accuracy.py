@@ -54,7 +54,11 @@ def test_the_classifier_is_logistic_regression():
 
 def test_a_run_knows_real_images_by_the_names_of_their_classes(place):
     args = class_accuracy.Arguments(
-        model=str(place / "model"), data=str(place / "images"), samples_per_class=2, output=str(place / "page.md")
+        model=str(place / "model"),
+        data=str(place / "images"),
+        label_column="label",
+        samples_per_class=2,
+        output=str(place / "page.md"),
     )
     class_accuracy.main(args)
     rows = [line.split("|")[1:-1] for line in (place / "page.md").read_text().splitlines() if line.startswith("|")]

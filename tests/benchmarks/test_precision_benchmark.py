@@ -83,8 +83,8 @@ def data(tmp_path):
 
 def test_the_benchmark_has_a_row_for_each_precision(folder, data, tmp_path, capsys):
     output = tmp_path / "precision.md"
-    arguments = dict(model=str(folder), data=str(data), num_images=4, samples_per_class=1, batch_size=2)
-    precision.main(precision.Arguments(**arguments, output=str(output)))
+    arguments = dict(model=str(folder), data=str(data), label_column="label", num_images=4, samples_per_class=1)
+    precision.main(precision.Arguments(**arguments, batch_size=2, output=str(output)))
     text = output.read_text()
     assert "4 held-out images, 3 samples, seed 0" in text and "| int8 weights |" in capsys.readouterr().out
     rows = {

@@ -91,7 +91,7 @@ def pipe():
 def emoji(tmp_path_factory):
     """A file with a held-out picture, and the picture."""
     folder = Path(__file__).parents[2] / "examples" / "data" / "emoji"
-    images = load_dataset("parquet", data_files=str(folder / "test-*.parquet"), split="train")
+    images = load_dataset("parquet", data_files=str(folder / "data" / "test-0*.parquet"), split="train")
     path = tmp_path_factory.mktemp("uploads") / "emoji.png"
     images[40]["image"].save(path)
     return path, Image.open(path)
