@@ -9,13 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    CompileConfig,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import CompileConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
@@ -75,7 +69,9 @@ class Draw:
 
     def choose(self, symbol, logits, allowed, inputs):
         """As `Greedy.choose`; the warpers are applied to what is allowed."""
-        scores = self.warpers[symbol](None, logits.float().masked_fill(~allowed, -torch.inf))
+        scores = logits.float().masked_fill(~allowed, -torch.inf)
+        for warper in self.warpers[symbol]:
+            scores = warper(None, scores)
         return draw_index(scores, inputs[symbol])
 
 
@@ -292,7 +288,7 @@ def evaluation_mode(model):
 
 def make_warpers(temperature, top_k, top_p):
     """transformers' warpers for one kind of logits; what is None changes nothing."""
-    warpers = LogitsProcessorList()
+    warpers = []
     if temperature not in (None, 1):
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:

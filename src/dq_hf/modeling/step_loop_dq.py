@@ -103,7 +103,8 @@ def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidan
     while not rest.only_ends():  # waits for the device
         targets = rest.targets
         guesses, positions, next_positions = rest.elements(targets)
-        elements = with_twin(model, hidden, guesses, positions, granularities)
+        any_start = rest.num_passes == 0  # later ones have codes before their targets
+        elements = with_twin(model, hidden, guesses, positions, granularities, any_start)
         following = next_positions if hidden is None else torch.cat([next_positions, next_positions])
         if lookahead == 1:
             place = rest.first + rest.num_passes  # of all images that go on
@@ -123,11 +124,16 @@ def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidan
     yield state
 
 
-def with_twin(model, hidden, contents, positions, granularities):
-    """Elements (2B, L): the rows of the condition, and those of its hidden twin; without a twin the former, (B, L)."""
+def with_twin(model, hidden, contents, positions, granularities, any_start=True):
+    """Elements (2B, L): the rows of the condition, and those of its hidden twin; without a twin the former, (B, L).
+
+    They differ in start tokens; without `any_start` there are none.
+    """
     if hidden is None:
         return contents, positions, granularities
-    twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
+    twin = contents, positions
+    if any_start:
+        twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
     return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
 
 
@@ -191,8 +197,10 @@ class FixedPart:
     def accept(self, targets, guesses, chosen):
         """Write what a pass has chosen for its targets (B, L) given guesses (B, L), as far as these were right."""
         self.contents.scatter_(1, targets + 1, chosen)
-        self._write(self.done + 1 + (chosen[:, :-1] == guesses[:, 1:]).cumprod(1).sum(1))
-        if len(self.ahead) > 1:
+        if len(self.ahead) == 1:
+            self._write(self.done + 1)
+        else:
+            self._write(self.done + 1 + (chosen[:, :-1] == guesses[:, 1:]).cumprod(1).sum(1))
             self._remember(targets, guesses, chosen)
         self.num_passes += 1
 
