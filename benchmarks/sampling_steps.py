@@ -4,9 +4,9 @@
     python benchmarks/sampling_steps.py --hidden_size 1024 --num_position_layers 6 --num_content_layers 18 --steps 8
     python benchmarks/sampling_steps.py --output docs/performance.md   # puts the tables of this size into that file
 
-The first table has a step, one element of every image, of a DQ-Transformer with random weights, of `GPT2LMHeadModel` and
-`LlamaForCausalLM` with as many parameters, sampled by their own `generate`, and of nothing but our matrix products. The
-second has a pass of several elements in its fixed finest part, and what a code costs if as many come out of a pass as
+The first table has a step, one element of every image, of a DQ-Transformer with random weights, of the same when its
+modules must be called (as with adapters), of `GPT2LMHeadModel` and `LlamaForCausalLM` with as many parameters, sampled by
+their own `generate`, and of nothing but our matrix products. The second has a pass of several elements in its fixed finest part, and what a code costs if as many come out of a pass as
 from the embedded model. All are timed in turn, round after round, and the fastest rounds count.
 """
 
@@ -22,6 +22,7 @@ from sampling import make_model
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import dq_hf
+from dq_hf.modeling.fused_dq import fused
 
 
 @dataclass
@@ -56,9 +57,10 @@ def main(args):
     for batch in args.batch_sizes:
         calls = {
             "ours": partial(sample, ours, batch, args.steps),
+            "by modules": partial(sample_by_modules, ours, batch, args.steps),
             "GPT-2": partial(generate, others[0], batch, args.steps),
             "Llama": partial(generate, others[1], batch, args.steps),
-            "products": partial(multiply, ours, batch, args.steps),
+            "products": partial(multiply, products(ours), batch, args.steps),
         }
         step_rows.append((batch, *fastest(calls, args).values()))
     counted = {n: codes_a_pass(args, n) for n in args.lookahead}
@@ -92,23 +94,35 @@ def sample(model, batch, passes, lookahead=1):
         pass
 
 
+def sample_by_modules(model, batch, passes):
+    """The same with a hook in each stack, which does nothing but be called."""
+    stacks = model.position_transformer, model.content_transformer
+    hooks = [stack.register_forward_pre_hook(lambda *_: None) for stack in stacks]
+    sample(model, batch, passes)
+    for hook in hooks:
+        hook.remove()
+
+
 def generate(model, batch, steps):
     """Sample so many tokens, the transformers way."""
     model.generate(torch.zeros(batch, 1, dtype=torch.long), do_sample=True, max_new_tokens=steps, min_new_tokens=steps)
 
 
-def linears(model):
-    """The linear layers of a DQ-Transformer through which an element goes."""
-    return [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+def products(model):
+    """Weights and biases of a step whose position is fixed; queries, keys and values are one product."""
+    layers = [*model.position_transformer.layers, *model.content_transformer.layers]
+    return [
+        *(each for layer in layers for each in fused(layer).products),
+        (model.content_head.projection.weight, None),
+    ]
 
 
-def multiply(model, batch, steps):
+def multiply(products, batch, steps):
     """The matrix products of so many steps, and nothing else."""
-    layers = linears(model)
-    inputs = {layer.in_features: torch.randn(batch, layer.in_features) for layer in layers}
+    inputs = {weight.shape[1]: torch.randn(batch, weight.shape[1]) for weight, _ in products}
     for _ in range(steps):
-        for layer in layers:
-            torch.nn.functional.linear(inputs[layer.in_features], layer.weight, layer.bias)
+        for weight, bias in products:
+            torch.nn.functional.linear(inputs[weight.shape[1]], weight, bias)
 
 
 def gpt2(ours):
@@ -172,8 +186,8 @@ def make_report(args, ours, others, step_rows, pass_rows):
         f"{describe_device(args.device, args.threads)}; torch {torch.__version__}, transformers "
         f"{transformers.__version__}; {args.clock} time. Milliseconds a step, the mean of the first {args.steps}:",
         "",
-        "| batch | ours | GPT-2 | Llama | our products alone | ours / products |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| batch | ours | ours, by calls of modules | GPT-2 | Llama | our products alone | ours / products |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for batch, mine, *rest, products in step_rows:
         figures = [f"{value:.3g}" for value in (mine, *rest, products)]

@@ -13,7 +13,7 @@ def test_tables_have_a_row_for_every_batch_size_and_lookahead(tmp_path):
     )
     text = output.read_text()
     number = r" [\d.e+-]+ \|"
-    assert re.findall(rf"^\| (\d) \|{number * 5}$", text, flags=re.MULTILINE) == ["1", "2"]
+    assert re.findall(rf"^\| (\d) \|{number * 6}$", text, flags=re.MULTILINE) == ["1", "2"]
     rows = re.findall(rf"^\| (\d) \| (\d) \|{number * 3} ([\d.]+) times \|$", text, flags=re.MULTILINE)
     assert [row[:2] for row in rows] == [("1", "1"), ("1", "4"), ("2", "1"), ("2", "4")]
     assert rows[0][2] == rows[2][2] == "1.00"

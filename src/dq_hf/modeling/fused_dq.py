@@ -1,5 +1,6 @@
 """A stack's inference without its modules: their calls take as long as the products of a single element."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,16 +39,33 @@ def is_plain(stack):
     )
 
 
-def fused(layer):
-    """What `fused_pass` wants of a layer: of its attention, and arguments of its norms and products."""
+@dataclass(frozen=True)
+class FusedLayer:
+    """What `fused_pass` wants of a layer.
+
+    Args:
+        head_dim, scaling: of its attention.
+        norms: arguments of the two norms, behind the input.
+        products: likewise of four products: queries, keys and values in one, the attention's output, both of the MLP.
+    """
+
+    head_dim: int
+    scaling: float
+    norms: list
+    products: list
+
+
+def fused(layer) -> FusedLayer:
+    """A `DQTransformerLayer` without its modules."""
     attention, mlp = layer.attention, layer.mlp
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    projections, linears = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj, mlp.fc1, mlp.fc2)
-    return (
-        (attention.head_dim, attention.scaling),
-        *((norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in norms),
-        [torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias")],
-        *((linear.weight, linear.bias) for linear in linears),
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    q_k_v = [torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias")]
+    norms, linears = (layer.input_layernorm, layer.post_attention_layernorm), (attention.o_proj, mlp.fc1, mlp.fc2)
+    return FusedLayer(
+        attention.head_dim,
+        attention.scaling,
+        norms=[(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in norms],
+        products=[q_k_v, *((linear.weight, linear.bias) for linear in linears)],
     )
 
 
@@ -56,13 +74,13 @@ def fused_pass(layers, cache, hidden_states, window=None):
     layer_norm, linear = nn.functional.layer_norm, nn.functional.linear
     attention_mask = None if window is None else window.attention_mask
     for layer, layer_cache in zip(layers, cache.layers):
-        (head_dim, scaling), input_norm, mlp_norm, q_k_v_proj, o_proj, fc1, fc2 = layer
-        projected = linear(layer_norm(hidden_states, *input_norm), *q_k_v_proj)
-        projected = projected.view(*hidden_states.shape[:2], 3, -1, head_dim)
+        (attention_norm, mlp_norm), (q_k_v, output, fc1, fc2) = layer.norms, layer.products
+        projected = linear(layer_norm(hidden_states, *attention_norm), *q_k_v)
+        projected = projected.view(*hidden_states.shape[:2], 3, -1, layer.head_dim)
         query, key, value = projected.transpose(1, 3).unbind(2)  # (B, heads, L, head_dim)
         key, value = layer_cache.update(key, value, window)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
-        hidden_states = hidden_states + linear(attended.transpose(1, 2).flatten(2), *o_proj)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=layer.scaling)
+        hidden_states = hidden_states + linear(attended.transpose(1, 2).flatten(2), *output)
         inner = nn.functional.gelu(linear(layer_norm(hidden_states, *mlp_norm), *fc1))
         hidden_states = hidden_states + linear(inner, *fc2)
     return hidden_states
