@@ -103,6 +103,16 @@ def test_parquet_files_are_read(tmp_path, one_file, streaming):
     assert class_names(dataset, "kind") == ["x", "y"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_whose_name_begins_like_another_is_not_mixed_into_that(tmp_path, streaming):
+    for grey, split in enumerate(("test", "test_pairs", "train")):
+        images_of([png(grey)]).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    splits = {
+        split: greys(load_images(tmp_path, split, streaming=streaming)) for split in ("test", "test_pairs", "train")
+    }
+    assert splits == {"test": [0], "test_pairs": [1], "train": [2]}
+
+
 def test_a_stream_may_tell_its_columns_only_by_its_rows(tmp_path):
     write_images(tmp_path, ["a.png", "b.png"])
     lines = [json.dumps({"image": str(tmp_path / name)}) for name in ("a.png", "b.png")]

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from .image_folders import is_image_folder, load_image_folder
 
 logger = logging.getLogger(__name__)
+SHARD = re.compile(r"-\d+-of-\d+$")  # end of the name of a split's part
 MAX_NAMES = 20  # broken images that are named; the others are only counted
 
 
@@ -51,7 +52,8 @@ def load_splits(data, streaming):
     ).absolute()  # in full, because datasets has builders of its own named "parquet", "csv", "imagefolder"
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=as_pattern(path), streaming=streaming)
-    if path.is_dir() and glob.has_magic(str(path)):  # which datasets would take for a pattern
+    # A path with []*? datasets would take for a pattern, and test_pairs-00000-of-00001.parquet for a part of "test", too.
+    if path.is_dir() and (glob.has_magic(str(path)) or holds_shards(path)):
         return datasets.load_dataset("parquet", data_files=parquet_files(path), streaming=streaming)
     try:
         return datasets.load_dataset(str(path if path.exists() else data), streaming=streaming)
@@ -63,12 +65,18 @@ def load_splits(data, streaming):
         ) from error
 
 
+def holds_shards(folder):
+    """Whether a folder has Parquet files that say by their names which part of which split they are, and no card."""
+    names = [path.stem for path in folder.glob("*.parquet")]
+    return bool(names) and all(map(SHARD.search, names)) and not (folder / "README.md").exists()
+
+
 def parquet_files(folder):
     """{split: its Parquet files}, by the folder at the top, but for `data`, else by the file's name."""
     splits = {}
     for path in sorted(folder.rglob("*.parquet")):
         parts = [part for part in path.relative_to(folder).parts if part != "data"]
-        split = parts[0] if len(parts) > 1 else re.sub(r"-\d+-of-\d+$", "", path.stem)
+        split = parts[0] if len(parts) > 1 else SHARD.sub("", path.stem)
         splits.setdefault(split, []).append(as_pattern(path))
     if not splits:
         raise ValueError(f"{folder} must hold images or Parquet files; rename it if it holds other data, without []*?")
