@@ -14,6 +14,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from dq_hf import DEFAULT_MODEL
 from dq_hf.demo.page import launch, make_page
+from dq_hf.demo.views import VIEW_SIDE
 from dq_hf.loading import load_models
 
 CHROMIUM = "/usr/bin/chromium"
@@ -76,7 +77,7 @@ def paint(page, regions):
     page.wait_for_timeout(2000)  # until the picture lies on the canvas
     box = canvas.bounding_box()
     zoom = float(page.get_by_text(re.compile(r"^\d+%$")).filter(visible=True).inner_text().rstrip("%")) / 100
-    side = 64 * 6 * zoom  # the picture stands in the middle of the canvas
+    side = VIEW_SIDE * zoom  # the picture stands in the middle of the canvas
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
     for row, column in regions:
         page.mouse.click(left + (column + 0.5) / REGIONS * side, top + (row + 0.5) / REGIONS * side)
