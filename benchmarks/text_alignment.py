@@ -176,11 +176,12 @@ def sweep(args, pipe, gallery):
         for metric in metrics:
             metric.add_batch(predictions=samples, references=real)
         frechet, shares = (metric.compute() for metric in metrics)
-        distance = frechet[f"FD-{gallery.extractor.suffix}"]
+        distance = frechet[gallery.extractor.frechet_distance_name]
+        precision, recall = (shares[f"{name}-{gallery.extractor.suffix}"] for name in ("precision", "recall"))
         first, tenth = gallery.recalls(samples, rows)
         lines.append(
-            f"| {guidance:g} | {temperature:g} | {top_p:g} | {distance:.1f} | {shares['precision']:.2f} | "
-            f"{shares['recall']:.2f} | {first:.2f} | {tenth:.2f} |"
+            f"| {guidance:g} | {temperature:g} | {top_p:g} | {distance:.1f} | {precision:.2f} | "
+            f"{recall:.2f} | {first:.2f} | {tenth:.2f} |"
         )
     return "\n".join(lines)
 

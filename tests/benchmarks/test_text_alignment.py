@@ -1,9 +1,10 @@
 import pytest
 import text_alignment
 import torch
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from datasets import ClassLabel, Dataset
 
-from dq_hf import DEFAULT_MODEL
+from dq_hf import DEFAULT_MODEL, DQPipeline
 from dq_hf.networks.extractors import FeatureExtractor
 
 
@@ -23,7 +24,7 @@ def test_main_colour_is_that_of_most_pixels_that_are_not_white():
 
 
 class MeanColour(FeatureExtractor):
-    suffix = "mean colour"
+    frechet_distance_name, suffix = "FD-colour", "colour"
 
     def __init__(self):
         super().__init__()
@@ -33,7 +34,9 @@ class MeanColour(FeatureExtractor):
         return images.mean((2, 3))
 
 
-def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(monkeypatch):
+@pytest.fixture
+def gallery():
+    """Two reds, two greens, a blue, by their mean colour."""
     gallery = text_alignment.Gallery.__new__(text_alignment.Gallery)
     colours = torch.tensor([[250, 0, 0], [200, 10, 0], [0, 250, 0], [0, 200, 10], [0, 0, 250]])
     images = colours.to(torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4)
@@ -42,11 +45,16 @@ def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(monk
     raw = gallery.raw_features(images)
     gallery.mean, gallery.std = raw.mean(0), raw.std(0)
     gallery.features = gallery.standardised(raw)
+    gallery.images = lambda rows: images[list(rows)]
     gallery.ranges = {"train": range(5)}
     gallery.rows = Dataset.from_dict(
         {"captions": [["a"], ["b"], ["c"], ["d"], ["e"]], "style": [0, 1, 0, 1, 0]}
     ).cast_column("style", ClassLabel(names=["flat", "3d"]))
+    return gallery
 
+
+def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(gallery, monkeypatch):
+    images = gallery.images(range(5))
     monkeypatch.setattr(text_alignment, "RANKS", (1, 3))
     assert gallery.recalls(images, list(range(5))) == [0.8, 0.8]  # blue has no second picture
     assert gallery.recalls(images[[0]], [0], ["green"]) == [0.0, 1.0]  # red, then the greens
@@ -54,6 +62,20 @@ def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(monk
     assert sorted(zip(rows, prompts)) == list(
         enumerate(["a, flat style", "b, 3d style", "c, flat style", "d, 3d style"])
     )
+
+
+def test_the_sweep_has_a_row_for_each_setting(gallery, monkeypatch):
+    monkeypatch.setattr(text_alignment, "GUIDANCE", (1.0, 3.0))
+    text = make_text_encoder(), make_text_tokenizer()
+    pipe = DQPipeline(make_vae(), make_transformer(**TEXT), *text)
+    pipe.set_progress_bar_config(disable=True)
+    table = text_alignment.sweep(text_alignment.Arguments(prompts=4), pipe, gallery).split("\n\n")[1].splitlines()
+    names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if "---" not in line]
+    assert [row[:3] for row in rows[:3]] == [["1", "0.7", "0.9"], ["1", "0.7", "1"], ["1", "0.85", "0.9"]]
+    assert len(rows) == 12 and len({tuple(row[3:]) for row in rows}) > 1
+    for row in rows:
+        figures = dict(zip(names, map(float, row)))
+        assert figures["FD"] > 0 and all(0 <= figures[name] <= 1 for name in ("precision", "recall", "R@1", "R@10"))
 
 
 def test_a_class_model_is_refused():
