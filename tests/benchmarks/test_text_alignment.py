@@ -28,10 +28,11 @@ class MeanColour(FeatureExtractor):
 
     def __init__(self):
         super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
         self.freeze("mean colour")
 
     def features(self, images):
-        return images.mean((2, 3))
+        return self.scale * images.mean((2, 3))
 
 
 @pytest.fixture
@@ -66,6 +67,7 @@ def test_pictures_find_the_other_styles_of_their_concept_but_not_themselves(gall
 
 def test_the_sweep_has_a_row_for_each_setting(gallery, monkeypatch):
     monkeypatch.setattr(text_alignment, "GUIDANCE", (1.0, 3.0))
+    monkeypatch.setattr(text_alignment, "RANKS", (1, 3))
     text = make_text_encoder(), make_text_tokenizer()
     pipe = DQPipeline(make_vae(), make_transformer(**TEXT), *text)
     pipe.set_progress_bar_config(disable=True)
