@@ -3,12 +3,13 @@
     pip install -c constraints.txt -e ".[quantization]"
     python benchmarks/precision.py --output docs/precision.md      # one CPU thread; half an hour where half precision is slow
 
-int8: torchao's weight-only quantisation of the generator, one scale for each row of a weight; activations and the
-tokenizer stay in float32.
+int8: torchao's weight-only quantisation of the generator, one scale for each row of a weight; activations, the
+tokenizer and the text encoder stay in float32.
 """
 
 import tempfile
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from transformers import HfArgumentParser, TorchAoConfig
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
 from dq_hf.data.images import ImageCollator, load_images
 from dq_hf.metrics.psnr import psnr
+from dq_hf.metrics.references import reference_captions
+from dq_hf.modeling.text_dq import prompt_arguments
 
 VARIANTS = {
     "float32": {},
@@ -31,11 +34,14 @@ VARIANTS = {
 
 @dataclass
 class Arguments:
-    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of both models"})
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of a text model"})
     data: str = field(default="examples/data/emoji", metadata={"help": "images with a split test"})
-    label_column: str = field(default="category", metadata={"help": "of the images"})
+    caption_column: str = field(default="captions", metadata={"help": "of the images; one of each is drawn"})
     num_images: int = field(default=386, metadata={"help": "held-out images, the first ones"})
-    samples_per_class: int = field(default=8, metadata={"help": "samples of each class, seed 0"})
+    prompts: str = field(
+        default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, of the samples"}
+    )
+    samples_per_prompt: int = field(default=2, metadata={"help": "samples of each prompt, seed 0"})
     batch_size: int = field(default=32, metadata={"help": "images at a time"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
@@ -45,39 +51,38 @@ class Arguments:
 def main(args):
     torch.set_num_threads(args.threads)
     images = load_images(args.data, "test")
-    batches = load_batches(images.select(range(min(args.num_images, len(images)))), args)
+    images = images.select(range(min(args.num_images, len(images))))
+    config = DQForImageGeneration.config_class.from_pretrained(args.model)
+    captions = reference_captions(config.transformer_config, images, args.caption_column, seed=0)
+    collate = ImageCollator(DQImageProcessor.for_model(config.vae_config))
+    batches = [batch["pixel_values"] for batch in DataLoader(images, args.batch_size, collate_fn=collate)]
+    prompts = Path(args.prompts).read_text("utf-8").splitlines()
+    prompts = [prompt for prompt in prompts for _ in range(args.samples_per_prompt)]
     rows, reference = {}, None
     for name, options in VARIANTS.items():
         model = DQForImageGeneration.from_pretrained(args.model, **options)
-        encoded = [model.vae.encode(batch["pixel_values"]) for batch in batches]
-        samples = sample(model, args.samples_per_class)
+        encoded = [model.vae.encode(batch) for batch in batches]
+        texts = prompt_states(model, prompts)
+        samples = model.transformer.generate(**texts, generator=torch.Generator().manual_seed(0))
         if reference is None:
             reference = (encoded, samples)
         rows[name] = {
             "megabytes": saved_megabytes(model.transformer),
             "same_codes": share_of_same_codes(encoded, reference[0]),
             "psnr": mean_psnr(model.vae, batches, encoded),
-            "nats": nats_per_code(model.transformer, batches, reference[0]),
+            "nats": nats_per_code(model, captions, reference[0]),
             **compare_samples(samples, reference[1]),
         }
         print(name, rows[name], flush=True)
-    report = make_report(args, rows, sum(len(batch["pixel_values"]) for batch in batches), len(reference[1].codes))
+    report = make_report(args, rows, len(images), len(prompts))
     print(f"\n{report}")
     if args.output is not None:
         write_section(Path(args.output), "benchmarks/precision.py", report)
 
 
-def load_batches(images, args):
-    """Pixel values and labels of all images."""
-    model_config = DQForImageGeneration.config_class.from_pretrained(args.model)
-    collate = ImageCollator(DQImageProcessor.for_model(model_config.vae_config), "image", args.label_column)
-    return list(DataLoader(images, args.batch_size, collate_fn=collate))
-
-
-def sample(model, samples_per_class):
-    """Streams of every class, with the configuration's sampling defaults."""
-    labels = [label for label in sorted(model.config.id2label) for _ in range(samples_per_class)]
-    return model.transformer.generate(labels, generator=torch.Generator().manual_seed(0))
+def prompt_states(model, prompts):
+    """The states of prompts, by the names of the generator's arguments."""
+    return prompt_arguments(model.transformer.config, model.text_encoder, model.tokenizer, prompts)
 
 
 def saved_megabytes(transformer):
@@ -95,20 +100,17 @@ def share_of_same_codes(encoded, reference):
 
 def mean_psnr(vae, batches, encoded):
     """Mean over images, in dB, of what a model reconstructs from its own codes."""
-    psnrs = [
-        psnr(vae.decode_codes(one.codes).sample.clamp(-1, 1), batch["pixel_values"])
-        for batch, one in zip(batches, encoded)
-    ]
+    psnrs = [psnr(vae.decode_codes(one.codes).sample.clamp(-1, 1), batch) for batch, one in zip(batches, encoded)]
     return torch.cat(psnrs).mean().item()
 
 
-def nats_per_code(transformer, batches, encoded):
-    """Nats of contents and positions of whole streams, mean over images, over the mean number of codes."""
-    outputs = [
-        transformer.log_prob(one.codes, one.grain_map, batch["class_labels"]) for batch, one in zip(batches, encoded)
-    ]
-    nats = torch.cat([output.nats for output in outputs])
-    return (nats.double().sum() / sum(one.num_codes.sum() for one in encoded)).item()
+def nats_per_code(model, captions, encoded):
+    """Nats of contents and positions of whole streams, each with its caption, over the number of their codes."""
+    nats, captions = [], iter(captions)
+    for one in encoded:
+        texts = prompt_states(model, list(islice(captions, len(one.codes))))
+        nats.append(model.transformer.log_prob(one.codes, one.grain_map, **texts).nats)
+    return (torch.cat(nats).double().sum() / sum(one.num_codes.sum() for one in encoded)).item()
 
 
 def compare_samples(samples, reference):

@@ -6,7 +6,7 @@
 Every image is encoded with `encode(..., fine_ratio=r)` for each r, with the router's own choice, and with the other codecs at
 each quality, all from the same 8-bit pixels, and what is decoded is rounded to 8 bits before it is measured. Codes and grain
 map are then written as `dq_hf.codec.compress` does, with the static prior and, where the model has a generator, with the
-generator prior, each image under its class; beside it stands the ideal, the code length that the generator itself gives
+generator prior, each image under its class or its caption; beside it stands the ideal, the code length that the generator itself gives
 (`log_prob`).
 
 All files have headers, which weigh much for small images. So bits are counted twice, of the file and without all that a
@@ -46,7 +46,7 @@ from dq_hf.data.images import ImageCollator, first_rows, load_images
 from dq_hf.loading import load_models
 from dq_hf.metrics import PerceptualDistance, psnr, ssim
 from dq_hf.metrics.code_statistics import count_bits
-from dq_hf.metrics.references import reference_labels
+from dq_hf.metrics.references import reference_captions, reference_labels
 from dq_hf.modeling.grain_map_dq import refinement_shares
 from dq_hf.modeling.image_processing_dq import from_bytes
 from dq_hf.pictures import new_figure
@@ -63,6 +63,7 @@ class Arguments:
     split: str = field(default="test", metadata={"help": "which images of them"})
     image_column: str = field(default="image", metadata={"help": "where they are"})
     label_column: str = field(default="category", metadata={"help": "their classes, for a model with classes"})
+    caption_column: str = field(default="captions", metadata={"help": "their captions, for a model with text"})
     max_images: int | None = field(default=None, metadata={"help": "at most so many, drawn once and for all"})
     fine_ratios: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)],
@@ -92,9 +93,9 @@ def main(args):
     vae, pipe = load_models(args.model)
     vae.to(args.device).eval()
     perceptual = PerceptualDistance(args.perceptual)
-    processor, dataset, labels = load_data(args, vae, pipe)
-    points, curves = measure(args, vae, pipe, perceptual, processor, dataset, labels)
-    seconds = measure_seconds(args, pipe or vae, dataset, labels, processor)
+    processor, dataset, conditions = load_data(args, vae, pipe)
+    points, curves = measure(args, vae, pipe, perceptual, processor, dataset, conditions)
+    seconds = measure_seconds(args, pipe or vae, dataset, conditions, processor)
     report = make_report(args, vae, pipe, perceptual, points, curves, seconds, len(dataset))
     print(report)
     if args.plot is not None:
@@ -105,7 +106,7 @@ def main(args):
 
 
 @torch.no_grad()
-def measure(args, vae, pipe, perceptual, processor, dataset, labels):
+def measure(args, vae, pipe, perceptual, processor, dataset, conditions):
     """Means over the images.
 
     Returns:
@@ -119,7 +120,6 @@ def measure(args, vae, pipe, perceptual, processor, dataset, labels):
     collate = ImageCollator(processor, args.image_column)
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, collate_fn=collate)
     static = StaticPrior(vae)
-    generators = {} if pipe is None else {label: GeneratorPrior(pipe, label) for label in sorted(set(labels), key=str)}
     values = {}  # {setting: {figure: [one number an image]}}
 
     def record(setting, images, **counts):
@@ -132,7 +132,7 @@ def measure(args, vae, pipe, perceptual, processor, dataset, labels):
         originals = processor.post_process(batch["pixel_values"])
         references = as_uint8(originals)
         pixel_values = processor(originals)["pixel_values"].to(args.device)
-        chosen = labels[done : done + len(originals)]
+        chosen = conditions[done : done + len(originals)]
         done += len(originals)
         for ratio, share in shares.items():
             encoded = vae.encode(pixel_values, fine_ratio=share)
@@ -145,9 +145,10 @@ def measure(args, vae, pipe, perceptual, processor, dataset, labels):
             grids = list(zip(encoded.codes.cpu(), encoded.grain_map.cpu()))
             ways = {"static": [static] * len(chosen)}
             if pipe is not None:
-                ways["generator"] = [generators[label] for label in chosen]
-                given = torch.tensor(chosen) if pipe.transformer.config.num_classes else None
-                nats = pipe.transformer.log_prob(encoded.codes, encoded.grain_map, given).nats
+                ways["generator"] = (GeneratorPrior(pipe, *each) for each in chosen)  # one in memory at a time
+                labels, prompts = (None if each[0] is None else list(each) for each in zip(*chosen))
+                texts = pipe.encode_prompt(prompts)
+                nats = pipe.transformer.log_prob(encoded.codes, encoded.grain_map, labels, **texts).nats
                 counts["ideal"] = nats / math.log(2)
             for way, priors in ways.items():
                 lengths = [dq_bits(prior, image, *pair) for prior, image, pair in zip(priors, originals, grids)]
@@ -173,16 +174,16 @@ def measure(args, vae, pipe, perceptual, processor, dataset, labels):
 def dq_bits(prior, image, codes, grain_map):
     """Bits of the file that `compress` writes, and of the payload in it."""
     payload = prior.encode(codes, grain_map)
-    header = Header(bytes(8), image.height, image.width, prior.flag, None, prior.class_label)
+    condition = prior.class_label, prior.prompt
+    header = Header(bytes(8), image.height, image.width, prior.flag, None, *condition)
     return 8 * len(write_file(header, payload, codes, grain_map)), 8 * len(payload)
 
 
-def measure_seconds(args, model, dataset, labels, processor):
+def measure_seconds(args, model, dataset, conditions, processor):
     """{way: (seconds to bytes, seconds back)} an image, at the router's rate, and quality 50."""
     rows = dataset.select(range(min(args.timed_images, len(dataset))))
     batch = ImageCollator(processor, args.image_column)(list(rows))
     images = processor.post_process(batch["pixel_values"])
-    labels = labels[: len(images)]
 
     def timed(function, inputs):
         begin = time.perf_counter()
@@ -193,7 +194,8 @@ def measure_seconds(args, model, dataset, labels, processor):
         return save(image, **settings)
 
     def write_by_generator(image):
-        return compress(model, image, prior="generator", class_label=labels[images.index(image)])
+        class_label, prompt = conditions[images.index(image)]
+        return compress(model, image, prior="generator", class_label=class_label, prompt=prompt)
 
     files, to_bytes = timed(partial(compress, model), images)
     seconds = {"static": (to_bytes, timed(partial(decompress, model), files)[1])}
@@ -208,15 +210,17 @@ def measure_seconds(args, model, dataset, labels, processor):
 
 
 def load_data(args, vae, pipe):
-    """The processor for a model's size, the images, and the class of each, all None where the model has no classes."""
+    """The processor for a model's size, the images, and (class, caption) of each, None where the model takes none."""
     processor = DQImageProcessor.for_model(vae.config)
     dataset = load_images(args.data, args.split, args.image_column)
     if args.max_images is not None:
         dataset = first_rows(dataset, args.max_images)
-    labels = [None] * len(dataset)
+    labels = captions = [None] * len(dataset)
     if pipe is not None and pipe.transformer.config.num_classes:
         labels = reference_labels(pipe.transformer.config, dataset, args.label_column)
-    return processor, dataset, labels
+    if pipe is not None and pipe.transformer.config.text_length is not None:
+        captions = reference_captions(pipe.transformer.config, dataset, args.caption_column, seed=0)
+    return processor, dataset, list(zip(labels, captions))
 
 
 def as_uint8(images):

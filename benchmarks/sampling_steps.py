@@ -41,6 +41,9 @@ class Arguments:
     model: str | None = field(
         default=None, metadata={"help": "model of which codes a pass are counted; default: ours"}
     )
+    prompts: str = field(
+        default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, for a model with text"}
+    )
     num_images: int = field(default=9, metadata={"help": "images of which they are counted"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
@@ -166,13 +169,18 @@ def llama(ours):
 
 def codes_a_pass(args, lookahead):
     """Fine codes a pass of one image, the mean over images of a trained model with its own sampling options."""
-    model = dq_hf.DQForImageGeneration.from_pretrained(args.model or dq_hf.DEFAULT_MODEL).transformer.eval()
-    classes = model.config.num_classes
+    pipe = dq_hf.DQPipeline.from_pretrained(args.model or dq_hf.DEFAULT_MODEL)
+    config, images = pipe.transformer.config, range(args.num_images)
     codes, passes = 0, 0
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
-    labels = [i % classes for i in range(args.num_images)] if classes else None
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in images]
+    labels = [i % config.num_classes for i in images] if config.num_classes else None
+    prompts = None
+    if config.text_length is not None:
+        lines = Path(args.prompts).read_text("utf-8").splitlines()
+        prompts = [lines[i % len(lines)] for i in images]
+    condition = {"class_labels": labels, "num_images": args.num_images, **pipe.encode_prompt(prompts)}
     done = torch.zeros(args.num_images, dtype=torch.long)
-    for state in model.generate_steps(labels, args.num_images, generator=generators, lookahead=lookahead):
+    for state in pipe.transformer.generate_steps(**condition, generator=generators, lookahead=lookahead):
         came = state.taken.sum(1) - done
         if state.positions_are_fixed().all() and done.sum() > 0:  # one element a pass until then
             codes, passes = codes + int(came.sum()), passes + int((came > 0).sum())

@@ -29,6 +29,7 @@ from report import describe_device, write_section  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 from dq_hf import DEFAULT_MODEL  # noqa: E402
+from dq_hf.demo.components import PROMPTS  # noqa: E402
 from dq_hf.demo.page import launch, make_page  # noqa: E402
 from dq_hf.loading import load_models  # noqa: E402
 
@@ -110,14 +111,15 @@ def encode(vae, i):
 
 
 def sample(pipe, i):
-    """Sample one image, of each class in turn."""
+    """Sample one image, of each class or prompt in turn."""
     pipe(generator=torch.Generator().manual_seed(i), **condition(pipe, i))
 
 
 def condition(pipe, i):
-    """The class of the i-th image, {} for a model without classes."""
-    classes = pipe.transformer.config.num_classes
-    return {"class_labels": [i % classes]} if classes else {}
+    """What the i-th image is of, by the names of the pipeline's arguments."""
+    config = pipe.transformer.config
+    labels = {"class_labels": [i % config.num_classes]} if config.num_classes else {}
+    return labels if config.text_length is None else labels | {"prompt": PROMPTS[i % len(PROMPTS)]}
 
 
 class Visitor:
@@ -133,14 +135,14 @@ class Visitor:
     def request(self, i):
         """The i-th request."""
         if i % 3 == 0:
-            expect("event: complete", self.ask("sample", {"Seed": i}))
+            expect("event: complete", self.ask("sample", {"Seed": i, "Prompt": PROMPTS[0]}))
         elif i % 3 == 1:
             files = {"files": ("noise.png", self.image.read_bytes())}
             (path,) = httpx.post(self.address + "upload", files=files, timeout=600).json()
             file = {"path": path, "meta": {"_type": "gradio.FileData"}}
             painting = {"background": None, "layers": [file], "composite": None}
             expect("event: complete", self.ask("open_to_edit", {"Image": file}, f"visitor {i}"))
-            edit = {"Paint here": painting, "Seed": i, "Candidates": 1}
+            edit = {"Paint here": painting, "Seed": i, "Prompt": PROMPTS[0], "Candidates": 1}
             expect("event: complete", self.ask("edit", edit, f"visitor {i}"))
         else:
             expect("the seed must be one number", self.ask("sample", {"Seed": "seven"}))

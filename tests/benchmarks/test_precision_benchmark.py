@@ -7,7 +7,7 @@ import numpy as np
 import precision
 import pytest
 import torch
-from conftest import edit_weights, make_transformer, make_vae, seeded
+from conftest import TEXT, edit_weights, make_text_encoder, make_text_tokenizer, make_transformer, make_vae, seeded
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig
@@ -73,18 +73,23 @@ def test_an_int8_model_samples_is_saved_in_int8_and_loads_again_by_every_door(mo
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder with five small images of three classes."""
+    """A folder with five small images and their captions."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    features = Features({"image": Image(), "label": Value("int64")})
-    dataset = Dataset.from_dict({"image": list(pixels), "label": [0, 1, 2, 0, 1]}, features=features)
+    features = Features({"image": Image(), "text": Value("string")})
+    captions = ["red heart", "blue heart", "sun", "a sun", "heart"]
+    dataset = Dataset.from_dict({"image": list(pixels), "text": captions}, features=features)
     dataset.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     return tmp_path / "data"
 
 
-def test_the_benchmark_has_a_row_for_each_precision(folder, data, tmp_path, capsys):
-    output = tmp_path / "precision.md"
-    arguments = dict(model=str(folder), data=str(data), label_column="label", num_images=4, samples_per_class=1)
-    precision.main(precision.Arguments(**arguments, batch_size=2, output=str(output)))
+def test_the_benchmark_has_a_row_for_each_precision(data, tmp_path, capsys):
+    parts = make_vae(), make_transformer(**TEXT), make_text_encoder(), make_text_tokenizer()
+    DQForImageGeneration.from_models(*parts).save_pretrained(tmp_path / "text")
+    output, prompts = tmp_path / "precision.md", tmp_path / "prompts.txt"
+    prompts.write_text("a red heart\nsun\nblue\n")
+    images = dict(data=str(data), caption_column="text", num_images=4, batch_size=2)
+    samples = dict(prompts=str(prompts), samples_per_prompt=1)
+    precision.main(precision.Arguments(str(tmp_path / "text"), **images, **samples, output=str(output)))
     text = output.read_text()
     assert "4 held-out images, 3 samples, seed 0" in text and "| int8 weights |" in capsys.readouterr().out
     rows = {

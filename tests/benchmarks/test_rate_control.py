@@ -1,13 +1,14 @@
 """The rate-control benchmark: what is counted as bits, what stands at equal bits, and its tables at a tiny size."""
 
 import io
+import json
 import math
 import re
 
 import numpy as np
 import pytest
 import rate_control
-from conftest import make_transformer, make_vae
+from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from PIL import Image
 
 from dq_hf import DQForImageGeneration
@@ -79,10 +80,16 @@ def test_the_av1_data_is_what_the_images_of_one_setting_differ_in():
 
 def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
     (tmp_path / "images").mkdir()
-    for seed in range(3):
+    lines = []
+    for seed, caption in enumerate(("red", "sun", "and")):
         photograph(seed, side=16).save(tmp_path / "images" / f"{seed}.png")
-    vae = make_vae(entropy_thresholds=[3.0])
-    DQForImageGeneration.from_models(vae, make_transformer()).save_pretrained(tmp_path / "both")
+        lines.append(json.dumps({"file_name": f"{seed}.png", "text": caption}))
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    vae, transformer = make_vae(entropy_thresholds=[3.0]), make_transformer(**TEXT)
+    for parameter in transformer.requires_grad_(False).parameters():
+        parameter *= 0.5  # so that no element is less likely than a payload can say
+    model = DQForImageGeneration.from_models(vae, transformer, make_text_encoder(), make_text_tokenizer())
+    model.save_pretrained(tmp_path / "both")
     output, plot = tmp_path / "evidence.md", tmp_path / "plot.png"
     output.write_text("# Evidence\n\nBefore.\n")
     rate_control.main(
@@ -90,6 +97,7 @@ def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
             model=str(tmp_path / "both"),
             data=str(tmp_path / "images"),
             split="train",
+            caption_column="text",
             fine_ratios=[0.0, 0.25, 1.0],
             qualities=[1, 50, 90],
             batch_size=2,
@@ -106,13 +114,12 @@ def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
     assert [row[0] for row in rows] == ["0.0", "0.25", "1.0", "router"]
     codes = [float(row[1]) for row in rows]
     assert codes[:3] == [16, 16 + 3 * 4, 64] and 16 <= codes[3] <= 64  # 4 x 4 regions
-    for (
-        row
-    ) in rows:  # 16 codes to choose from; a bit of the grain map for each region; 18 and 22 bytes around payloads
+    # 16 codes to choose from; a bit of the grain map for each region; 18 and 26 bytes around payloads, 4 for the caption.
+    for row in rows:
         fixed, static_file, static, generator_file, generator, ideal = map(float, row[5:11])
         assert fixed == pytest.approx(4 * float(row[1]) + 16, abs=0.5)
         assert static_file == pytest.approx(static + 8 * 18, abs=1)
-        assert generator_file == pytest.approx(generator + 8 * 22, abs=1)
+        assert generator_file == pytest.approx(generator + 8 * 26, abs=1)
         assert ideal < generator < 1.02 * ideal + 8 and 4 * float(row[1]) < static < fixed + 16
     assert len(re.findall(r"^\| [-\d.]+( \| \d+){4}( \| (?:\d+|–)){6} \|$", equal_psnr, re.M)) == 4
     assert len(re.findall(r"^\| \d+ \| [^–|]+ / [^–|]+ / [^–|]+( \| [^|]+){6} \|$", equal_bits, re.M)) == 4

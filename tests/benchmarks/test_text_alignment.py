@@ -4,7 +4,7 @@ import torch
 from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from datasets import ClassLabel, Dataset
 
-from dq_hf import DEFAULT_MODEL, DQPipeline
+from dq_hf import DQForImageGeneration, DQPipeline
 from dq_hf.networks.extractors import FeatureExtractor
 
 
@@ -80,6 +80,7 @@ def test_the_sweep_has_a_row_for_each_setting(gallery, monkeypatch):
         assert figures["FD"] > 0 and all(0 <= figures[name] <= 1 for name in ("precision", "recall", "R@1", "R@10"))
 
 
-def test_a_class_model_is_refused():
+def test_a_class_model_is_refused(tiny_vae, tiny_transformer_class, tmp_path):
+    DQForImageGeneration.from_models(tiny_vae, tiny_transformer_class).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="was not trained with text"):
-        text_alignment.main(text_alignment.Arguments(model=DEFAULT_MODEL, output=None))
+        text_alignment.main(text_alignment.Arguments(model=str(tmp_path)))
