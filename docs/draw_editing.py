@@ -19,7 +19,7 @@ NUM_SAMPLES = 5
 # Row of the held-out images, and the masked box as (left, top, right, bottom) in pixels.
 EDITS = ((212, (12, 40, 52, 56)), (153, (0, 32, 64, 64)), (531, (32, 0, 64, 64)))
 CANDIDATES = (1, 16)
-STEERED = ("smileys", 4)  # class and seed of the steered image
+STEERED = ("grinning face, 3d style", 4)  # prompt and seed of the steered image
 
 
 def main():
@@ -51,7 +51,9 @@ def draw_edits(pipe, emoji):
     """Two rows an image: the image and its mask, then samples of one candidate each, or of many."""
     titles = ["image", "mask", *(f"seed {seed}" for seed in range(NUM_SAMPLES))]
     figure, panels = new_panels(len(CANDIDATES) * len(EDITS), len(titles), titles)
+    styles = emoji.features["style"].names
     for i, (row, box) in enumerate(EDITS):
+        prompt = f"{emoji[row]['captions'][0]}, {styles[emoji[row]['style']]} style"
         image = pipe.image_processor.post_process(pipe.image_processor(emoji[row]["image"])["pixel_values"])[0]
         mask = Image.new("L", image.size)
         mask.paste(255, box)
@@ -59,7 +61,7 @@ def draw_edits(pipe, emoji):
             output = pipe(
                 image=image,
                 mask_image=mask,
-                class_labels=[emoji[row]["category"]] * NUM_SAMPLES,
+                prompt=[prompt] * NUM_SAMPLES,
                 num_candidates=num_candidates,
                 generator=[torch.Generator().manual_seed(seed) for seed in range(NUM_SAMPLES)],
             )
@@ -75,7 +77,7 @@ def draw_edits(pipe, emoji):
 
 def draw_steering(pipe):
     """One seed: as the model likes, with three prescribed grain maps, and with three shares; the coding below."""
-    label, seed = STEERED
+    prompt, seed = STEERED
     rows, columns = pipe.transformer.config.grid_sizes[0]
     centre, top = torch.zeros(rows, columns, dtype=torch.long), torch.zeros(rows, columns, dtype=torch.long)
     centre[2:6, 2:6], top[: rows // 2] = 1, 1
@@ -88,7 +90,7 @@ def draw_steering(pipe):
     }
     figure, panels = new_panels(2, len(settings), settings)
     for (above, below), options in zip(panels.T, settings.values()):
-        output = pipe(class_labels=label, generator=torch.Generator().manual_seed(seed), **options)
+        output = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
         above.imshow(smooth(output.images[0]))
         faded = Image.blend(output.images[0], Image.new("RGB", output.images[0].size, "white"), 0.5)
         below.imshow(draw_grain_map(faded, output.grain_maps[0], scale=6))

@@ -38,7 +38,7 @@ def main():
         rates = draw_rates(model.vae, processor, [emoji[row]["image"] for row in STRIP])
         rates.savefig(args.output_dir / "rates.png")
         encoded = model.vae.encode(pixel_values)
-        stream = model.transformer.pack(encoded.codes, encoded.grain_map, [picture["category"]])
+        stream = model.transformer.pack(encoded.codes, encoded.grain_map)
         draw_tokenizer(model.vae, processor, pixel_values, encoded).savefig(args.output_dir / "tokenizer.png")
         draw_stream(model.transformer, stream).savefig(args.output_dir / "stream.png")
         draw_growth(model.vae, processor, encoded, stream).savefig(args.output_dir / "growth.png")
@@ -172,7 +172,7 @@ def draw_stream(transformer, stream):
     granularities, positions, contents = (
         values[0].tolist() for values in (stream.granularities, stream.positions, stream.contents)
     )
-    codebook_size, label = transformer.config.codebook_size, transformer.config.id2label
+    codebook_size = transformer.config.codebook_size
     tokens.set_title("the stream: a position and a content in every element", fontsize=11)
     tokens.set(xlim=(-1.6, 12.2), ylim=(5.7, -0.75))
     for granularity in range(len(NAMES)):
@@ -190,7 +190,7 @@ def draw_stream(transformer, stream):
             if contents[i] == codebook_size + 1:
                 pair = "end", "end"
             elif contents[i] > codebook_size + 1:
-                pair = "start", label[contents[i] - codebook_size - 2]
+                pair = "start", "start"
             for row, text in enumerate(pair):
                 colour = COLOURS[granularity]
                 tokens.add_patch(Rectangle((place, top + row), 0.92, 0.9, facecolor=(*colour, 0.15), edgecolor=colour))

@@ -20,7 +20,7 @@ from dq_hf.codec.container import CHECK_BYTES, read_file
 from dq_hf.codec.static_prior import code_frequencies
 from dq_hf.modeling.grain_map_dq import expand_grain_map, top_left_cells
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
-from dq_hf.modeling.text_dq import encode_prompts
+from dq_hf.modeling.text_dq import encode_prompts, prompt_arguments
 
 CLASSES = dict(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
 THREE = dict(granularities=[8, 4, 2], block_out_channels=[8, 8, 16, 16])
@@ -104,11 +104,12 @@ def test_the_generator_prior_gives_the_same_codes_within_the_models_code_length(
 def test_the_embedded_model_writes_an_image_within_its_code_length():
     """Streams of real length, whose probabilities two ways of calculating must agree on."""
     model = DQForImageGeneration.from_pretrained(DEFAULT_MODEL)
-    data = compress(model, picture(3, 64, 64), prior="generator", class_label="food")
+    data = compress(model, picture(3, 64, 64), prior="generator", prompt="red heart")
     header, payload, _ = read_file(data)
-    assert header.flag == 1 and header.class_label == 7  # it was read back
+    assert header.flag == 1 and header.prompt == "red heart"  # it was read back
     encoded = model.vae.encode(padded(model.vae, picture(3, 64, 64)))
-    bits = model.transformer.log_prob(encoded.codes, encoded.grain_map, 7).nats.item() / math.log(2)
+    text = prompt_arguments(model.transformer.config, model.text_encoder, model.tokenizer, "red heart")
+    bits = model.transformer.log_prob(encoded.codes, encoded.grain_map, **text).nats.item() / math.log(2)
     assert bits / 8 - 1 <= len(payload) <= 1.02 * bits / 8 + 2
 
 

@@ -24,6 +24,7 @@ SECOND = 1000  # playwright counts in milliseconds
 PATIENCE = 90 * SECOND  # more than any answer takes, on a busy machine
 SCALE = 6  # of a picture of 64 pixels
 SHARE = "number input for Share of regions with codes of 4x4 pixels"
+HEART, FACE = "red heart, flat style", "grinning face, 3d style"
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +98,20 @@ def emoji(tmp_path_factory):
     return path, Image.open(path)
 
 
-def begin(page, button, name, seed):
-    """Press the button that draws an image of this class and seed."""
-    page.get_by_label("Class").filter(visible=True).click()
-    page.get_by_role("option", name=name).click()
+def begin(page, button, prompt, seed):
+    """Press the button that draws an image of this prompt and seed."""
+    page.get_by_label("Prompt").filter(visible=True).fill(prompt)
     page.get_by_label("Seed").filter(visible=True).fill(str(seed))
     page.get_by_role("button", name=button, exact=True).click()
 
 
-def expect_sample(page, pipe, name, seed, **options):
+def expect_sample(page, pipe, prompt, seed, **options):
     expect(figures(page)).to_contain_text("bits a pixel")
-    output = pipe(class_labels=name, generator=torch.Generator().manual_seed(seed), **options)
+    output = pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
     (row,) = table(page)
     num_codes = int((4**output.grain_maps).sum())
     assert row["codes"] == f"{num_codes} of at most 256"
-    assert row["bits"] == f"{num_codes * 9 + 64} ({num_codes * 9} codes + 64 grain map)"
+    assert row["bits"] == f"{num_codes * 10 + 64} ({num_codes * 10} codes + 64 grain map)"
     assert (pixels(shown(page, "Sample")) == enlarged(output.images[0], SCALE)).all()
 
 
@@ -144,16 +144,16 @@ def expect_row(row, vae, pixel_values, grain_map=None, **options):
         decoded = vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
     num_codes = int(encoded.num_codes)
     assert row["codes"] == f"{num_codes} of at most 256"
-    assert row["bits"] == f"{num_codes * 9 + 64} ({num_codes * 9} codes + 64 grain map)"
+    assert row["bits"] == f"{num_codes * 10 + 64} ({num_codes * 10} codes + 64 grain map)"
     assert float(row["PSNR"].removesuffix(" dB")) == pytest.approx(psnr(decoded, pixel_values), abs=0.011)
     return encoded.grain_map, decoded
 
 
 def test_sample(visit, address, pipe):
     page = visit()
-    begin(page, "Sample", "smileys", 3)
+    begin(page, "Sample", FACE, 3)
     expect(figures(page)).to_contain_text(re.compile(r"Element \d+ of at most 260"))  # it grows
-    expect_sample(page, pipe, "smileys", 3)
+    expect_sample(page, pipe, FACE, 3)
     sources = page.evaluate(
         "[...document.querySelectorAll('[src], link')].map(element => element.src || element.href)"
     )
@@ -166,21 +166,21 @@ def test_detail_goes_where_it_is_painted(visit, pipe):
     for row, column in ((2, 2), (2, 5), (5, 3)):
         dab(page, (column + 0.5) / 8, (row + 0.5) / 8)
         grain_map[row, column] = 1
-    begin(page, "Sample", "smileys", 3)
+    begin(page, "Sample", FACE, 3)
     expect(figures(page)).to_contain_text("73 of at most 256")  # 64 + 3 * 3
-    expect_sample(page, pipe, "smileys", 3, grain_map=grain_map)
+    expect_sample(page, pipe, FACE, 3, grain_map=grain_map)
 
     page.get_by_role("button", name="Erase what is painted").filter(visible=True).click()
     page.get_by_role("button", name="Sample", exact=True).click()
     expect(figures(page)).not_to_contain_text("73 of at most 256")
-    expect_sample(page, pipe, "smileys", 3)
+    expect_sample(page, pipe, FACE, 3)
 
 
 def test_what_is_painted_over_is_drawn_again(visit, pipe, emoji):
     path, image = emoji
     page = visit()
     upload(page, path, "Edit")
-    begin(page, "Draw again", "smileys", 3)
+    begin(page, "Draw again", FACE, 3)
     toast = page.locator(".toast-body").last
     expect(toast).to_contain_text("nothing is painted; paint over what is to be drawn again")
     toast.locator(".toast-close").click()
@@ -195,7 +195,7 @@ def test_what_is_painted_over_is_drawn_again(visit, pipe, emoji):
     assert row["regions drawn again"] == "2 of 64"
     pixel_values = DQImageProcessor.from_pretrained(DEFAULT_MODEL)(image)["pixel_values"]
     original = DQImageProcessor().post_process(pixel_values)[0]
-    options = dict(image=original, mask_image=mask, class_labels="smileys", num_candidates=4)
+    options = dict(image=original, mask_image=mask, prompt=FACE, num_candidates=4)
     output = DQInpaintPipeline.from_pipe(pipe)(**options, generator=torch.Generator().manual_seed(3))
     edited = pixels(shown(page, "Edited"))
     assert (edited == enlarged(output.images[0], SCALE)).all()
@@ -273,7 +273,7 @@ def test_wrong_uploads_get_a_message(visit, tmp_path, emoji):
 
 def test_two_visitors_at_once_are_both_served(visit, pipe):
     first, second = visit(), visit()
-    begin(first, "Sample", "flags", 1)
-    begin(second, "Sample", "people", 2)
-    expect_sample(second, pipe, "people", 2)
-    expect_sample(first, pipe, "flags", 1)
+    begin(first, "Sample", HEART, 1)
+    begin(second, "Sample", FACE, 2)
+    expect_sample(second, pipe, FACE, 2)
+    expect_sample(first, pipe, HEART, 1)

@@ -20,7 +20,7 @@ from .views import (
     view_scale,
 )
 
-PROMPTS = ("a red heart", "a blue circle", "a snail, flat style", "a smiling face with sunglasses")  # examples
+PROMPTS = ("red heart, flat style", "grinning face, 3d style", "keycap: 4, 3d style", "pizza, noto style")  # examples
 PRIVATE = dict(api_visibility="private")
 
 
