@@ -142,7 +142,7 @@ def test_it_reconstructs_held_out_emoji(figures):
 def test_its_card_states_what_is_measured_here(figures):
     card = Path(DEFAULT_MODEL, "README.md").read_text()
     psnrs, codes = figures
-    num_images = int(re.search(r"(\d+) of concepts never seen \(`test`\)", card)[1])
+    num_images = int(re.search(r"(\d+) of held-out concepts \(`test`\)", card)[1])
     psnr = float(re.search(r"^\| PSNR of the reconstructions.*\| ([\d.]+) dB \|$", card, re.M)[1])
     num_codes = float(re.search(r"^\| codes an image.*\| ([\d.]+) \|$", card, re.M)[1])
     bits = float(re.search(r"^\| code bits an image.*\| ([\d.]+) bits \|$", card, re.M)[1])
