@@ -14,7 +14,8 @@ $launch examples/train_dqvae.py --start_from runs/emoji-vae-start --output_dir r
     --perceptual_weight 0.1 --batch_size 8 --learning_rate 2.5e-4 --ema_decay 0.998 --max_steps 5000
 # The generator, first on images in three places, then on unmoved ones: on moved ones its loss fell more slowly. What was run
 # differs in that the first part was 763 steps of a schedule of 3,600, whose last weights went on, not averaged ones, and in
-# that its text prefix had begun with 500 steps of another run. Shipped are the averaged weights of step STEP.
+# that its text prefix had begun with 500 steps of another run. Shipped are the averaged weights of the last step: the
+# held-out loss was lowest at step 2,000, but what the text is worth still grew.
 vae=runs/emoji-vae/model
 $launch examples/encode_dataset.py --vae $vae --output_dir runs/emoji-codes-moved --copies 3 --max_shift 4 \
     --test_split test test_pairs --label_column none --caption_column captions --no_flip_column letters
@@ -31,4 +32,5 @@ $launch examples/train_dqtransformer.py --codes runs/emoji-codes --vae $vae --st
     --test_split test_pairs test --label_column none --caption_column captions --text_length 12 --dropout 0 \
     --attention_dropout 0 --ema_decay 0.999 --batch_size 16 --learning_rate 1e-3 --warmup_steps 20 --max_steps 3300 \
     --save_every 250 --max_test_images 150
-python examples/build_embedded_model.py --model runs/emoji-text/model
+python examples/build_embedded_model.py --model runs/emoji-text/model --checkpoint runs/emoji-text/checkpoint-3300 \
+    --temperature 0.8 --top_p 0.9 --guidance_scale 3.5
