@@ -463,12 +463,12 @@ def test_visitors_wait_their_turn_and_too_many_are_told_so(loaded, serving, monk
     address = serving(make_page(vae, pipe))
     begun, go_on, caches = threading.Event(), threading.Event(), []
 
-    def hold(_, arguments):
-        caches.append(arguments[1])  # each sample has its own
+    def hold(_, arguments, named):
+        caches.append(named["past_key_values"])  # each sample has its own
         begun.set()
         assert go_on.wait(60)
 
-    hook = pipe.transformer.position_transformer.register_forward_pre_hook(hold)
+    hook = pipe.transformer.position_transformer.register_forward_pre_hook(hold, with_kwargs=True)
     try:
         clients = [visitor(address) for _ in range(3)]
         jobs = [clients[0].submit(0, 10, *SAMPLING.values(), api_name="/sample")]
