@@ -241,12 +241,21 @@ def test_reconstruct_at_any_share_and_with_what_is_painted(visit, pipe, emoji):
 
 
 def dab(page, x, y):
-    """Click at this place of the picture in the editor, in shares of its width and height."""
+    """Click at this place of the picture in the editor, in shares of its width and height, until it has paint."""
     canvas = page.locator(".image-container canvas:visible").first.bounding_box()
     zoom = float(page.get_by_text(re.compile(r"^\d+%$")).filter(visible=True).inner_text().rstrip("%")) / 100
     side = 64 * SCALE * zoom  # the picture stands in the middle of the canvas
     left, top = canvas["x"] + (canvas["width"] - side) / 2, canvas["y"] + (canvas["height"] - side) / 2
-    page.mouse.click(left + x * side, top + y * side)
+    x, y = left + x * side, top + y * side
+    clip = {"x": x - 2, "y": y - 2, "width": 4, "height": 4}
+    before = page.screenshot(clip=clip)
+    for _ in range(20):  # the editor misses clicks while the page is busy
+        page.mouse.click(x, y)
+        page.mouse.move(canvas["x"] + 1, canvas["y"] + 1)  # away with the brush
+        page.wait_for_timeout(200)
+        if page.screenshot(clip=clip) != before:
+            return
+    raise AssertionError(f"nothing was painted at {x:.0f}, {y:.0f}")
 
 
 def test_wrong_uploads_get_a_message(visit, tmp_path, emoji):
