@@ -62,7 +62,7 @@ def adopt(generator, counts, **changes):
     shares = (counts + 1e-3) / (counts + 1e-3).sum(1, keepdim=True)  # a code never seen takes all old ones alike
     num_codes = counts.shape[1]
     for name, old in generator.state_dict().items():
-        if name not in weights:
+        if name not in weights or name.startswith("text_prefix."):
             continue
         if name in ("content_embedding.weight", "content_head.projection.weight"):
             weights[name] = torch.cat([shares @ old[:num_codes], old[num_codes : num_codes + 2], old[-1:]])

@@ -59,7 +59,7 @@ RECONSTRUCTIONS = "The first held-out images of split `test`, their variable-len
 DATA = """\
 {num_train:,} training pictures; held out are {held_out}. All were measured, with the shipped (bfloat16) weights, computed in
 float32. They are not in the training set, but the class model whose weights training began with had seen nearly the same
-Noto and Twemoji pictures of 174 of `test` and of 207 of `test_pairs`.
+Noto and Twemoji pictures of some 170 of `test` and some 210 of `test_pairs` (compared by pixels).
 
 The pictures come from Google's Noto Emoji, of today and of 2017 (copyright Google LLC, Apache License 2.0), Twitter's Twemoji
 (copyright Twitter, Inc and other contributors, CC-BY 4.0) and Microsoft's Fluent Emoji, flat and 3D (copyright Microsoft

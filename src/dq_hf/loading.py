@@ -1,4 +1,4 @@
-"""The tokenizer, the generator, or both models, of a folder or a repository of the Hub; all files of a repository are of one commit."""
+"""Tokenizer, generator, or both, of a folder or a repository of the Hub; all files of a repository are of one commit."""
 
 from pathlib import Path
 

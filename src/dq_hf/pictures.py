@@ -1,4 +1,4 @@
-"""Pictures: grids of images, with captions too, grain maps drawn over images, generation step by step, entropies, code usage."""
+"""Pictures: grids of images, also with captions, codings drawn over images, generation step by step, entropies, code usage."""
 
 import math
 

@@ -489,8 +489,11 @@ def test_encode_names_the_model_and_only_that_decodes(run, place, pictures):
         vae.post_quant_conv.bias += 1
     with pytest.raises(ValueError, match=f"codes.parquet .* another model: fingerprint {model['fingerprint']}, model"):
         load_rows("codes.parquet", vae)
-    pq.write_table(pq.read_table("codes.parquet").replace_schema_metadata(), "nameless.parquet")
-    for name in ("nameless.parquet", "noise.png"):
+    table = pq.read_table("codes.parquet")
+    pq.write_table(table.replace_schema_metadata(), "nameless.parquet")
+    for number, damaged in enumerate(("{", "[]", "{}", '{"fingerprint": "0"}')):
+        pq.write_table(table.replace_schema_metadata({"dq_hf.model": damaged}), f"{number}.parquet")
+    for name in ("nameless.parquet", "noise.png", *(f"{number}.parquet" for number in range(4))):
         with pytest.raises(ValueError, match=f"{name} is damaged, or no table that names its model"):
             load_rows(name, vae)
     with pytest.raises(OSError, match="nothing.parquet"):

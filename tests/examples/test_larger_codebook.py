@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_transformer, make_vae
+from conftest import TEXT, make_transformer, make_vae
 from PIL import Image
 
 from dq_hf import DQForImageGeneration, DQTransformerForImageGeneration, DQVAEModel
@@ -64,6 +64,16 @@ def test_without_classes_a_stream_starts_like_that_of_the_hidden_class(scripts, 
     for name in ("content_embedding", "position_embeddings.0", "position_embeddings.1"):
         old, new = models[1].get_submodule(name).weight, adopted.get_submodule(name).weight
         assert new[-1].equal(old[-1]) and len(new) == len(old) - 2
+
+
+def test_the_text_prefix_is_a_new_one(scripts):
+    generator = make_transformer(**TEXT)
+    changes = dict(text_length=TEXT["text_length"], text_hidden_size=TEXT["text_hidden_size"])
+    adopted = scripts["adopt_codes"].adopt(generator, torch.eye(16), **changes)
+    assert not adopted.text_prefix.projection.weight.equal(generator.text_prefix.projection.weight)
+    assert adopted.text_prefix.projection.weight.shape == generator.text_prefix.projection.weight.shape
+    changes["text_hidden_size"] = 24  # of another text encoder
+    assert scripts["adopt_codes"].adopt(generator, torch.eye(16), **changes).config.text_hidden_size == 24
 
 
 def test_both_from_the_command_line(scripts, models, monkeypatch, tmp_path):

@@ -49,16 +49,15 @@ def load_rows(path, vae):
     """
     try:
         model = json.loads((pq.read_schema(path).metadata or {})[MODEL])
-    except (pa.ArrowInvalid, KeyError) as error:
+        theirs, name = model["fingerprint"], model["model"]
+    except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged, or no table that names its model ({error}); encode the images again with dq-hf encode "
             "--output"
         ) from error
-    theirs, own = model["fingerprint"], decoding_fingerprint(vae)
+    own = decoding_fingerprint(vae)
     if theirs != own:
-        raise ValueError(
-            f"{path} holds the codes of another model: fingerprint {theirs}, {model['model']}, got one with {own}"
-        )
+        raise ValueError(f"{path} holds the codes of another model: fingerprint {theirs}, {name}, got one with {own}")
     return datasets.Dataset.from_parquet(as_pattern(path))
 
 

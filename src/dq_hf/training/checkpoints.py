@@ -139,9 +139,8 @@ def load_checkpoint(accelerator, folder):
 
 def list_checkpoints(run_dir):
     """Checkpoint folders of a run, oldest first; others, like copies that a user renamed, do not count."""
-    entries = (
-        Path(run_dir).iterdir() if Path(run_dir).is_dir() else ()
-    )  # glob would take what it may not read for empty
+    run_dir = Path(run_dir)
+    entries = run_dir.iterdir() if run_dir.is_dir() else ()  # glob would take what it may not read for empty
     return sorted(filter(is_checkpoint, entries), key=checkpoint_step)
 
 
