@@ -521,6 +521,9 @@ def test_a_prompt_samples_and_edits_as_the_pipelines_do_and_others_are_refused(s
         options = dict(guidance_scale=1.5, num_candidates=2)
         view = edit_painted(inpaint, pixel_values, painted, None, 7, prompt=prompt, **options)
         assert (pixels(opened(image)) == pixels(view.image)).all()
+    untouched, *_ = client.predict(None, 7, *SAMPLING.values(), api_name="/sample")
+    empty, *_ = client.predict(None, 7, *SAMPLING.values(), "", api_name="/sample")
+    assert (pixels(opened(untouched)) == pixels(opened(empty))).all()
     for endpoint, values in (("sample", [None, 7, *SAMPLING.values()]), ("edit", [EMPTY, None, 7, 1.5, 2])):
         for wrong in (3, None, ["sun"], "x" * 501):
             told = json.loads(answer(address, endpoint, [*values, wrong]).removeprefix("data: "))

@@ -160,6 +160,12 @@ def test_sample(visit, address, pipe):
     assert sources and all(source.startswith((address, "data:", "blob:")) for source in sources)
 
 
+def test_an_untouched_page_draws_a_sample_without_text(visit, pipe):
+    page = visit()
+    page.get_by_role("button", name="Sample", exact=True).click()
+    expect_sample(page, pipe, "", 0)
+
+
 def test_detail_goes_where_it_is_painted(visit, pipe):
     page = visit()
     grain_map = torch.zeros(8, 8, dtype=torch.long)

@@ -125,7 +125,7 @@ def add_condition(pipe):
     config = pipe.transformer.config
     names = [(config.id2label[i], i) for i in range(config.num_classes)]
     has_prompts = pipe.text_encoder is not None and pipe.tokenizer is not None
-    prompt = gr.Textbox(label="Prompt", info="empty: no text", max_length=MAX_PROMPT, visible=has_prompts)
+    prompt = gr.Textbox("", label="Prompt", info="empty: no text", max_length=MAX_PROMPT, visible=has_prompts)
     if has_prompts:
         gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", **PRIVATE)
     label = gr.Dropdown(names, value=0 if names else None, label="Class", visible=bool(names))
