@@ -17,7 +17,7 @@ from PIL import Image
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline
 from dq_hf.codec import compress, decompress, read_codes
 from dq_hf.codec.container import CHECK_BYTES, read_file
-from dq_hf.codec.static_prior import code_frequencies
+from dq_hf.codec.static_prior import StaticPrior, code_frequencies
 from dq_hf.modeling.grain_map_dq import expand_grain_map, top_left_cells
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
 from dq_hf.modeling.text_dq import encode_prompts, prompt_arguments
@@ -140,6 +140,22 @@ def test_the_static_prior_costs_what_the_cluster_sizes_say(vae):
     assert frequencies.min() == 1 and frequencies.max() == 2**16 - 1
     bits = -(frequencies / frequencies.sum()).log2()[once].sum().item()
     assert bits / 8 < len(read_file(data)[1]) < (1.001 * bits + 1.1 * grain_map.numel()) / 8 + 2
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.9999])
+def test_an_image_of_the_first_code_alone_is_not_too_short_to_be_read(share):
+    """Its payload is zeros, of which the coder would keep none; `decode` refuses what is too short for its regions."""
+    vae = make_vae()
+    size = vae.config.codebook_size
+    vae.quantizer.cluster_size.copy_(torch.tensor([share, *[(1 - share) / (size - 1)] * (size - 1)]))
+    prior, side = StaticPrior(vae), 2 ** (len(vae.config.granularities) - 1)
+    for granularity in range(len(vae.config.granularities)):
+        grain_map = torch.full((16, 24), granularity)
+        codes = torch.zeros(16 * side, 24 * side, dtype=torch.long)
+        payload = prior.encode(codes, grain_map)
+        assert prior.least_bits(codes, grain_map) / 8 <= len(payload) + 1
+        again, grains = prior.decode(payload, (16, 24))
+        assert torch.equal(again, codes) and torch.equal(grains, grain_map)
 
 
 def test_frequencies_of_a_codebook_that_counted_nothing_are_equal():

@@ -39,7 +39,8 @@ class StaticPrior:
 
         walk(grain_map.shape, self.num_granularities, write)
         encoder.encode(self._each_once(codes, grain_map), self.frequencies)
-        return encoder.to_bytes()
+        # The coder leaves zeros at the end out, however many: `decode` refuses what is too short for its regions.
+        return encoder.to_bytes().ljust(math.ceil(self.least_bits(codes, grain_map) / 8) - 1, b"\0")
 
     def decode(self, payload, shape):
         """Codes (H, W) and grain map (h, w) of a payload; shape: (h, w).
@@ -59,7 +60,7 @@ class StaticPrior:
         return codes.flatten()[top_left], grain_map
 
     def least_bits(self, codes, grain_map):
-        """Bits of the codes (H, W) alone, below which no payload can be."""
+        """Bits of the codes (H, W) alone, below which no payload is by more than a byte."""
         frequencies = self.frequencies[self._each_once(codes, grain_map)]
         return float(np.log2(self.frequencies.sum() / frequencies).sum())
 
