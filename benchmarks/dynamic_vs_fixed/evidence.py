@@ -29,6 +29,8 @@ from report import write_section  # noqa: E402
 CURVE = ("fixed-64", "fixed-128", "fixed-256")
 # Rows of the tables: condition, and how the held-out images were routed.
 ROWS = [(name, way) for name in CONDITIONS for way in ("own", "exact")]
+# What a tokenizer spends on an image: codes, bits of fixed length, and bits of the codec's payload by the static prior.
+RATES = {"codes": ".1f", "bits": ".0f", "coded bits": ".0f"}
 NUM_SEEDS = 3
 NUM_RESAMPLES = 10_000
 
@@ -117,6 +119,7 @@ def summary(figures):
         "images": images,
         "codes": figures["codes"],
         "bits": figures["bits"],
+        **({"coded bits": 8 * images["bytes"].mean()} if "bytes" in images else {}),  # not in the oldest results
         "shares": figures["shares"],
         **{name: images[name].mean() for name in PER_IMAGE},
         "psnr_of_mean_error": -10 * math.log10((10 ** (-images["psnr"] / 10)).mean()),
@@ -124,19 +127,26 @@ def summary(figures):
     }
 
 
+def measured_rates(runs):
+    """Those of `RATES` that all runs have, with their forms."""
+    every = [figures for seeds in runs.values() for figures in seeds.values()]
+    return {rate: form for rate, form in RATES.items() if all(rate in figures for figures in every)}
+
+
 def rates_table(runs):
     """What every condition spends and reaches, means over the seeds and their range."""
-    head = ["condition", "routing", "codes", "bits", *(measure.name for measure in MEASURES.values())]
+    rates = measured_rates(runs)
+    head = ["condition", "routing", *rates, *(measure.name for measure in MEASURES.values())]
     lines = [head + ["shares, coarsest first", "parameters", "seeds"]]
-    lines += [rates_row(*row, runs[row]) for row in ROWS if row in runs]
+    lines += [rates_row(*row, runs[row], rates) for row in ROWS if row in runs]
     return markdown(lines)
 
 
-def rates_row(name, way, seeds):
+def rates_row(name, way, seeds, rates):
     """A line of `rates_table`."""
     cells = [name, {"own": "its own", "exact": "exact shares"}[way] if CONDITIONS[name].shares else ""]
     values = list(seeds.values())
-    forms = {"codes": ".1f", "bits": ".0f"} | {name: measure.form for name, measure in MEASURES.items()}
+    forms = rates | {name: measure.form for name, measure in MEASURES.items()}
     cells += [spread([value[name] for value in values], form) for name, form in forms.items()]
     shares = np.mean([value["shares"] for value in values], axis=0)
     cells += [" / ".join(f"{share:.3f}" for share in shares), f"{values[0]['num_parameters']:,}"]
@@ -149,7 +159,7 @@ def claim_table(runs, groups):
     for row in ROWS:
         if not CONDITIONS[row[0]].shares:
             continue
-        for rate in ("codes", "bits"):
+        for rate in measured_rates(runs):
             lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", rate))
         if CONDITIONS[row[0]].router != "random":
             lines.append(claim_row(runs, groups, row, "random routing", None))
@@ -254,10 +264,11 @@ def spread(values, form):
 
 
 def plot_curves(runs, path):
-    """Each measure against codes (above) and bits (below): the fixed-length curve, and the others as points."""
-    figure = Figure(figsize=(4 * len(MEASURES), 7), layout="constrained")
-    axes = figure.subplots(2, len(MEASURES))
-    for rate, row in zip(("codes", "bits"), axes):
+    """Each measure against each rate: the fixed-length curve, and the others as points."""
+    rates = measured_rates(runs)
+    figure = Figure(figsize=(4 * len(MEASURES), 3.5 * len(rates)), layout="constrained")
+    axes = figure.subplots(len(rates), len(MEASURES))
+    for rate, row in zip(rates, axes):
         for axis, (name, measure) in zip(row, MEASURES.items()):
             curve = [points(runs, (fixed, "own"), rate, name) for fixed in CURVE]
             curve = [mean for mean, _ in curve if mean is not None]

@@ -1,6 +1,6 @@
 """Which learning rate, and how many steps: two conditions of `run.py`, seed 0, at several of each.
 
-    python benchmarks/dynamic_vs_fixed/pilot.py           # 24,000 steps, some 2.5 hours of one core
+    python benchmarks/dynamic_vs_fixed/pilot.py           # 26,000 steps, an hour and a half of one core
     python benchmarks/dynamic_vs_fixed/pilot.py --report  # the table of what is finished alone: brings it up to date
 
 The learning rates are compared at the smallest number of steps. The numbers of steps are compared with a schedule of full
@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 FOLDER = Path(__file__).parent / "pilot"
 CONDITIONS = ("fixed-256", "entropy")
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 STEPS = (1000, 3000, 6000)
 
 

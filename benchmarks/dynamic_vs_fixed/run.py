@@ -51,7 +51,7 @@ class Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights and order of images"})
     steps: int = field(default=6000, metadata={"help": "optimizer steps of a tokenizer"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "highest learning rate of a tokenizer"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of a tokenizer"})
     device: str = field(default="cpu", metadata={"help": "where models are trained and measured"})
     seconds: float = field(default=120.0, metadata={"help": "CPU time of training a generator"})
     samples: int = field(default=384, metadata={"help": "images that a generator samples"})

@@ -8,6 +8,7 @@ from conditions import make_model, random_grain_map
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
+from dq_hf.codec.static_prior import StaticPrior
 from dq_hf.metrics import CodeStatistics, FrechetDistance, PerceptualDistance, psnr, ssim
 from dq_hf.modeling.image_processing_dq import from_bytes, to_bytes
 from dq_hf.training.calibration import calibrate
@@ -74,10 +75,11 @@ def evaluate(model, condition, test_images, seed):
 
 
 def measure(model, test_images, grain_map=None, fine_ratio=None):
-    """Figures of all images together, and "images", a list of each image's for every measure."""
+    """Figures of all images together, and "images", a list of each image's for every measure; bytes: by the static prior."""
     frechet, perceptual = FrechetDistance("efficientnet-lite0"), PerceptualDistance("efficientnet-lite0")
     codes = CodeStatistics(model.config.codebook_size, len(model.config.granularities))
-    lists = {"codes": [], "psnr": [], "ssim": [], "perceptual": []}
+    prior = StaticPrior(model)
+    lists = {"codes": [], "bytes": [], "psnr": [], "ssim": [], "perceptual": []}
     shares = torch.zeros(len(model.config.granularities))
     for rows in torch.arange(len(test_images)).split(64):
         originals = test_images[rows]
@@ -91,6 +93,8 @@ def measure(model, test_images, grain_map=None, fine_ratio=None):
             ("perceptual", perceptual.network.distance(samples, originals), 5),
         ):
             lists[name] += [round(value, digits) for value in values.tolist()]
+        encoded = zip(output.codes.cpu(), output.grain_map.cpu())
+        lists["bytes"] += [len(prior.encode(*image)) for image in encoded]  # of the payload: every file has one header
         frechet.add_batch(predictions=samples, references=originals)
         codes.add_batch(codes=output.codes, grain_maps=output.grain_map)
         shares += torch.bincount(output.grain_map.flatten().cpu(), minlength=len(shares))

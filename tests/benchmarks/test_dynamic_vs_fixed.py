@@ -13,9 +13,11 @@ import photographs
 import pilot
 import pytest
 import run
+import stage_1
 import torch
 from PIL import Image
 
+from dq_hf.codec.static_prior import StaticPrior
 from dq_hf.modeling.configuration_dqvae import DQVAEConfig
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
 
@@ -234,6 +236,43 @@ def test_report_says_what_is_measured_and_leaves_out_what_is_not(tmp_path):
     assert "2 held-out images in 2 independent groups" in report
     with pytest.raises(ValueError, match="must have the same settings, got .*'steps': 5.* and .*'steps': 6"):
         evidence.describe([finished[0], finished[1] | {"steps": 6}], [0, 1])
+
+
+def test_what_a_tokenizer_spends_is_also_measured_in_coded_bits(tmp_path):
+    """64 sqrt(2) codes are halfway between the grids; so many coded bits as of 256 codes are at the grid of 256."""
+    finished = [
+        result(name, 0, [psnr], codes, 8 * codes)
+        for name, psnr, codes in (("fixed-64", 10.0, 64.0), ("fixed-128", 12.0, 128.0), ("fixed-256", 14.0, 256.0))
+    ]
+    finished.append(result("random", 0, [15.0], 64 * math.sqrt(2), 700.0))
+    for one, count in zip(finished, (60, 120, 240, 240)):
+        one["held_out"]["own"]["images"]["bytes"] = [count]
+    runs = evidence.by_row(finished)
+    table = evidence.rates_table(runs)
+    assert "| codes | bits | coded bits |" in table and "| 90.5 | 700 | 1920 | 15.00 |" in table
+    claims = evidence.claim_table(runs, [0])
+    assert "| random, its own choice | fixed-length at equal codes | +4.00 " in claims
+    assert "| random, its own choice | fixed-length at equal coded bits | +1.00 " in claims
+    del finished[0]["held_out"]["own"]["images"]["bytes"]  # one of an older protocol
+    assert "coded bits" not in evidence.rates_table(evidence.by_row(finished))
+
+
+def test_the_bytes_of_a_tokenizer_are_those_of_its_static_prior():
+    for name in ("fixed-128", "random", "triple"):
+        model = conditions.make_model(conditions.CONDITIONS[name]).eval()
+        pixel_values = images(3)
+        grain_map = None
+        if name == "random":
+            grain_map = conditions.random_grain_map(conditions.CONDITIONS[name], 3)
+        figures = stage_1.measure(model, pixel_values, grain_map)
+        with torch.no_grad():
+            encoded = model.encode(pixel_values, grain_map=grain_map)
+        prior = StaticPrior(model)
+        for number, count in enumerate(figures["images"]["bytes"]):
+            payload = prior.encode(encoded.codes[number], encoded.grain_map[number])
+            codes, grains = prior.decode(payload, encoded.grain_map[number].shape)
+            assert len(payload) == count
+            assert torch.equal(codes, encoded.codes[number]) and torch.equal(grains, encoded.grain_map[number])
 
 
 def test_photographs_become_tiles_of_one_split_each(tmp_path):
