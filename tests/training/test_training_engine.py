@@ -1,5 +1,6 @@
 """The training scripts when things go wrong, and on two processes: nothing is lost, and nothing comes out otherwise."""
 
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -76,6 +77,7 @@ def run_script(folder, command, prepare, rank, processes, port):
     datasets.config.HF_DATASETS_CACHE = str(folder.parent / "cache")
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # as in conftest.py
     os.environ["ACCELERATE_USE_CPU"] = "true"
+    faulthandler.enable(2)
     if processes > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "localhost"}
@@ -100,10 +102,14 @@ def start(folder, command, *prepare, processes=1):
 
 
 def finish(started):
-    """Exit codes of a run's processes, when they have ended."""
+    """Exit codes of a run's processes, when they have ended; one that does not end leaves its stacks in `err-<rank>.txt`."""
     for process in started:
-        process.join(120)
+        process.join(240)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)  # for faulthandler
+        process.join(10)
         process.kill()
+        process.join()
     return [process.exitcode for process in started]
 
 
@@ -113,7 +119,8 @@ def run(folder, command, *prepare, processes=1):
 
 def run_well(folder, command, *prepare, processes=1):
     exit_codes = run(folder, command, *prepare, processes=processes)
-    assert exit_codes == [0] * processes, (folder / "err-0.txt").read_text()[-3000:]
+    errors = [(folder / f"err-{rank}.txt").read_text()[-3000:] for rank in range(processes)]
+    assert exit_codes == [0] * processes, errors
 
 
 def contents(folder):
@@ -493,7 +500,7 @@ def test_two_processes_agree_whatever_is_drawn_and_after_a_stop(place):
     started = start(folder, command, processes=2)
     wait_for_step(folder, 1)
     started[1].terminate()
-    assert finish(started) == [0, 0]
+    assert finish(started) == [0, 0], [(folder / f"err-{rank}.txt").read_text()[-3000:] for rank in range(2)]
     assert "stopped at step" in (folder / "out-0.txt").read_text()
     run_well(folder, command, processes=2)
     assert_same_run(folder, whole)
