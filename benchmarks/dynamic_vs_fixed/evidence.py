@@ -29,6 +29,16 @@ from report import write_section  # noqa: E402
 CURVE = ("fixed-64", "fixed-128", "fixed-256")
 # Rows of the tables: condition, and how the held-out images were routed.
 ROWS = [(name, way) for name in CONDITIONS for way in ("own", "exact")]
+# Besides with the fixed-length curve each is compared with these.
+OPPONENTS = {
+    "all-fine": (),
+    "random": (),
+    "entropy": ("random",),
+    "feature": ("random", "entropy", "feature-selected"),
+    "feature-selected": ("random",),
+    "triple": ("random", "entropy"),
+    "triple-feature": ("random", "triple"),
+}
 # What a tokenizer spends on an image: codes, bits of fixed length, and bits of the codec's payload by the static prior.
 RATES = {"codes": ".1f", "bits": ".0f", "coded bits": ".0f"}
 NUM_SEEDS = 3
@@ -157,29 +167,43 @@ def claim_table(runs, groups):
     """Differences between conditions, image by image, with intervals."""
     lines = [["compared", "with", *(measure.name for measure in PER_IMAGE.values()), "seeds"]]
     for row in ROWS:
-        if not CONDITIONS[row[0]].shares:
+        name, way = row
+        if not CONDITIONS[name].shares:
             continue
+        curve = [(fixed, "own") for fixed in CURVE]
         for rate in measured_rates(runs):
-            lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", rate))
-        if CONDITIONS[row[0]].router != "random":
-            lines.append(claim_row(runs, groups, row, "random routing", None))
+            lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", curve, rate))
+        for other in OPPONENTS[name]:
+            opponent = (other, way if (other, way) in runs else "own")
+            lines.append(claim_row(runs, groups, row, label(*opponent), [opponent]))
     return markdown([line for line in lines if line])
 
 
-def claim_row(runs, groups, row, opponent, rate):
-    """A line of `claim_table`; None if no seed has all the runs that it takes."""
-    needed = [(name, "own") for name in (CURVE if rate else ["random"])]
-    seeds = sorted(set.intersection(*(set(runs.get(key, {})) for key in [row, *needed])))
+def label(name, way):
+    """What a row of `ROWS` is called."""
+    if CONDITIONS[name].router in (None, "random"):  # which have no choice of their own
+        return name
+    return f"{name}, {'exact shares' if way == 'exact' else 'its own choice'}"
+
+
+def claim_row(runs, groups, row, opponent, others, rate=None):
+    """A line of `claim_table`; None if no seed has all the runs that it takes.
+
+    Args:
+        opponent: its name.
+        others: its rows of `ROWS`; with a rate those between which it is interpolated.
+    """
+    seeds = sorted(set.intersection(*(set(runs.get(key, {})) for key in [row, *others])))
     if not seeds:
         return None
-    cells = [f"{row[0]}, {'exact shares' if row[1] == 'exact' else 'its own choice'}", opponent]
+    cells = [label(*row), opponent]
     for name, measure in PER_IMAGE.items():
         differences = []
         for seed in seeds:
-            ours, others = runs[row][seed], [runs[key][seed] for key in needed]
-            theirs = [other["images"][name] for other in others]
-            theirs = interpolate(ours[rate], [other[rate] for other in others], theirs) if rate else theirs[0]
-            differences.append(ours["images"][name] - theirs)
+            ours, theirs = runs[row][seed], [runs[key][seed] for key in others]
+            values = [other["images"][name] for other in theirs]
+            values = interpolate(ours[rate], [other[rate] for other in theirs], values) if rate else values[0]
+            differences.append(ours["images"][name] - values)
         low, high = bootstrap(np.array(differences), np.array(groups))
         cells.append(f"{np.mean(differences):+{measure.form}} [{low:+{measure.form}}, {high:+{measure.form}}]")
         cells[-1] += f" {verdict(low, high, measure.more_is_better)}"

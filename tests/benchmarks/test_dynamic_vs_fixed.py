@@ -251,10 +251,25 @@ def test_what_a_tokenizer_spends_is_also_measured_in_coded_bits(tmp_path):
     table = evidence.rates_table(runs)
     assert "| codes | bits | coded bits |" in table and "| 90.5 | 700 | 1920 | 15.00 |" in table
     claims = evidence.claim_table(runs, [0])
-    assert "| random, its own choice | fixed-length at equal codes | +4.00 " in claims
-    assert "| random, its own choice | fixed-length at equal coded bits | +1.00 " in claims
+    assert "| random | fixed-length at equal codes | +4.00 " in claims
+    assert "| random | fixed-length at equal coded bits | +1.00 " in claims
     del finished[0]["held_out"]["own"]["images"]["bytes"]  # one of an older protocol
     assert "coded bits" not in evidence.rates_table(evidence.by_row(finished))
+
+
+def test_routers_are_compared_with_one_another_in_the_same_way():
+    finished = [result(name, 0, [psnr], 127.0, 1080.0) for name, psnr in (("random", 10.0), ("entropy", 12.0))]
+    finished.append(result("feature", 0, [13.0], 127.0, 1080.0))
+    for one, psnr in zip(finished[1:], (11.5, 11.0)):
+        one["held_out"]["exact"] = result(one["condition"], 0, [psnr], 127.0, 1080.0)["held_out"]["own"]
+    claims = evidence.claim_table(evidence.by_row(finished), [0])
+    for ours, theirs, difference in (
+        ("feature, its own choice", "random", "+3.00"),
+        ("feature, exact shares", "random", "+1.00"),
+        ("feature, its own choice", "entropy, its own choice", "+1.00"),
+        ("feature, exact shares", "entropy, exact shares", "-0.50"),
+    ):
+        assert f"| {ours} | {theirs} | {difference} " in claims
 
 
 def test_the_bytes_of_a_tokenizer_are_those_of_its_static_prior():
