@@ -224,6 +224,18 @@ def differing(codes, grain_map):
     return dict(codes=codes, grain_map=grain_map)
 
 
+def test_grain_maps_are_arrays_of_any_strides_lists_or_tensors(models):
+    grain_map = torch.randint(2, (2, 3), generator=seeded(0)).numpy()
+    kinds = [
+        grain_map[::-1, ::-1].copy()[::-1, ::-1],
+        grain_map.T.copy().T,
+        grain_map.tolist(),
+        torch.tensor(grain_map),
+    ]
+    for kind in kinds:
+        assert models["row-first"].generate(grain_map=kind).grain_map[0].tolist() == grain_map.tolist()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -5,6 +5,7 @@ Editing gives the codes and the grain map of what stays, steering a grain map or
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .constraints_dq import StreamState
@@ -100,7 +101,7 @@ def as_batch(name, values):
     """A tensor of a tensor, an array or lists; one of two dimensions is a batch of one image."""
     if not isinstance(values, torch.Tensor):
         try:
-            values = torch.as_tensor(values)
+            values = torch.as_tensor(np.ascontiguousarray(values))  # torch has no negative strides
         except (TypeError, ValueError, RuntimeError):  # strings, None, ragged lists
             raise TypeError(f"{name} must be integers, got {values!r}") from None
     return values[None] if values.dim() == 2 else values
