@@ -206,6 +206,12 @@ def test_several_images_masks_labels_and_numbers_of_images(pipes, image):
     assert labels.images.shape == (3, 3, 16, 16) and len(labels.regenerated) == 3
     without = pipes["two"](image=[image, turned], mask_image=masks[1], num_images_per_label=2, output_type="np")
     assert without.images.shape == (4, 16, 16, 3)
+    sizes = [
+        pipes["two"](image=[image, turned], mask_image=masks[1], output_type="codes", **{f"num_images_per_{name}": 2})
+        for name in ("label", "prompt")
+    ]
+    assert [len(output.codes) for output in sizes] == [4, 4]
+    assert all(torch.equal(output.regenerated[0], output.regenerated[3]) for output in sizes)
     codes = pipes["two"](image=image, mask_image=masks[1], output_type="codes", return_dict=False)
     assert len(codes) == 4 and torch.equal(codes[0], codes[1]) and codes[3].dtype == torch.bool
 
@@ -225,10 +231,34 @@ def test_prompts_say_what_is_drawn(image):
     assert torch.equal(several.codes[:1], drawn[2]) and len(several.regenerated) == 4
 
 
+@pytest.mark.parametrize(
+    ("named", "states"),
+    [
+        (dict(prompt="a red heart"), ["prompt"]),
+        (dict(negative_prompt=["sun", "a red heart"]), ["negative_prompt"]),
+        (dict(prompt="sun", negative_prompt="a red heart"), ["prompt", "negative_prompt"]),
+    ],
+)
+def test_states_of_texts_draw_several_images_as_the_texts_do(image, named, states):
+    pipe = DQInpaintPipeline(make_vae(), make_transformer(**TEXT), make_text_encoder(), make_text_tokenizer())
+    pipe.set_progress_bar_config(disable=True)
+    arguments = dict(image=[image, image.transpose(Image.Transpose.ROTATE_180)], mask_image=WHITE, guidance_scale=2.0)
+    arguments |= dict(num_images_per_prompt=2, output_type="codes")
+    by_text = pipe(**arguments, **named, generator=seeded(1))
+    given = pipe.encode_prompt(**named)
+    embeds = {}
+    for name in states:
+        prefix = name.removesuffix("prompt")
+        embeds[f"{name}_embeds"] = given[f"{prefix}encoder_hidden_states"]
+        embeds[f"{name}_attention_mask"] = given[f"{prefix}encoder_attention_mask"]
+    by_states = pipe(**arguments, **embeds, generator=seeded(1))
+    assert len(by_text.codes) == 4 and torch.equal(by_text.codes, by_states.codes)
+
+
 def test_granularities_of_what_is_drawn_again_can_be_prescribed(pipe, image):
     mask = box(0, 8, 0, 16)
     for granularity in (0, 1):
-        grain_map = np.full((4, 4), granularity)
+        grain_map = np.fliplr(np.full((4, 4), granularity))  # which has a negative stride
         output = pipe(image=image, mask_image=mask, grain_map=grain_map, generator=seeded(1))
         assert (output.grain_maps[output.regenerated] == granularity).all()
     encoded = pipe.vae.encode(pipe.image_processor(image)["pixel_values"])
@@ -267,7 +297,11 @@ def test_it_loads_saved_folders_and_shares_the_parts_of_a_pipeline(pipe, image, 
         (dict(num_candidates=0), ValueError, "num_candidates must be at least 1"),
         (dict(strength=0.5), TypeError, "unknown argument.*strength"),
         (dict(grain_map=np.full((4, 4), 7)), ValueError, "grain_map must lie in -1 ... 1"),
+        (dict(grain_map=[0] * 4), ValueError, r"grain_map must have shape \(any, 4, 4\), got \(4,\)"),
+        (dict(grain_map=np.zeros((3, 4, 4), int)), ValueError, "of one image or of each of 1, got 3"),
         (dict(class_labels=0), ValueError, "unconditional"),
+        (dict(output_type="latent"), ValueError, "output_type must be one of pil, np, pt, codes"),
+        (dict(num_images_per_prompt=0), ValueError, "num_images_per_prompt must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(pipe, image, arguments, error, message):

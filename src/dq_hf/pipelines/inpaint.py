@@ -4,12 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ..modeling.generation_dq import check_count
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
-from ..modeling.known_dq import UNKNOWN
+from ..modeling.known_dq import UNKNOWN, as_batch
+from ..modeling.modeling_utils_dq import check_indices
 from .class_labels import as_list
 from .masks import masked_regions, read_masks
 from .pipeline_dq import DQPipeline, DQPipelineOutput, bring_to_device
+
+TEXTS = ("negative_prompt", "prompt_embeds", "prompt_attention_mask")  # conditions that `DQPipeline` has besides
+TEXTS += ("negative_prompt_embeds", "negative_prompt_attention_mask")
+COUNTS = ("num_images_per_prompt", "num_images_per_label")
 
 
 @dataclass
@@ -68,24 +74,26 @@ class DQInpaintPipeline(DQPipeline):
             TypeError, ValueError: images, masks or other arguments of another type, size or range; a mask that touches
                 no region.
         """
+        self.check_inputs(output_type, ())
         pixel_values, regenerated = self.prepare_images(image, mask_image)
         codes, known_map = self.encode_known(pixel_values, regenerated, grain_map)
-        names = ("num_images_per_prompt", "num_images_per_label")
-        each = next((arguments[name] for name in names if arguments.get(name) is not None), 1)
+        conditions = {name: arguments.pop(name, None) for name in TEXTS}
+        conditions |= {"prompt": prompt, "class_labels": class_labels}
+        counts = {name: arguments[name] for name in COUNTS if arguments.get(name) is not None} or {COUNTS[0]: 1}
+        for name, count in counts.items():
+            check_count(name, count)
         if len(pixel_values) > 1:
-            prompt, class_labels = (spread(texts, len(pixel_values)) for texts in (prompt, class_labels))
-        has_condition = prompt is not None or class_labels is not None or arguments.get("prompt_embeds") is not None
-        if not has_condition:  # images in all
-            arguments["num_images_per_label"] = each * len(pixel_values)
-        if isinstance(each, int) and len(pixel_values) > 1:
+            conditions = {name: spread(given, len(pixel_values)) for name, given in conditions.items()}
+            each = next(iter(counts.values()))
             codes, known_map = (known.repeat_interleave(each, 0) for known in (codes, known_map))
+        if all(given is None for given in conditions.values()):  # then counts are of images in all
+            counts = {name: count * len(pixel_values) for name, count in counts.items()}
         output = super().__call__(
-            prompt=prompt,
-            class_labels=class_labels,
             codes=codes,
             grain_map=known_map,
             output_type="pt" if overlay and output_type != "codes" else output_type,
-            **arguments,
+            **conditions,
+            **(arguments | counts),
         )
         repeats = len(output.codes) // len(regenerated)
         regenerated = regenerated.repeat_interleave(repeats, 0)
@@ -129,16 +137,24 @@ class DQInpaintPipeline(DQPipeline):
         encoded = [self.vae.encode(each[None].to(self.vae.device)) for each in pixel_values]
         codes, known_map = (torch.cat([getattr(each, name) for each in encoded]) for name in ("codes", "grain_map"))
         regenerated = regenerated.to(codes.device)
-        drawn = torch.tensor(UNKNOWN) if grain_map is None else torch.as_tensor(grain_map)
         side = codes.shape[1] // known_map.shape[1]
-        known_map = torch.where(regenerated, drawn.to(codes.device), known_map)
+        drawn = known_map.new_tensor(UNKNOWN)
+        if grain_map is not None:
+            num_granularities = len(self.vae.config.granularities)
+            drawn, shape = as_batch("grain_map", grain_map), (None, *known_map.shape[1:])
+            drawn = check_indices("grain_map", drawn, shape, num_granularities, codes.device, UNKNOWN)
+            if len(drawn) not in (1, len(known_map)):
+                raise ValueError(f"grain_map must be of one image or of each of {len(known_map)}, got {len(drawn)}")
+        known_map = torch.where(regenerated, drawn, known_map)
         return codes.masked_fill(repeat_cells(regenerated, side), UNKNOWN), known_map
 
 
 def spread(conditions, batch):
-    """One prompt or label as a list of so many; several as they are."""
+    """One prompt, label, or states or mask of one text as so many, in a list or a tensor; several as they are."""
     if conditions is None:
         return None
+    if isinstance(conditions, torch.Tensor) and conditions.dim() > 1:
+        return conditions.expand(batch, *conditions.shape[1:]) if len(conditions) == 1 else conditions
     conditions = as_list(conditions)
     return conditions * batch if len(conditions) == 1 else conditions
 
