@@ -265,6 +265,28 @@ def test_granularities_of_what_is_drawn_again_can_be_prescribed(pipe, image):
     assert torch.equal(output.grain_maps[:, 2:], encoded.grain_map[:, 2:])
 
 
+@pytest.mark.parametrize("router", ["entropy", "feature"])
+def test_models_in_training_mode_draw_the_same_and_learn_nothing(image, router):
+    pipe = DQInpaintPipeline(make_vae(router=router, dropout=0.5), make_transformer(residual_dropout=0.5))
+    pipe.set_progress_bar_config(disable=True)
+    plain = DQPipeline(pipe.vae, pipe.transformer)
+    plain.set_progress_bar_config(disable=True)
+
+    def draw():
+        outputs = [
+            pipe(image=image, mask_image=box(0, 8, 0, 16), output_type="pt", generator=seeded(0)),
+            plain(output_type="pt", generator=seeded(0)),
+        ]
+        return [tensor for output in outputs for tensor in (output.images, output.codes, output.grain_maps)]
+
+    codebook, expected = pipe.vae.quantizer.codebook.clone(), draw()
+    for model in (pipe.vae, pipe.transformer):
+        model.train()
+    assert all(map(torch.equal, draw(), expected))
+    assert torch.equal(pipe.vae.quantizer.codebook, codebook)
+    assert all(module.training for module in (*pipe.vae.modules(), *pipe.transformer.modules()))
+
+
 def test_it_loads_saved_folders_and_shares_the_parts_of_a_pipeline(pipe, image, tmp_path):
     DQForImageGeneration.from_models(pipe.vae, pipe.transformer).save_pretrained(tmp_path)
     loaded = DQInpaintPipeline.from_pretrained(tmp_path)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.generation_dq import check_count
+from ..modeling.generation_dq import check_count, evaluation_mode
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
 from ..modeling.known_dq import UNKNOWN, as_batch
@@ -133,8 +133,8 @@ class DQInpaintPipeline(DQPipeline):
     def encode_known(self, pixel_values, regenerated, grain_map=None):
         """Codes (B, H, W) and grain map (B, h, w) of images, -1 where they are to be drawn."""
         bring_to_device(self.vae)
-        # One by one: convolutions of another batch size may round differently.
-        encoded = [self.vae.encode(each[None].to(self.vae.device)) for each in pixel_values]
+        with evaluation_mode(self.vae):  # one by one: convolutions of another batch size may round differently
+            encoded = [self.vae.encode(each[None].to(self.vae.device)) for each in pixel_values]
         codes, known_map = (torch.cat([getattr(each, name) for each in encoded]) for name in ("codes", "grain_map"))
         regenerated = regenerated.to(codes.device)
         side = codes.shape[1] // known_map.shape[1]

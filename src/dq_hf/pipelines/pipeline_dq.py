@@ -15,7 +15,7 @@ from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
-from ..modeling.generation_dq import check_count
+from ..modeling.generation_dq import check_count, evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -279,7 +279,9 @@ class DQPipeline(DiffusionPipeline):
         images = codes
         if output_type != "codes":
             bring_to_device(self.vae)
-            images = self.image_processor.post_process(self.vae.decode_each(codes, taken).sample, output_type)
+            with evaluation_mode(self.vae):
+                sample = self.vae.decode_each(codes, taken).sample
+            images = self.image_processor.post_process(sample, output_type)
         codes = codes if taken is None else codes.where(taken, -1)
         return DQPipelineOutput(images=images, codes=codes, grain_maps=grain_map)
 
