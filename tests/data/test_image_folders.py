@@ -1,11 +1,13 @@
 """Folders of images as people have them: splits, classes, captions, links, and paths with any signs."""
 
 import json
+import os
 
 import datasets
 import pytest
 from PIL import Image
 
+from dq_hf.data.image_folders import image_names
 from dq_hf.data.images import class_names, decode_image, drop_broken_images, load_images
 
 
@@ -94,6 +96,18 @@ def test_every_path_is_read(tmp_path, name, streaming):
     images.to_parquet(file)
     assert greys(load_images(file.parent, "train", streaming=streaming)) == [7]
     assert greys(load_images(file, "train", streaming=streaming)) == [7]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"caf\xe9/a.png"])
+def test_an_image_whose_name_is_no_utf8_is_named_where_a_table_is_to_hold_it(tmp_path, name):
+    write(tmp_path, ["train/b.png", "train/c.png"])
+    place = os.path.join(os.fsencode(tmp_path / "train"), name)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    os.rename(tmp_path / "train" / "b.png", place)
+    for read in (image_names, lambda folder: load_images(folder, "train")):
+        with pytest.raises(ValueError, match=r"must be UTF-8, got b'.*caf\\xe9.*'; rename it"):
+            read(tmp_path)
+    assert sorted(greys(load_images(tmp_path, "train", streaming=True))) == [0, 1]
 
 
 @both

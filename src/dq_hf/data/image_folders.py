@@ -58,8 +58,18 @@ def is_image_folder(folder):
 
 
 def image_names(folder):
-    """Paths, from a folder, of all images in it and in its folders, in order."""
-    return [path.relative_to(folder).as_posix() for path in files_of(folder) if path.suffix.lower() in IMAGES]
+    """Paths, from a folder, of all images in it and in its folders, in order; ValueError as `check_names`."""
+    paths = [path.relative_to(folder).as_posix() for path in files_of(folder) if path.suffix.lower() in IMAGES]
+    check_names(paths)
+    return paths
+
+
+def check_names(paths):
+    """Raise ValueError at the path of a file that no table can hold: a name that is no UTF-8, as old archives have."""
+    for path in paths:
+        name = os.fsencode(path)
+        if name.decode(errors="replace") != path:
+            raise ValueError(f"names of images and folders must be UTF-8, got {name}; rename it")
 
 
 def stream_images(folder, names):
@@ -73,7 +83,7 @@ def load_image_folder(folder, split, streaming=False):
     """A split of a folder of images, as a `datasets.Dataset` or, with `streaming`, an `IterableDataset`.
 
     Raises:
-        ValueError: no such split, or a damaged file beside the images.
+        ValueError: no such split, a damaged file beside the images, or names as in `check_names`, which a stream may have.
     """
     folder = Path(folder).absolute()
     places = split_folders(folder)
@@ -86,6 +96,7 @@ def load_image_folder(folder, split, streaming=False):
     arguments = {"generator": give, "gen_kwargs": {"rows": rows, "stamps": stamps}, "features": features}
     if streaming:
         return datasets.IterableDataset.from_generator(**arguments)
+    check_names(row["image"]["path"] for row in rows)
     return datasets.Dataset.from_generator(**arguments, fingerprint=datasets.fingerprint.Hasher.hash((rows, stamps)))
 
 
