@@ -197,8 +197,14 @@ def test_max_bytes_takes_the_largest_ratio_that_fits(overrides):
     for most in [*range(min(lengths), max(lengths), 9), max(lengths), max(lengths) + 1]:
         largest = max(step for step, length in enumerate(lengths) if length <= most)
         assert compress(vae, image, max_bytes=most) == ratios[largest]
+    assert compress(vae, image, max_bytes=np.int64(max(lengths))) == ratios[-1]
     with pytest.raises(ValueError, match=f"at least {min(lengths)} "):
         compress(vae, image, max_bytes=min(lengths) - 1)
+
+
+def test_an_image_that_the_reader_would_refuse_is_not_written(vae):
+    with pytest.raises(ValueError, match="at most 1,048,576 pixels a side, got 1,048,577 x 1"):
+        compress(vae, Image.new("L", (2**20 + 1, 1)))
 
 
 def test_max_bytes_with_the_generator(model):

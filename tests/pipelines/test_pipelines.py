@@ -46,6 +46,13 @@ def pipe(folder):
     return pipe
 
 
+def pixels_of(results):
+    """Bytes of images, or of lists or results of the task that hold them."""
+    if isinstance(results, dict):
+        return pixels_of(results["image"])
+    return [pixels_of(each) for each in results] if isinstance(results, list) else results.tobytes()
+
+
 @pytest.fixture(scope="module")
 def task(folder):
     return pipeline("dq-generation", model=str(folder))
@@ -379,6 +386,21 @@ def test_bad_sampling_arguments_are_refused_by_name(pipe, task, arguments, error
     for call in (lambda: pipe(class_labels=[0], **arguments), lambda: task("sun", **arguments)):
         with pytest.raises(error, match=next(iter(arguments))):
             call()
+
+
+def test_numbers_of_numpy_are_numbers(pipe, task):
+    options = dict(temperature=0.8, top_k=5, top_p=0.9, guidance_scale=1.5, lookahead=2)
+    numpy_options = {
+        name: (np.int64 if isinstance(value, int) else np.float64)(value) for name, value in options.items()
+    }
+    for seed, same in ((3, np.int64(3)), ([3, 4], [np.int64(3), np.uint8(4)])):
+        plain = task(["sun"], seed=seed, batch_size=2, **options)
+        assert pixels_of(task(["sun"], seed=same, batch_size=np.int64(2), **numpy_options)) == pixels_of(plain)
+    drawn = [
+        pipe(class_labels=[0], num_images_per_prompt=count, generator=torch.Generator().manual_seed(3), **each).images
+        for count, each in ((2, options), (np.int64(2), numpy_options))
+    ]
+    assert pixels_of(drawn[0]) == pixels_of(drawn[1])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Images to bytes and back: `compress` and `decompress`."""
 
 import logging
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dqvae import DQVAEModel
 from ..pipelines.class_labels import class_ids
-from .container import DAMAGED, GENERATOR, STATIC, Header, read_file, write_file
+from .container import DAMAGED, GENERATOR, MOST_SIDE, STATIC, Header, read_file, write_file
 from .generator_prior import GeneratorPrior
 from .rate_search import finest_that_fits
 from .static_prior import StaticPrior
@@ -51,6 +52,8 @@ def compress(
     if len(pixel_values) != 1:
         raise ValueError(f"image must be one image, got {len(pixel_values)}")
     height, width = pixel_values.shape[2:]
+    if max(height, width) > MOST_SIDE:
+        raise ValueError(f"image must have at most {MOST_SIDE:,} pixels a side, got {width:,} x {height:,}")
     factor = vae.config.granularities[0]
     shape = region_shape(factor, height, width)
     pixel_values = pad_to_regions(pixel_values, factor).to(vae.device)
@@ -195,7 +198,7 @@ def check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, prom
     if prior == "static" and not class_label is prompt is None:
         raise ValueError('class_label and prompt are for prior "generator" only; leave them out')
     if max_bytes is not None:
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, Integral):
             raise TypeError(f"max_bytes must be a whole number, got {max_bytes!r}")
         if fine_ratio is not None:
             raise ValueError("give either fine_ratio or max_bytes, not both")

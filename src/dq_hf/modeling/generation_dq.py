@@ -7,6 +7,7 @@
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from transformers import CompileConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -253,7 +254,7 @@ class DQSamplingMixin:
 
 def check_count(name, count):
     """Raise TypeError or ValueError unless this is a whole number of at least 1, or None."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
         raise TypeError(f"{name} must be a whole number, got {count!r}")
     if count is not None and count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SamplingOptions:
     def __post_init__(self):
         for prefix in ("", "position_"):
             check_number(f"{prefix}temperature", getattr(self, f"{prefix}temperature"))
-            check_number(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), int)
+            check_number(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), Integral)
             check_number(f"{prefix}top_p", getattr(self, f"{prefix}top_p"))
             temperature, top_k, top_p = (
                 getattr(self, f"{prefix}{name}") for name in ("temperature", "top_k", "top_p")
@@ -79,7 +80,7 @@ WARPED = tuple(name for name in DEFAULT_NAMES if name != "guidance_scale")
 NO_EFFECT = {"temperature": 1, "top_p": 1, "position_temperature": 1, "position_top_p": 1}
 
 
-def check_number(name, value, kinds=(int, float)):
+def check_number(name, value, kind=Real):
     """Raise TypeError unless an option is a number or not given."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
         raise TypeError(f"{name} must be a number, got {value!r}")

@@ -1,6 +1,7 @@
 """Images from prompts and class labels, the transformers way: the task "dq-generation"."""
 
 from collections.abc import Iterable, Sized
+from numbers import Integral
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -202,7 +203,7 @@ def read_ahead(inputs, batch_size, num_workers):
 
 def check_size(name, size, least):
     """The size, or ValueError."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
     return size
 
@@ -216,11 +217,11 @@ def make_generators(seed, num_images):
     if seed is None:
         return None
     seeds = seed if isinstance(seed, (list, tuple)) else [seed]
-    if any(isinstance(value, bool) or not isinstance(value, int) for value in seeds):
+    if any(isinstance(value, bool) or not isinstance(value, Integral) for value in seeds):
         raise TypeError(f"seed must be an integer or a list of integers, got {seed!r}")
     for value in seeds:
         check_seed(value)
-    generators = [torch.Generator().manual_seed(value) for value in seeds]
+    generators = [torch.Generator().manual_seed(int(value)) for value in seeds]
     if not isinstance(seed, (list, tuple)):
         return generators[0]
     if num_images is not None and len(generators) != num_images:
