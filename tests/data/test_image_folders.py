@@ -44,8 +44,14 @@ def test_splits_are_the_folders_at_the_top_whatever_classes_and_files_are_called
 def test_any_split_is_read_and_usual_names_stand_for_each_other(tmp_path):
     write(tmp_path, ["train/a.png", "val/b.png", "pairs/c.png"])
     assert [greys(load_images(tmp_path, split)) for split in ("validation", "val", "pairs")] == [[1], [1], [2]]
-    with pytest.raises(ValueError, match="has no split 'test'; it has pairs, train, val$"):
+    with pytest.raises(
+        ValueError, match="has no split 'test'; it has pairs, train, val; put images into .*test, or name"
+    ):
         load_images(tmp_path, "test")
+    with pytest.raises(
+        ValueError, match="has no folders of splits, so all its images are in that one; put images into"
+    ):
+        load_images(tmp_path / "train", "test")
 
 
 def test_a_class_is_the_first_folder_below_the_split(tmp_path):
@@ -141,6 +147,74 @@ def test_further_columns_are_read_from_metadata(tmp_path, kind, at_the_top, stre
     assert [row["text"] for row in dataset] == [None, "lost", "first"] and "label" not in dataset.features
     if not streaming:
         assert greys(drop_broken_images(dataset, max_share=0.5)) == [1, 0]
+
+
+def test_a_folder_named_by_a_path_through_another_has_the_same_captions(tmp_path, monkeypatch):
+    write(tmp_path, ["train/a.png", "beside/b.png"])
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "snail"}')
+    monkeypatch.chdir(tmp_path / "beside")
+    assert (
+        load_images("..", "train")["text"][:] == load_images("../../" + tmp_path.name, "train")["text"][:] == ["snail"]
+    )
+
+
+@pytest.mark.parametrize("caption", ["a\u2028b\x85c\x0b", "caf\u00e9, \u96ea", 'say "so"'])
+@pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "TXT"])
+def test_a_caption_is_read_as_it_is_written_with_and_without_a_byte_order_mark(tmp_path, kind, mark, caption):
+    write(tmp_path, ["train/0.png"])
+    quoted = caption.replace('"', '""')
+    texts = {
+        "jsonl": json.dumps({"file_name": "0.png", "text": [caption]}, ensure_ascii=False),
+        "csv": f'file_name,text\r\n0.png,"{quoted}"\r\n',
+        "TXT": caption + "\r\n",
+    }
+    name = "0.TXT" if kind == "TXT" else f"metadata.{kind}"
+    (tmp_path / "train" / name).write_text(texts[kind], mark, newline="")
+    assert load_images(tmp_path, "train")["text"][0] == (caption if kind == "csv" else [caption])
+
+
+def test_captions_of_several_lines_are_read_from_a_long_csv(tmp_path):
+    write(tmp_path, ["train/0.png"])
+    rows = [
+        f'{number}.png,"{"word " * 20}\nsecond line"' for number in range(12_000)
+    ]  # more than the reader's block of 1 MiB
+    (tmp_path / "train" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    dataset = load_images(tmp_path, "train")
+    assert len(dataset) == 12_000 and set(dataset["text"][:]) == {"word " * 20 + "\nsecond line"}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "text", "message"),
+    [
+        (
+            "train",
+            "metadata.csv",
+            "file_name,text\na.png,x\na.png,y",
+            "metadata.csv has several rows of .*a.png; give",
+        ),
+        ("train", "metadata.csv", "file_name,image\na.png,x", "metadata.csv has a column image"),
+        ("train", "metadata.csv", b"file_name,text\na.png,caf\xe9", "must be a text in UTF-8"),
+        (
+            "train",
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "x"}\n{"file_name": "b.png", "text": ["x"]}',
+            "column 'text' of the metadata in .* must have one type, got list, str",
+        ),
+        (
+            ".",
+            "metadata.csv",
+            "file_name,text\na.png,x",
+            r"name no file of its splits \(train\).*a.png; file_name must",
+        ),
+        (".", "metadata.csv", "file_name,text\ntrain\\a.png,x", r"name no file of its splits \(train\)"),
+    ],
+)
+def test_metadata_of_which_captions_would_be_lost_are_refused(tmp_path, place, name, text, message):
+    write(tmp_path, ["train/a.png", "train/b.png"])
+    (tmp_path / place / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path, "train")
 
 
 @pytest.mark.parametrize("text", ["{", '["a"]', '{"text": "a"}'])

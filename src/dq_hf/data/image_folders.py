@@ -9,8 +9,10 @@ A split or class folder may be a link. `metadata.jsonl`, `.csv` or `.parquet` in
 line, which become the column `text`.
 """
 
+import io
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -24,8 +26,8 @@ IMAGES = set(
 )
 TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz"}  # whoever has such has no folder of images
 METADATA = {
-    "metadata.jsonl": lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()],
-    "metadata.csv": lambda path: pyarrow.csv.read_csv(path).to_pylist(),
+    "metadata.jsonl": lambda path: [json.loads(line) for line in lines_of(path) if line.strip()],
+    "metadata.csv": lambda path: rows_of_csv(lines_of(path)),
     "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
 }
 SPLITS = {  # a split: other names of its folder
@@ -85,12 +87,15 @@ def load_image_folder(folder, split, streaming=False):
     Raises:
         ValueError: no such split, a damaged file beside the images, or names as in `check_names`, which a stream may have.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # without "..", so that the paths of its metadata are those of its files
     places = split_folders(folder)
     name = next((name for name in (split, *SPLITS.get(split, ())) if name in places), None)
     if name is None:
-        whole = f": {folder} itself, for it has no folder named {split}" if places == {"train": folder} else ""
-        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(places)}{whole}")
+        whole = (
+            ": it has no folders of splits, so all its images are in that one" if places == {"train": folder} else ""
+        )
+        remedy = f"put images into {folder / split}, or name another split"
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(places)}{whole}; {remedy}")
     rows, features = rows_of(folder, places, name)
     stamps = [stamp(row["image"]["path"]) for row in rows]
     arguments = {"generator": give, "gen_kwargs": {"rows": rows, "stamps": stamps}, "features": features}
@@ -110,7 +115,13 @@ def rows_of(folder, places, split):
     """Rows of a split, as dictionaries, and their `datasets.Features`."""
     files = {name: files_of(place) for name, place in places.items()}
     own = files[split]
-    known = metadata_of([*(path for path in folder.iterdir() if path.is_file()), *own])
+    above = metadata_of(path for path in folder.iterdir() if path.is_file())
+    if above and not any(path.is_relative_to(place) for path in above for place in places.values()):
+        raise ValueError(
+            f"the metadata in {folder} name no file of its splits ({', '.join(places)}), but {next(iter(above))}; "
+            "file_name must be the path from there, such as train/0.png"
+        )
+    known = above | metadata_of(own)
     paths = sorted({path for path in own if path.suffix.lower() in IMAGES} | known.keys())
     paths = [path for path in paths if path.is_relative_to(places[split])]
     rows = [{"image": {"path": str(path), "bytes": None}} for path in paths]
@@ -118,7 +129,7 @@ def rows_of(folder, places, split):
     if known:
         columns = list(dict.fromkeys(name for more in known.values() for name in more))
         rows = [row | {name: known.get(path, {}).get(name) for name in columns} for path, row in zip(paths, rows)]
-        schema = pa.Table.from_pylist([{name: row[name] for name in columns} for row in rows]).schema
+        schema = pa.schema([(name, type_of([row[name] for row in rows], name, folder)) for name in columns])
         return rows, datasets.Features(features | datasets.Features.from_arrow_schema(schema))
 
     classes = {name: {class_of(path, place) for path in files[name]} for name, place in places.items()}
@@ -127,10 +138,10 @@ def rows_of(folder, places, split):
         features["label"] = datasets.ClassLabel(names=names)
         numbers = {name: number for number, name in enumerate(names)}
         rows = [row | {"label": numbers.get(class_of(path, places[split]))} for path, row in zip(paths, rows)]
-    texts = {path for path in own if path.suffix == ".txt"}
-    if any(path.with_suffix(".txt") in texts for path in paths):
+    texts = {path.with_suffix(""): path for path in own if path.suffix.lower() == ".txt"}
+    if any(path.with_suffix("") in texts for path in paths):
         features["text"] = datasets.List(datasets.Value("string"))
-        lines = (lines_of(path.with_suffix(".txt")) if path.with_suffix(".txt") in texts else [] for path in paths)
+        lines = (lines_of(texts[path.with_suffix("")]) if path.with_suffix("") in texts else [] for path in paths)
         rows = [row | {"text": text} for row, text in zip(rows, lines)]
     return rows, datasets.Features(features)
 
@@ -145,7 +156,7 @@ def metadata_of(files):
     """{path of an image: its further columns}, of all files of metadata among these.
 
     Raises:
-        ValueError: one that is damaged, or has no column `file_name`.
+        ValueError: one that is damaged, has no column `file_name`, several rows of an image, or a column `image`.
     """
     known = {}
     for file in files:
@@ -153,23 +164,50 @@ def metadata_of(files):
             continue
         try:
             rows = METADATA[file.name](file)
-            known |= {
-                Path(os.path.normpath(file.parent / row["file_name"])): {
-                    name: value for name, value in row.items() if name != "file_name"
-                }
-                for row in rows
-            }
+            paths = [Path(os.path.normpath(file.parent / row["file_name"])) for row in rows]
+            columns = [{name: value for name, value in row.items() if name != "file_name"} for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError, pa.ArrowInvalid) as error:
             raise ValueError(
                 f"{file} must have rows with a column file_name, the path of an image from there; got {error!r}"
             ) from error
+        if any("image" in row for row in columns):
+            raise ValueError(f"{file} has a column image, the name of the pictures' own; rename it")
+        if len(set(paths)) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise ValueError(
+                f"{file} has several rows of {twice}; give an image one row, and several captions as a list "
+                "(metadata.jsonl or .parquet)"
+            )
+        known |= dict(zip(paths, columns))
     return known
 
 
-def lines_of(path):
-    """The lines of a text; ValueError if it is none."""
+def rows_of_csv(lines):
+    """The rows of a table, as dictionaries; a value in quotes may have several lines."""
+    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return pyarrow.csv.read_csv(io.BytesIO("\n".join(lines).encode()), parse_options=options).to_pylist()
+
+
+def type_of(values, name, folder):
+    """The Arrow type of a column of metadata.
+
+    Raises:
+        ValueError: values of several types.
+    """
     try:
-        return path.read_text("utf-8").splitlines()
+        return pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        kinds = sorted({type(value).__name__ for value in values if value is not None})
+        raise ValueError(
+            f"column {name!r} of the metadata in {folder} must have one type, got {', '.join(kinds)}; "
+            "write all its values alike"
+        ) from error
+
+
+def lines_of(path):
+    """The lines of a text; ValueError if it is none. A byte order mark is no part of it, and U+2028 ends no line."""
+    try:
+        return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
 
