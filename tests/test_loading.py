@@ -1,13 +1,15 @@
 """A tokenizer, or both models, wherever they are given: folders and repositories of either kind."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import make_transformer, make_vae
 from hub_server import HubServer, run_client
 
-from dq_hf import DQConfig, DQForImageGeneration, DQVAEModel
+from dq_hf import DQConfig, DQForImageGeneration, DQImageProcessor, DQVAEModel
+from dq_hf.commands.calibrate import run as calibrate
 from dq_hf.loading import load_models, load_pipeline, load_tokenizer
 
 
@@ -37,6 +39,32 @@ def test_a_folder_of_both_names_the_subfolder_where_a_tokenizer_is_loaded_by_its
     DQVAEModel.from_pretrained(folders / "both", subfolder="vae")
     with pytest.raises(ValueError, match="model_type 'dq', got 'dqvae'"):
         DQConfig.from_pretrained(folders / "vae")
+
+
+LOADS = {
+    "tokenizer": load_tokenizer,
+    "models": load_models,
+    "pipeline": load_pipeline,
+    "part": lambda folder: DQVAEModel.from_pretrained(folder, subfolder="vae"),
+    "both": DQForImageGeneration.from_pretrained,
+    "processor": DQImageProcessor.from_pretrained,
+    "calibration": lambda folder: calibrate(Namespace(model=folder, batch_size=1)),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_the_folder_of_a_training_run_is_refused_with_that_of_its_model(folders, tmp_path, load):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(folders / "both")
+    with pytest.raises(
+        OSError, match="run has no .*json: it is the folder of a training run; give its model, .*run/model"
+    ):
+        load(tmp_path / "run")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path} has no config.json; give the folder of a saved model"):
+        load_models(tmp_path)
 
 
 CLIENT = """

@@ -10,6 +10,8 @@ from .public import DQConfig, DQPipeline, DQTransformerForImageGeneration, DQVAE
 def look_into(model, revision=None):
     """Whether a folder or repository holds a generator beside the tokenizer, and the commit looked at (None: a folder)."""
     with local_folder(model, ["config.json"], revision=revision) as folder:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{model} has no config.json; give the folder of a saved model, or a Hub id")
         holds_both = read_json_object(folder / "config.json").get("model_type") == DQConfig.model_type
     return holds_both, None if Path(model).is_dir() else folder.name
 

@@ -25,7 +25,10 @@ def register(commands):
 
 def run(args):
     check_at_least_one(batch_size=args.batch_size)
+    from ..hub.download import refuse_run_folder
+
     folder = Path(args.model)
+    refuse_run_folder(folder, "config.json")
     if not (folder / "config.json").is_file():
         raise OSError(f"--model must be a local folder with a config.json, got {folder}; download the model first")
 

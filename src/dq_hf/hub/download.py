@@ -33,6 +33,7 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
     subfolder = "/".join(Path(subfolder or "").parts)
     if Path(str(source)).is_dir():
         check_model_links(Path(source, subfolder))
+        refuse_run_folder(source, f"{subfolder}/{patterns[0]}".removeprefix("/"))
         with nesting_named(Path(source, subfolder)):
             yield Path(source, subfolder)
         return
@@ -58,6 +59,13 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
             raise incomplete or FileNotFoundError(f"no file {allowed[0]}")
         check_model_links(folder)
         yield folder
+
+
+def refuse_run_folder(folder, name):
+    """Raise `FileNotFoundError` at a training run's folder that is given instead of the model in it, which has this file."""
+    model = Path(folder, "model")
+    if not Path(folder, name).is_file() and (model / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}: it is the folder of a training run; give its model, {model}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hub.card import read_source_card
-from ..hub.download import HUB_ARGUMENTS, local_folder
+from ..hub.download import HUB_ARGUMENTS, local_folder, refuse_run_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
@@ -349,6 +349,7 @@ class DQPipeline(DiffusionPipeline):
 
 def check_index(file):
     """What a `model_index.json` holds; `OSError` or `ValueError` if it is not one that `save_pretrained` writes."""
+    refuse_run_folder(file.parent, file.name)
     if not file.is_file():
         raise OSError(f"{file.parent} has no file {file.name}; {NEEDS_BOTH}")
     index = read_json_object(file)
