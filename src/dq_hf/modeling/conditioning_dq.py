@@ -120,7 +120,7 @@ def inputs_of(config):
 class TextPrefix(nn.Module):
     """The states of any text encoder as a prefix of fixed length: LayerNorm, then one linear layer.
 
-    A slot without a token gets a learned vector of its own. No text, the empty prompt, the hidden half of guidance and
+    A slot without a token gets a learned vector of its own. No text, the empty prompt, the unconditional half of guidance and
     what dropout leaves of a caption are all the same: no slot has a token.
     """
 

@@ -53,7 +53,7 @@ class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
         return cls(size=config.image_height_width, do_resize=do_resize)
 
     def to_dict(self):
-        """What its file holds: no steps that are done anyway."""
+        """What its file holds; steps that are done by default are left out."""
         steps = {"do_rescale": True, "do_normalize": True}
         return {name: value for name, value in super().to_dict().items() if value != steps.get(name)}
 

@@ -304,7 +304,7 @@ class DQForImageGeneration(HubMixin, ComposedModel):
 
         Args:
             prompt: one text, or one for each image; None: no text.
-            negative_prompt: likewise, for the hidden half of guidance; without effect where the guidance scale is 1.
+            negative_prompt: likewise, for the unconditional half of guidance; without effect where the guidance scale is 1.
             class_labels, num_images, options: as in `DQTransformerForImageGeneration.generate`.
         """
         config = self.transformer.config

@@ -208,7 +208,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
 
         It is that of sampling among what may come, where each granularity's cells come in the training order and the
         finest ones are fixed. What is forced costs nothing: start tokens, ends that must come, the finest positions.
-        Nothing is hidden, and nothing guided; dropout is on in training mode.
+        No condition is hidden, and there is no guidance; dropout is on in training mode.
 
         Args:
             codes, grain_map, class_labels, encoder_hidden_states, encoder_attention_mask: as in `forward`.
@@ -249,11 +249,10 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             state.append(positions, contents)
 
     def log_weights(self, state, condition):
-        """Logarithms (B,) of finished streams' probability, over that with which they are drawn where something is known.
+        """Logarithms (B,) of the importance weights of finished streams of which something is known.
 
-        These are weights of samples of what is unknown given what is known (sequential importance sampling), without
-        temperatures, top-k, top-p and guidance: probabilities of the codes that are known, and of not contradicting what
-        else is.
+        A weight is a stream's probability under the model divided by the probability of drawing it given what is known
+        (sequential importance sampling), both without temperatures, top-k, top-p and guidance.
 
         Args:
             state: `KnownState`.

@@ -149,8 +149,8 @@ class FixedPart:
     """What is left of streams whose positions are all known: the finest codes in the training order, and the end.
 
     An element that is left is a target. A pass chooses several, given the element before each, which may be a guess:
-    what the last pass chose for it. Behind the first guess that turns out to be wrong, the next one is what an earlier
-    pass chose when it guessed right, if one did.
+    what the last pass chose for it. For the place after a wrong guess it is what an earlier pass chose there after the
+    right element, if one did.
 
     Args:
         state: `StreamState`, into which everything is written that has come.

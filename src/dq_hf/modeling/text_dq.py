@@ -112,7 +112,7 @@ def prompt_arguments(config, text_encoder, tokenizer, prompt=None, negative_prom
         config: `DQTransformerConfig`.
         text_encoder, tokenizer: of the model, or None.
         prompt: a text or a list of texts; None: no text.
-        negative_prompt: a text or a list of texts, for the hidden half of guidance; None: no text.
+        negative_prompt: a text or a list of texts, for the unconditional half of guidance; None: no text.
 
     Raises:
         TypeError, ValueError: prompts that are no texts, or none; a model that takes no prompt.

@@ -61,8 +61,8 @@ class DQInpaintPipeline(DQPipeline):
             mask_image: a mask or a list of one for each image, of the image's own size: a PIL image of any mode, or an
                 array or tensor (H, W), with a channel or without, of booleans, integers (0 and 1, or 0 ... 255) or floats
                 in [0, 1]. White, from one half on, is drawn again, in whole regions.
-            overlay: whether pixels outside the regions that are drawn again are the image's own. The difference of the
-                decoder's picture to them along the seam then fades out inside, over half a region. False: the decoder's.
+            overlay: whether pixels outside the regions that are drawn again are the image's own. Along the seam the
+                decoder's picture inside is corrected towards them, less and less over half a region. False: the decoder's.
             grain_map: (h, w) or (B, h, w) integers, granularities for regions that are drawn again; -1, or None at all:
                 the model decides.
             output_type, return_dict: as in `DQPipeline`; a tuple ends with `regenerated`. With "codes" nothing is decoded.

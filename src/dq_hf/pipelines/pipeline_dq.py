@@ -180,7 +180,7 @@ class DQPipeline(DiffusionPipeline):
 
         Args:
             prompt: a text or a list of texts; None: no text.
-            negative_prompt: likewise, for the hidden half of guidance; without effect where the guidance scale is 1.
+            negative_prompt: likewise, for the unconditional half of guidance; without effect where the guidance scale is 1.
             prompt_embeds, prompt_attention_mask: states (B, T, text_hidden_size) of a text encoder and their mask
                 (B, T), 0 where there is no token (None: all are there), instead of a prompt.
             negative_prompt_embeds, negative_prompt_attention_mask: likewise, instead of a negative prompt.
@@ -208,15 +208,15 @@ class DQPipeline(DiffusionPipeline):
         return arguments
 
     def prepare_conditions(self, class_labels, texts, num_images_per_prompt=None, num_images_per_label=None):
-        """What `generate_steps` takes for labels and texts, each so often: {argument: value}.
+        """Labels and texts, each repeated for its images, as {argument of `generate_steps`: value}.
 
         Args:
             class_labels, num_images_per_prompt, num_images_per_label: as in `__call__`.
             texts: of `encode_prompt`.
 
         Raises:
-            TypeError, ValueError: unknown labels; another number of labels, prompts and negative prompts than one of
-                each, or as many; numbers of images that differ or are none.
+            TypeError, ValueError: unknown labels; numbers of labels, prompts and negative prompts that are neither
+                1 nor equal; numbers of images that differ or are below 1.
         """
         each = [num_images_per_prompt, num_images_per_label]
         for name, number in zip(("num_images_per_prompt", "num_images_per_label"), each):
