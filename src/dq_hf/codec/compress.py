@@ -123,7 +123,8 @@ def read_codes(model, data):
     if own != header.fingerprint:
         name = "" if header.model_id is None else f", {header.model_id}"
         raise ValueError(
-            f"this file is of another model: fingerprint {header.fingerprint.hex()}{name}, got one with {own.hex()}"
+            f"this file is of another model: fingerprint {header.fingerprint.hex()}{name}, got one with {own.hex()}; "
+            "give the model that wrote it"
         )
     prior = StaticPrior(vae) if header.flag == STATIC else GeneratorPrior(model, header.class_label, header.prompt)
     grids = decode(prior, data)

@@ -293,7 +293,7 @@ def make_warpers(temperature, top_k, top_p):
     if temperature not in (None, 1):
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
+        warpers.append(TopKLogitsWarper(int(top_k)))
     if top_p not in (None, 1):
         warpers.append(TopPLogitsWarper(float(top_p)))
     return warpers
