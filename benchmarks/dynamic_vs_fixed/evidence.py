@@ -27,6 +27,7 @@ sys.path.append(str(HERE.parent))
 from report import write_section  # noqa: E402
 
 CURVE = ("fixed-64", "fixed-128", "fixed-256")
+HEADLINE = "emoji"  # results of which the page has a plot of its own
 # Rows of the tables: condition, and how the held-out images were routed.
 ROWS = [(name, way) for name in CONDITIONS for way in ("own", "exact")]
 # Besides with the fixed-length curve each is compared with these.
@@ -81,7 +82,9 @@ def main(args):
         generators = [result for result in results if result["condition"] in GENERATORS]
         runs = by_row(tokenizers)
         plot = Path(args.images_dir, f"dynamic_vs_fixed-{folder.name}.png")
-        plot_curves(runs, plot)
+        plot_curves(runs, plot, measured_rates(runs), MEASURES)
+        if folder.name == HEADLINE:
+            plot_curves(runs, Path(args.images_dir, "dynamic_vs_fixed.png"), ["codes"], PER_IMAGE)
         parts = [
             f"{describe(tokenizers, groups)}",
             rates_table(runs),
@@ -287,13 +290,12 @@ def spread(values, form):
     return f"{np.mean(values):{form}}" + (f" ± {half_range:{form}}" if half_range > 0 else "")
 
 
-def plot_curves(runs, path):
-    """Each measure against each rate: the fixed-length curve, and the others as points."""
-    rates = measured_rates(runs)
-    figure = Figure(figsize=(4 * len(MEASURES), 3.5 * len(rates)), layout="constrained")
-    axes = figure.subplots(len(rates), len(MEASURES))
+def plot_curves(runs, path, rates, measures):
+    """Each measure (a column) against each rate (a row): the fixed-length curve, and the others as points."""
+    figure = Figure(figsize=(4 * len(measures), 3.5 * len(rates)), layout="constrained")
+    axes = figure.subplots(len(rates), len(measures), squeeze=False)
     for rate, row in zip(rates, axes):
-        for axis, (name, measure) in zip(row, MEASURES.items()):
+        for axis, (name, measure) in zip(row, measures.items()):
             curve = [points(runs, (fixed, "own"), rate, name) for fixed in CURVE]
             curve = [mean for mean, _ in curve if mean is not None]
             if curve:
@@ -302,9 +304,10 @@ def plot_curves(runs, path):
                 mean, seeds = points(runs, key, rate, name)
                 if mean is not None:
                     colour, marker = f"C{number // 2}", "o" if key[1] == "own" else "s"
-                    axis.plot(*mean, marker, color=colour, label=f"{key[0]}, {key[1]}", fillstyle="none")
+                    axis.plot(*mean, marker, color=colour, label=label(*key), fillstyle="none")
                     axis.plot(*zip(*seeds), marker, color=colour, markersize=2)
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=f"{rate} an image", ylabel=measure.name)
             axis.grid(alpha=0.3)
     if runs:
