@@ -311,7 +311,7 @@ def plot_curves(runs, path, rates, measures):
             axis.set(xlabel=f"{rate} an image", ylabel=measure.name)
             axis.grid(alpha=0.3)
     if runs:
-        axes[0, 0].legend(fontsize="x-small")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
 
