@@ -250,7 +250,7 @@ def test_force_overwrites(run, place):
         (["-n", "0"], "--num-images must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--lookahead", "0"], "--lookahead must be at least 1, got 0"),
-        (["--temperature", "0"], "temperature must be above 0"),
+        (["--temperature", "0"], "temperature must be 1e-06 or more"),
         (["--top-p", "1.5"], r"top_p must lie in \(0, 1\], got 1.5"),
         (["--position-top-k", "0"], "position_top_k must be at least 1"),
         (["--guidance-scale", "2"], "class_dropout"),

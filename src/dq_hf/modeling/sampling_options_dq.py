@@ -4,6 +4,10 @@ import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 
+# Beyond these, float32 logits overflow; long before them, nothing changes any more.
+LEAST_TEMPERATURE = 1e-6
+MOST_GUIDANCE = 1e6
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -12,12 +16,12 @@ class SamplingOptions:
     Where those say nothing either, temperatures, top-p and the guidance scale are 1 and top-k does not restrict.
 
     Args:
-        temperature: of contents, above 0.
+        temperature: of contents, 1e-6 or more.
         top_k: as many contents as this, the likeliest, may be drawn; at least 1. The size of the codebook or more: all.
         top_p: contents are drawn from the likeliest ones that together have this probability, in (0, 1].
         position_temperature, position_top_k, position_top_p: the same for positions.
         guidance_scale: 1: none; above 1: logits are moved away from those of the hidden condition (classifier-free
-            guidance, Ho & Salimans 2022). Needs a model that was trained with a hidden condition.
+            guidance, Ho & Salimans 2022); at most 1e6. Needs a model that was trained with a hidden condition.
         fine_positions: "fixed" (the finest codes fill what is left, in the training order) or "free" (drawn).
 
     Raises:
@@ -41,17 +45,18 @@ class SamplingOptions:
             temperature, top_k, top_p = (
                 getattr(self, f"{prefix}{name}") for name in ("temperature", "top_k", "top_p")
             )
-            if temperature is not None and not 0 < temperature < math.inf:
+            if temperature is not None and not LEAST_TEMPERATURE <= temperature < math.inf:
                 raise ValueError(
-                    f"{prefix}temperature must be above 0 and finite, got {temperature}; greedy is do_sample=False"
+                    f"{prefix}temperature must be {LEAST_TEMPERATURE} or more and finite, got {temperature}; greedy is "
+                    "do_sample=False"
                 )
             if top_k is not None and top_k < 1:
                 raise ValueError(f"{prefix}top_k must be at least 1, or None for no restriction; got {top_k}")
             if top_p is not None and not 0 < top_p <= 1:
                 raise ValueError(f"{prefix}top_p must lie in (0, 1], got {top_p}")
         check_number("guidance_scale", self.guidance_scale)
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be finite and 0 or more, got {self.guidance_scale}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MOST_GUIDANCE:
+            raise ValueError(f"guidance_scale must lie in [0, {MOST_GUIDANCE:g}], got {self.guidance_scale}")
         if self.fine_positions not in ("fixed", "free"):
             raise ValueError(f'fine_positions must be "fixed" or "free", got {self.fine_positions!r}')
 
