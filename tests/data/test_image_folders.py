@@ -149,6 +149,22 @@ def test_further_columns_are_read_from_metadata(tmp_path, kind, at_the_top, stre
         assert greys(drop_broken_images(dataset, max_share=0.5)) == [1, 0]
 
 
+def test_tables_of_other_names_are_not_read_and_one_warning_names_them(tmp_path, caplog):
+    write(tmp_path, ["train/a.png"])
+    for name in ("captions.csv", "train/Metadata.CSV", "train/notes.json"):
+        (tmp_path / name).write_text("file_name,text\na.png,snail")
+    dataset = load_images(tmp_path, "train")
+    (record,) = caplog.records
+    assert "3 file(s) beside images are not read, such as " in record.getMessage()
+    assert "captions.csv; captions stand in metadata.jsonl, metadata.csv" in record.getMessage()
+    caplog.clear()
+    for name in ("captions.csv", "train/Metadata.CSV", "train/notes.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\na.png,snail")
+    assert load_images(tmp_path, "train")["text"][:] == ["snail"] and not caplog.records
+    assert dataset.column_names == ["image"]
+
+
 def test_a_folder_named_by_a_path_through_another_has_the_same_captions(tmp_path, monkeypatch):
     write(tmp_path, ["train/a.png", "beside/b.png"])
     (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "snail"}')

@@ -19,6 +19,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 IMAGES = set(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .tga .ico .jp2 .j2k .jpx .avif"
@@ -30,6 +33,7 @@ METADATA = {
     "metadata.csv": lambda path: rows_of_csv(lines_of(path)),
     "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
 }
+NOTES = {".jsonl", ".json", ".csv", ".tsv"}  # of which only those in METADATA are read
 SPLITS = {  # a split: other names of its folder
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -115,7 +119,14 @@ def rows_of(folder, places, split):
     """Rows of a split, as dictionaries, and their `datasets.Features`."""
     files = {name: files_of(place) for name, place in places.items()}
     own = files[split]
-    above = metadata_of(path for path in folder.iterdir() if path.is_file())
+    top = sorted(path for path in folder.iterdir() if path.is_file())
+    unread = {path for path in [*top, *own] if path.suffix.lower() in NOTES and path.name not in METADATA}
+    if unread:
+        names = ", ".join(METADATA)
+        logger.warning(
+            "%d file(s) beside images are not read, such as %s; captions stand in %s", len(unread), min(unread), names
+        )
+    above = metadata_of(top)
     if above and not any(path.is_relative_to(place) for path in above for place in places.values()):
         raise ValueError(
             f"the metadata in {folder} name no file of its splits ({', '.join(places)}), but {next(iter(above))}; "
