@@ -235,6 +235,19 @@ def test_gates_are_drawn_in_training_as_often_as_the_softmax_says():
     assert (np.abs(frequencies - probabilities) < 4 * deviations).all()
 
 
+def test_a_frozen_feature_router_routes_in_training_as_in_evaluation_and_passes_no_gradient_on():
+    router, features = make_router("feature", 3).train(), make_features(3)
+    scores = router(None, features).score
+    router.set_thresholds([scores.quantile(0.3).item(), scores.quantile(0.7).item()])
+    drawn = [router(None, features).grain_map for _ in range(2)]
+    assert not torch.equal(*drawn)
+    router.requires_grad_(False)
+    routed = router(None, [feature.requires_grad_() for feature in features])
+    assert torch.equal(routed.grain_map, router.eval()(None, features).grain_map)
+    assert set(routed.grain_map.unique().tolist()) == {0, 1, 2}
+    assert not routed.gates.requires_grad and not routed.loss.requires_grad
+
+
 def slow_gradient(features, direction, soft, chosen, compared):
     """Gradient of sum(routed features x direction) for one region's logits, by the chain rule.
 

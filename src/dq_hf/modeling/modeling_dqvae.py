@@ -225,7 +225,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
 
         The router chooses each region's granularity, unless one of the two options prescribes it. In training mode
         the codebook moves, unless `quant_conv` is frozen (as all weights are under an adapter), and a feature router
-        draws its choice from torch's global generator.
+        whose weights are not frozen draws its choice from torch's global generator.
 
         Args:
             pixel_values: (B, 3, height, width) float in [-1, 1], sides multiples of the coarsest granularity.

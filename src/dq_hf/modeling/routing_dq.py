@@ -175,11 +175,16 @@ class EntropyRouter(DQRouter):
 class FeatureRouter(DQRouter):
     """A gate on the pooled features of all granularities (paper equation 4), K logits a region.
 
-    It chooses by Gumbel-softmax in training. In evaluation it is the argmax until the router is calibrated, which sets
-    thresholds on its score; before they are infinite.
+    While it learns it draws its choice by Gumbel-softmax. Else the choice is the argmax until the router is calibrated,
+    which sets thresholds on its score; before they are infinite.
     """
 
     uses_features = True
+
+    @property
+    def learns(self):
+        """Whether it is in training and its weights are not frozen."""
+        return self.training and any(parameter.requires_grad for parameter in self.parameters())
 
     def __init__(self, config):
         super().__init__(config)
@@ -216,12 +221,12 @@ class FeatureRouter(DQRouter):
         return DQRouterOutput(score=fineness(router_logits.detach()), router_logits=router_logits)
 
     def choose(self, seen):
-        """Gumbel-softmax in training, hard with a straight-through gradient; else thresholds or argmax. And the budget.
+        """Gumbel-softmax while it learns, hard with a straight-through gradient; else thresholds or argmax. And the budget.
 
         Differs: from the release, unless `router_gradient` is "selected": the gates of all granularities pass a
         gradient on, so that the logits' is that of the difference between the granularities.
         """
-        if self.training:
+        if self.learns:
             gates = nn.functional.gumbel_softmax(seen.router_logits.float(), tau=1.0, hard=True, dim=1)
             grain_map = gates.argmax(1)
         else:
