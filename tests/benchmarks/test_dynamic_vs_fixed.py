@@ -12,6 +12,7 @@ import numpy as np
 import photographs
 import pilot
 import pytest
+import rankings
 import run
 import stage_1
 import torch
@@ -78,6 +79,30 @@ def test_smoke_runs_every_condition_and_reports_it(smoke):
 
 
 @pytest.mark.slow
+def test_every_tokenizer_is_measured_with_every_ranking(smoke, tmp_path):
+    args = dict(images=8, work_dir=str(smoke), output=str(tmp_path / "report.md"))
+    rankings.main(rankings.Arguments(**args))
+    rows = [
+        line.split("|")[1:-1] for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|")
+    ]
+    assert [cell.strip() for cell in rows[0]] == ["trained with", "random", "entropy", "feature", "the gain itself"]
+    assert [row[0].strip() for row in rows[2:]] == ["`random`", "`entropy`", "`feature`"]
+    with pytest.raises(FileNotFoundError, match="random-seed1.safetensors not found; train it with run.py"):
+        rankings.main(rankings.Arguments(**args, seed=1))
+
+
+def test_the_gain_of_a_region_is_what_fine_codes_lessen_its_error():
+    model, batch = conditions.make_model(conditions.CONDITIONS["random"]).eval(), images(2)
+    with torch.no_grad():
+        gains = rankings.gain(model, batch)
+        squares = [
+            (rankings.reconstruct(model, batch, torch.full((2, 8, 8), grain)) - batch).square().mean(1)[1, 8:16, 24:32]
+            for grain in (0, 1)
+        ]
+    assert gains.shape == (2, 8, 8)
+    assert gains[1, 1, 3].item() == pytest.approx((squares[0].mean() - squares[1].mean()).item(), abs=1e-5)
+
+
 def test_finished_runs_are_kept_and_only_what_is_missing_is_done_again(smoke):
     folder = smoke / "results/emoji"
     before = {path: path.read_text() for path in folder.iterdir()}

@@ -1,0 +1,81 @@
+"""Which is behind, the router or the autoencoder? Each tokenizer's regions, ranked by its own and the other ones' routers.
+
+    python benchmarks/dynamic_vs_fixed/rankings.py --seed 0    # once run.py has trained them; three minutes
+
+With two granularities a third of each image's regions is fine: those with the highest scores of a router, with random
+numbers, or with the largest gain, for which the image must be coded both ways: that says how much a router could still
+gain. Rows are the tokenizers that code the images, columns what ranks.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import run
+import torch
+from conditions import CONDITIONS, DUAL, make_model
+from evidence import REPOSITORY, markdown, write_section
+from stage_1 import eight_bits
+from transformers import HfArgumentParser
+
+from dq_hf.metrics import psnr, ssim
+from dq_hf.modeling.grain_map_dq import rank_routing
+
+ROUTERS = ("entropy", "feature")
+
+
+@dataclass
+class Arguments:
+    data: str = field(default="emoji", metadata={"help": f"one of {', '.join(run.DATA)}"})
+    conditions: list[str] = field(
+        default_factory=lambda: ["random", *ROUTERS], metadata={"help": "tokenizers, trained by run.py"}
+    )
+    seed: int = field(default=0, metadata={"help": "of their training, and of the random ranking"})
+    images: int | None = field(default=None, metadata={"help": "the first held-out images only; none: all"})
+    work_dir: str = field(default=str(run.Arguments().work_dir), metadata={"help": "run.py's folder of weights"})
+    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
+
+
+@torch.no_grad()
+def main(args):
+    images, _ = run.load_split(run.DATA[args.data], "test", args.images)
+    models = {name: load(args, name) for name in args.conditions}
+    generator = torch.Generator().manual_seed(args.seed)
+    rankings = {"random": lambda batch: torch.rand(len(batch), 8, 8, generator=generator)}
+    rankings |= {name: models[name].region_scores for name in ROUTERS if name in models}
+    lines = [["trained with", *rankings, "the gain itself"]]
+    for name, model in models.items():
+        scores = [[] for _ in lines[0][1:]]
+        for batch in images.split(64):
+            for values, score in zip(scores, [*(rank(batch) for rank in rankings.values()), gain(model, batch)]):
+                sample = reconstruct(model, batch, rank_routing(score, DUAL["shares"]))
+                values.append(torch.stack([psnr(sample, batch), ssim(sample, batch)]))
+        means = [torch.cat(values, dim=1).mean(1).tolist() for values in scores]
+        lines.append([f"`{name}`", *(f"{decibels:.2f}, {similarity:.3f}" for decibels, similarity in means)])
+    report = f"PSNR in dB, SSIM; seed {args.seed}; {len(images)} held-out images.\n\n{markdown(lines)}"
+    write_section(Path(args.output), f"rankings, {args.data}", report)
+
+
+def load(args, name):
+    """A trained tokenizer of two granularities; FileNotFoundError without its weights."""
+    path = run.weights_path(args, args.data, name, args.seed)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} not found; train it with run.py --stages 1 --conditions {name} --seeds {args.seed}"
+        )
+    return run.load_weights(make_model(CONDITIONS[name]), path)
+
+
+def reconstruct(model, images, grain_map):
+    """Images (B, 3, H, W) coded by a grain map, as a PNG file holds them."""
+    return eight_bits(model(images, grain_map=grain_map).sample)
+
+
+def gain(model, images):
+    """By how much fine codes everywhere lessen each region's squared error, (B, h, w)."""
+    coarse = torch.zeros(len(images), 8, 8, dtype=torch.long)
+    errors = [(reconstruct(model, images, grain_map) - images).square().mean(1) for grain_map in (coarse, coarse + 1)]
+    return torch.nn.functional.avg_pool2d(errors[0] - errors[1], DUAL["granularities"][0])
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
