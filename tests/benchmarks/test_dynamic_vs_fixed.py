@@ -103,6 +103,7 @@ def test_the_gain_of_a_region_is_what_fine_codes_lessen_its_error():
     assert gains[1, 1, 3].item() == pytest.approx((squares[0].mean() - squares[1].mean()).item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_only_what_is_missing_is_done_again(smoke):
     folder = smoke / "results/emoji"
     before = {path: path.read_text() for path in folder.iterdir()}
