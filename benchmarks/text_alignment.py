@@ -56,6 +56,7 @@ class Arguments:
     batch_size: int = field(default=32, metadata={"help": "images at a time"})
     extractor: str = field(default="efficientnet-lite0", metadata={"help": "as for make_extractor"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
+    device: str = field(default="cpu", metadata={"help": "where the model runs; the extractor runs on the CPU"})
     sweep: bool = field(default=False, metadata={"help": "compare guidance, temperature and top-p, on seen concepts"})
     output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
 
@@ -63,7 +64,7 @@ class Arguments:
 @torch.no_grad()
 def main(args):
     torch.set_num_threads(args.threads)
-    pipe = load_pipeline(args.model)
+    pipe = load_pipeline(args.model).to(args.device)
     if pipe.transformer.config.text_length is None:
         raise ValueError(f"{args.model} was not trained with text; give --model a text model")
     pipe.set_progress_bar_config(disable=True)
@@ -193,12 +194,12 @@ def draw(args, pipe, prompts, **options):
         pipe(prompt=part, generator=generator, output_type="pt", **options).images
         for part in batched(prompts, args.batch_size)
     ]
-    return to_bytes(torch.cat(parts) * 2 - 1)
+    return to_bytes(torch.cat(parts).cpu() * 2 - 1)
 
 
 def reconstruct(vae, images):
     """Images uint8 (B, 3, H, W) through the tokenizer and back."""
-    return to_bytes(vae.decode_codes(vae.encode(from_bytes(images)).codes).sample)
+    return to_bytes(vae.decode_codes(vae.encode(from_bytes(images).to(vae.device)).codes).sample).cpu()
 
 
 def colour_table(args, pipe):
