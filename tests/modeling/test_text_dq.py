@@ -56,7 +56,7 @@ def test_states_are_the_encoders_own_and_of_no_other_prompt(kind):
     assert states.shape == (5, LENGTH, 8) and not states[mask == 0].any() and states.isfinite().all()
     for i, prompt in enumerate(PROMPTS):
         alone = encode_prompts(tokenizer, encoder, prompt, LENGTH)[0][0]
-        torch.testing.assert_close(alone, states[i])
+        assert torch.equal(alone, states[i])  # whatever its neighbours are, to the last bit
     ids = torch.tensor([[3, 4, 6, 2]])
     torch.testing.assert_close(encoder(input_ids=ids).last_hidden_state, states[:1, :4])
     torch.testing.assert_close(encode_tokens(encoder, ids)[0], states[:1, :4])

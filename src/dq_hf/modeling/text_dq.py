@@ -100,8 +100,13 @@ def unused_parameters(text_encoder):
 
 
 def encode_prompts(tokenizer, text_encoder, prompts, length):
-    """encoder_hidden_states (B, length, d) and encoder_attention_mask (B, length) of prompts, see `tokenize`."""
-    return encode_tokens(text_encoder, *tokenize(tokenizer, prompts, length))
+    """encoder_hidden_states (B, length, d) and encoder_attention_mask (B, length) of prompts, see `tokenize`.
+
+    Each is read alone: beside others its states may round differently, and a generated image should not depend on its
+    neighbours. Next to sampling, this takes no time.
+    """
+    tokens = (column.split(1) for column in tokenize(tokenizer, prompts, length))
+    return tuple(map(torch.cat, zip(*(encode_tokens(text_encoder, *each) for each in zip(*tokens)))))
 
 
 @torch.no_grad()
