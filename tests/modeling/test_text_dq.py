@@ -136,7 +136,7 @@ def test_training_reaches_the_text_encoder_and_losses_are_those_of_its_states(ki
     pixel_values = torch.rand(3, 3, 8, 8, generator=seeded(0)) * 2 - 1
     input_ids, mask = tokenize(model.tokenizer, PROMPTS[:3], LENGTH)
     output = model(pixel_values, input_ids=input_ids, attention_mask=mask)
-    states, mask = encode_prompts(model.tokenizer, model.text_encoder, PROMPTS[:3], LENGTH)
+    states, mask = encode_tokens(model.text_encoder, input_ids, mask)  # together, as in training
     given = model(pixel_values, encoder_hidden_states=states, encoder_attention_mask=mask)
     assert torch.equal(output.loss, given.loss) and not torch.equal(output.loss, model(pixel_values).loss)
     output.loss.backward()
