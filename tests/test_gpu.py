@@ -45,7 +45,8 @@ def no_waiting():
 
 @pytest.mark.parametrize("router", ["entropy", "feature", "random"])
 def test_codes_are_those_of_the_cpu(router, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the CPU rounds no input of a convolution to 10 bits
+    # The CPU rounds no input of a convolution to 10 bits.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     vae = make_vae(router=router)
     with torch.no_grad():
         expected = vae.encode(images())
