@@ -58,8 +58,7 @@ RECONSTRUCTIONS = "The first held-out images of split `test`, their variable-len
 
 DATA = """\
 {num_train:,} training pictures; held out are {held_out}. All were measured, with the shipped (bfloat16) weights, computed in
-float32. They are not in the training set, but the class model whose weights training began with had seen nearly the same
-Noto and Twemoji pictures of some 170 of `test` and some 210 of `test_pairs` (compared by pixels).
+float32.
 
 The pictures come from Google's Noto Emoji, of today and of 2017 (copyright Google LLC, Apache License 2.0), Twitter's Twemoji
 (copyright Twitter, Inc and other contributors, CC-BY 4.0) and Microsoft's Fluent Emoji, flat and 3D (copyright Microsoft
@@ -69,8 +68,8 @@ all of them; keep this notice when you pass them on. The licences in full: `{dat
 
 LIMITS = """\
 Trained on few pictures of emoji: other images are reconstructed coarsely, and small text and small faces are lost. The
-generator knows the words of its captions only; a prompt is at most {text_length} words, and what it cannot place becomes a
-coloured shape."""
+generator knows the words of its captions only, and a prompt is at most {text_length} words. Letters, digits, flags and things with
+thin parts mostly become blobs, and concepts that it has seen in no style become other ones."""
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Arguments:
         default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, for the samples"}
     )
     commands: str = field(
-        default="examples/configs/emoji.sh", metadata={"help": "the training commands, for the card"}
+        default="examples/configs/emoji_gpu.sh", metadata={"help": "the training commands, for the card"}
     )
     checkpoint: str | None = field(
         default=None,

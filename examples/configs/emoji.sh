@@ -1,11 +1,11 @@
-# The embedded model on one CPU core in float32, from the repository's folder: an hour and a half for the tokenizer's 5,000
-# steps, 1.6 hours for the generator's 4,063. The data are in the repository; from their packages (needs npm and resvg-py) by
-# `python examples/build_emoji_dataset.py --force`.
+# The text model embedded before (commit 758ee9f; the present one: emoji_gpu.sh), on one CPU core in float32, from the
+# repository's folder: an hour and a half for the tokenizer's 5,000 steps, 1.6 hours for the generator's 4,063. The data are
+# in the repository; from their packages (needs npm and resvg-py) by `python examples/build_emoji_dataset.py --force`.
 set -e
 export OMP_WAIT_POLICY=PASSIVE
 launch="accelerate launch --cpu --num_cpu_threads_per_process 1 --mixed_precision no"
 mkdir -p runs
-# Both go on from the class model that was embedded before, which is in the repository's history.
+# Both go on from the class model that was embedded first, which is in the repository's history.
 before=runs/dq-emoji
 git archive 39b1c1f src/dq_hf/assets/dq-emoji | tar -x -C runs --strip-components 3
 python examples/split_codebook.py --vae $before --output_dir runs/emoji-vae-start
@@ -32,5 +32,5 @@ $launch examples/train_dqtransformer.py --codes runs/emoji-codes --vae $vae --st
     --test_split test_pairs test --label_column none --caption_column captions --text_length 12 --dropout 0 \
     --attention_dropout 0 --ema_decay 0.999 --batch_size 16 --learning_rate 1e-3 --warmup_steps 20 --max_steps 3300 \
     --save_every 250 --max_test_images 150
-python examples/build_embedded_model.py --model runs/emoji-text/model --checkpoint runs/emoji-text/checkpoint-3300 \
+python examples/build_embedded_model.py --output_dir runs/dq-emoji-cpu --model runs/emoji-text/model --checkpoint runs/emoji-text/checkpoint-3300 \
     --temperature 0.8 --top_p 0.9 --guidance_scale 3.5
