@@ -2,7 +2,7 @@
 # Run on an H100, minutes with the start of each script: the tokenizer's 2,900 steps of 128 images 3.7 (16 a second; 53
 # passes), the codes 0.4, the generator's first 6,600 steps of 128 streams 5.6 (21 a second, beside another run; 23 passes).
 # Those runs' data loaders kept their workers from epoch to epoch, which the scripts do not: they are a little slower.
-# Then there was no time left on the GPU: all after the first generator was run on CPU cores in float32, the second one in 20
+# All after the first generator was run on CPU cores in float32 instead, the second one in 20
 # minutes and the decoder, on codes of before the router was calibrated again, in 40.
 # The sampling defaults are the best of `python benchmarks/text_alignment.py --prompts 64 --sweep`.
 set -e
