@@ -1,4 +1,5 @@
-# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 20 minutes.
+# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 20 minutes, by an
+# estimate for what was not run there.
 # Run on an H100, minutes with the start of each script: the tokenizer's 2,900 steps of 128 images 3.7 (16 a second; 53
 # passes), the codes 0.4, the generator's first 6,600 steps of 128 streams 5.6 (21 a second, beside another run; 23 passes).
 # Those runs' data loaders kept their workers from epoch to epoch, which the scripts do not: they are a little slower.
@@ -12,7 +13,7 @@ $launch examples/train_dqvae.py --output_dir runs/gpu-vae --codebook_size 1024 -
     --ema_decay 0 --max_steps 2900 --sample_every 725 --num_workers 8
 # The generator, first on images in three places, then on unmoved ones. Without dropout and other places 6,800 steps of 128
 # learned the training codes by heart (0.2 nats a content, held-out pairs 10.4) and drew fragments; and 1,000 steps of 16
-# without dropout made the second generator worse (held-out pairs 3.56 nats a content instead of 3.44).
+# without dropout made the second generator worse (3.56 instead of 3.44 nats a content, 160 held-out pairs).
 $launch examples/encode_dataset.py --vae runs/gpu-vae/model --output_dir runs/gpu-codes-moved --copies 3 --max_shift 2 \
     --test_split test_pairs test --label_column none --caption_column captions --no_flip_column letters \
     --batch_size 128 --num_workers 6
@@ -20,7 +21,8 @@ $launch examples/train_dqtransformer.py --codes runs/gpu-codes-moved --vae runs/
     --test_split test_pairs test --label_column none --caption_column captions --text_length 12 --dropout 0.1 \
     --attention_dropout 0 --batch_size 128 --learning_rate 1e-3 --warmup_steps 300 --max_steps 6600 --sample_every 2200 \
     --num_workers 3
-# Held-out pictures are plainer than the training's: 0.466 of the latter's regions are 150 codes of the former. The regions
+# Held-out pictures are plainer than the training's: 0.466 of the latter's regions are 150 codes of the former, on which the
+# number was chosen. The regions
 # that become fine have thin lines: 0.3 dB for 5 codes.
 dq-hf calibrate --data examples/data/emoji --model runs/gpu-vae/model --fine-ratio 0.466
 $launch examples/encode_dataset.py --vae runs/gpu-vae/model --output_dir runs/gpu-codes \
