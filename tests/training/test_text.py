@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_transformer
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
 
 from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.training.text import CaptionBatches, FrozenText, learn_vocabulary, load_text_encoder, make_text
@@ -20,7 +29,7 @@ def options(**changes):
 
 @pytest.fixture(scope="module")
 def small():
-    return make_text(options(), CAPTIONS, "cpu")
+    return make_text(options(), CAPTIONS, CAPTIONS, "cpu")
 
 
 def test_the_vocabulary_is_the_words_of_the_captions():
@@ -36,8 +45,14 @@ def test_the_vocabulary_is_the_words_of_the_captions():
     assert learn_vocabulary(CAPTIONS[::-1], 6).get_vocab() == tokenizer.get_vocab()
 
 
+def test_a_word_that_no_training_step_sees_is_an_unknown_one():
+    text = make_text(options(), CAPTIONS, [*CAPTIONS, "a blue heart"], "cpu")
+    assert text.tokenizer.convert_ids_to_tokens(text.tokenizer("a blue heart")["input_ids"]) == ["a", "[UNK]", "heart"]
+    assert text.encoder.config.vocab_size == len(text.tokenizer) == len(learn_vocabulary(CAPTIONS, 6))
+
+
 def test_long_captions_are_cut_and_counted_once(caplog):
-    make_text(options(text_length=3), CAPTIONS, "cpu")
+    make_text(options(text_length=3), CAPTIONS, CAPTIONS, "cpu")
     warnings = [record.message for record in caplog.records if "are cut" in record.message]
     assert len(warnings) == 1 and "1 of 4" in warnings[0]
 
@@ -73,6 +88,7 @@ def test_any_text_encoder_gives_its_states_at_once_or_beforehand(tmp_path, kind)
     for precompute in (False, True):
         text = make_text(
             options(text_encoder=str(tmp_path), train_text_encoder=False, precompute_text=precompute),
+            [],
             ["a red heart", "clock 1"],
             "cpu",
         )
@@ -82,6 +98,18 @@ def test_any_text_encoder_gives_its_states_at_once_or_beforehand(tmp_path, kind)
         assert not any(parameter.requires_grad for parameter in text.encoder.parameters())
         generator = make_transformer(text_hidden_size=12, text_length=6)
         assert text.join(generator) is generator
+
+
+def test_an_encoder_whose_tokenizer_is_written_in_python_is_trained_along(tmp_path):
+    tokenizer = ByT5Tokenizer()
+    sizes = {"d_model": 12, "d_ff": 16, "d_kv": 6, "num_layers": 1, "num_heads": 2}
+    T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = make_text(options(text_encoder=str(tmp_path)), CAPTIONS, CAPTIONS, "cpu")
+    model = text.join(make_transformer(text_hidden_size=12, text_length=6))
+    assert model.unknown is None  # it has no words to hide
+    codes, grain_map = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, 4, 4, dtype=torch.long)
+    assert model(codes, grain_map, **text.collate(["heart"])).loss.isfinite()
 
 
 def test_an_encoder_is_found_in_a_saved_model_with_text(tmp_path, small):

@@ -21,6 +21,7 @@ the smallest held-out loss so far, with a model card at the end; `DQPipeline` an
 """
 
 import math
+from itertools import chain
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -71,7 +72,7 @@ def train(args):
     vae.to(accelerator.device).eval().requires_grad_(False)
     start = load_start(args)
     train_set, test_sets, names, captions = load_sets(run, vae)
-    text = make_text(args, captions, accelerator.device) if captions is not None else None
+    text = make_text(args, *captions, accelerator.device) if captions is not None else None
     train_loader, train_collate, test_loaders = make_loaders(run, vae, text, train_set, test_sets)
     model = make_model(vae, names, text, start, args)
     config = model.config
@@ -145,28 +146,31 @@ def train(args):
 
 
 def load_sets(run, vae):
-    """Rows for training, {split: rows} for measuring, class names, and the distinct captions, if there is to be text."""
+    """Rows for training, {split: rows} for measuring, class names, and, if there is to be text, the distinct captions:
+    those of training, and all.
+    """
     args = run.options
     if args.codes is None:
         train_set, test_sets = run.load_images()
     else:
-        splits = {split: load_codes(args.codes, split, vae) for split in (args.train_split, *args.test_split)}
-        train_set = splits.pop(args.train_split)
-        test_sets = {split: first_rows(rows, args.max_test_images) for split, rows in splits.items()}
+        train_set = load_codes(args.codes, args.train_split, vae)
+        test_sets = {
+            split: first_rows(load_codes(args.codes, split, vae), args.max_test_images) for split in args.test_split
+        }
     args.label_column, names = find_labels({args.train_split: train_set} | test_sets, args.label_column)
     if args.caption_column is None:
         return train_set, test_sets, names, None
     if args.codes is not None and CAPTIONS not in train_set.column_names:
         raise ValueError(f"--codes {args.codes} has no captions; encode the images again with --caption_column")
-    captions = {
-        caption: None
+    train_captions, *test_captions = (
+        all_captions(rows, args.caption_column, args.max_uncaptioned_share)
         for rows in (train_set, *test_sets.values())
-        for caption in all_captions(rows, args.caption_column, args.max_uncaptioned_share)
-    }
+    )
+    captions = list(dict.fromkeys(chain(train_captions, *test_captions)))
     test_sets = {
         split: with_wrong_captions(rows, args.caption_column, WRONG_CAPTIONS) for split, rows in test_sets.items()
     }
-    return train_set, test_sets, names, list(captions)
+    return train_set, test_sets, names, (train_captions, captions)
 
 
 def make_loaders(run, vae, text, train_set, test_sets):

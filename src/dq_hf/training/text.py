@@ -26,11 +26,12 @@ HIDDEN_WORDS = 0.05  # share of the words that training hides from it, so that i
 WRONG_CAPTIONS = "wrong_captions"  # column
 
 
-def make_text(args, captions, device):
+def make_text(args, train_captions, captions, device):
     """Tokenizer and text encoder for these options, as a `TrainedText`, or a `FrozenText`.
 
     Args:
         args: `text_encoder`, `text_length`, `train_text_encoder` and `precompute_text`.
+        train_captions: the distinct ones to train on; a vocabulary has no other words, for they would never be learned.
         captions: all distinct ones, to train on and to measure on.
         device: of a text encoder that stays as it is.
 
@@ -38,7 +39,7 @@ def make_text(args, captions, device):
         OSError, ValueError: there is no such text encoder, or it does not fit the length.
     """
     if args.text_encoder == SMALL:
-        tokenizer = learn_vocabulary(captions, args.text_length)
+        tokenizer = learn_vocabulary(train_captions, args.text_length)
         encoder = small_encoder(tokenizer, args.text_length)
     else:
         tokenizer, encoder = load_text_encoder(args.text_encoder)
@@ -105,7 +106,8 @@ class TrainedText:
 
     def join(self, transformer):
         """The model that is trained."""
-        whole_words = isinstance(self.tokenizer.backend_tokenizer.model, models.WordLevel)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)  # not of tokenizers written in Python
+        whole_words = isinstance(getattr(backend, "model", None), models.WordLevel)
         return GeneratorWithText(transformer, self.encoder, self.tokenizer.unk_token_id if whole_words else None)
 
     def collate(self, captions):
