@@ -509,6 +509,25 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
         assert re.search(message, refusal(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}"))
 
 
+def test_a_cache_of_one_split_is_trained_and_measured_on(place, plain):
+    run_here(place, "encode_dataset.py --vae plain/model --data folders --output_dir one-split --test_split none")
+    command = f"{STAGE_2} --vae plain/model --codes one-split --test_split train --output_dir one-split-run"
+    run_here(place, f"{command} --max_steps 1 --sample_every 1")
+    assert math.isfinite(rows_of(place / "one-split-run")[-1]["test_loss"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [f"{PLAIN} --router feature --horizontal_flips false", f"{STAGE_2} --vae plain/model --codes codes"],
+)
+def test_how_often_a_run_measures_does_not_change_what_it_learns(place, plain, codes, command):
+    folders = [place / f"{command.split('.')[0]}-measured-every-{steps}" for steps in (1, 3)]
+    for steps, folder in zip((1, 3), folders):
+        run_here(place, f"{command} --max_steps 3 --save_every 3 --sample_every {steps} --output_dir {folder.name}")
+    assert training_rows(folders[0]) == training_rows(folders[1])
+    assert_same_weights(*(folder / "checkpoint-3" / "model.safetensors" for folder in folders))
+
+
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_labels_are_refused_before_the_work(place, plain, hidden):
     data = place / f"hidden{hidden}"

@@ -103,7 +103,8 @@ class Calibration:
         if len(config.granularities) == 1:
             return
         subset = self.train_set.part(0, 1) if options.streaming else self.train_set.shuffle(seed=options.seed)
-        loader = DataLoader(subset, options.batch_size, collate_fn=self.collate)
+        own = torch.Generator()  # training draws the same numbers, however often this is done
+        loader = DataLoader(subset, options.batch_size, collate_fn=self.collate, generator=own)
         num_batches = math.ceil(options.calibration_images / options.batch_size)
         images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
         self.shares = dict(zip(config.granularities[1:], calibrate(self.vae, images, config.budget_targets)))

@@ -144,8 +144,9 @@ class Run:
         )
 
     def test_loaders(self, test_sets, collate):
-        """{split: prepared batches to measure on}."""
-        loaders = (DataLoader(images, self.options.batch_size, collate_fn=collate) for images in test_sets.values())
+        """{split: prepared batches to measure on}; how often they are read does not change what training draws."""
+        settings = {"batch_size": self.options.batch_size, "collate_fn": collate}
+        loaders = (DataLoader(images, **settings, generator=torch.Generator()) for images in test_sets.values())
         return {name: self.accelerator.prepare(loader) for name, loader in zip(test_sets, loaders)}
 
     def train_loader(self, dataset, collate, sampler=None):
