@@ -21,6 +21,8 @@ from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQP
 from dq_hf.codec import DQTokens, compress, load_rows, read_codes
 from dq_hf.commands.main import main
 from dq_hf.data.fingerprint import decoding_fingerprint
+from dq_hf.hub.card import write_model_card
+from dq_hf.loading import load_tokenizer
 from dq_hf.modeling.grain_map_dq import expand_grain_map
 from dq_hf.modeling.routing_dq import image_entropy
 from dq_hf.pictures import draw_grain_map
@@ -553,6 +555,28 @@ def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models
     with torch.no_grad():  # at the model's own size: 8 images of 2 x 2 regions
         grain_map = vae.encode(DQImageProcessor(size={"height": 8, "width": 8})(images)["pixel_values"]).grain_map
     assert grain_map.float().mean().item() == pytest.approx(share, abs=0.5 / 32 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["model", "vae"])
+def test_after_calibrating_the_card_claims_no_figure_and_training_goes_on_with_the_share(
+    run, place, photographs, kind
+):
+    model = DQForImageGeneration.from_pretrained("model")
+    parts = model.parts if kind == "model" else {"": model.vae}
+    config = model.config if kind == "model" else model.vae.config
+    shutil.rmtree(place / kind, ignore_errors=True)
+    (model if kind == "model" else model.vae).save_pretrained(kind)
+    write_model_card(kind, config, parts, title="Trained", test_split="test", metrics={"psnr": 27.62})
+    assert "27.62 dB" in (place / kind / "README.md").read_text()
+    run("calibrate", "--data", "photographs", "--model", kind, "--fine-ratio", 0.25)
+    card = (place / kind / "README.md").read_text()
+    claimed, origin = card.split("## Origin", 1)
+    assert "27.62 dB" not in claimed and "no longer those of Trained" in origin
+    vae = load_tokenizer(kind)
+    assert vae.config.budget_targets == [0.25]
+    (place / kind / "README.md").write_text("# My own words\n")
+    run("calibrate", "--data", "photographs", "--model", kind, "--fine-ratio", 0.5)
+    assert (place / kind / "README.md").read_text() == "# My own words\n"
 
 
 def test_calibrate_reads_a_stream_alike(run, place, photographs):

@@ -213,15 +213,16 @@ def test_saved_thresholds_are_those_that_load_and_nothing_else_changes(tmp_path,
     before = contents_of(folder)
     place = "vae/" if kind == "joint" else ""
     weights = load_file(folder / place / "model.safetensors")
-    save_thresholds(folder, torch.tensor([0.75]))
+    save_thresholds(folder, torch.tensor([0.75]), [0.25])
     assert thresholds_in(folder) == [0.75]
     after = contents_of(folder)
     changed = {name for name in after if after[name] != before.get(name)}
     configurations = {f"{place}config.json", "config.json"}
-    assert changed == {f"{place}model.safetensors"} | (configurations if of_before else set())
+    assert changed == {f"{place}model.safetensors"} | configurations
     for name in configurations:
         config, config_after = json.loads(before[name]), json.loads(after[name])
         config.get("vae_config", config).pop("entropy_thresholds", None)
+        config.get("vae_config", config)["budget_targets"] = [0.25]
         assert config_after == config
     with safe_open(folder / place / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -235,7 +236,7 @@ def test_thresholds_are_written_into_shards_and_variants(tmp_path, variant):
     folder = saved(tmp_path, "vae", max_shard_size="20KB", variant=variant)
     make_vae().save_pretrained(folder, variant="whole")
     assert len(list(folder.glob("*-of-*"))) > 1
-    save_thresholds(folder, torch.tensor([0.75]))
+    save_thresholds(folder, torch.tensor([0.75]), [0.25])
     for name in (variant, "whole"):
         assert DQVAEModel.from_pretrained(folder, variant=name).router.thresholds.tolist() == [0.75]
 
@@ -245,11 +246,11 @@ def test_thresholds_that_find_no_room_on_the_disk_change_no_file(tmp_path):
     before = contents_of(folder)
     room = (folder / "config.json").stat().st_size + 100  # for the configurations, not for the weights
     with full_disk(room), pytest.raises(OSError):
-        save_thresholds(folder, torch.tensor([0.75]))
+        save_thresholds(folder, torch.tensor([0.75]), [0.25])
     assert contents_of(folder) == before
 
 
 def test_a_folder_without_weights_keeps_its_thresholds(tmp_path):
     make_vae().config.save_pretrained(tmp_path)
     with pytest.raises(OSError, match="has no weights in safetensors"):
-        save_thresholds(tmp_path, torch.tensor([0.75]))
+        save_thresholds(tmp_path, torch.tensor([0.75]), [0.25])

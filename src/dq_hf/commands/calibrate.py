@@ -32,11 +32,15 @@ def run(args):
     if not (folder / "config.json").is_file():
         raise OSError(f"--model must be a local folder with a config.json, got {folder}; download the model first")
 
-    from ..loading import load_tokenizer
+    from ..hub.card import renew_card
+    from ..loading import look_into
     from ..modeling.grain_map_dq import check_shares
+    from ..public import DQForImageGeneration, DQVAEModel
     from ..training.calibration import calibrate, save_thresholds
 
-    vae = load_tokenizer(folder)
+    holds_both, _ = look_into(folder)
+    model = (DQForImageGeneration if holds_both else DQVAEModel).from_pretrained(folder)
+    vae = model.vae if holds_both else model
     config = vae.config
     if len(config.granularities) == 1:
         raise ValueError(
@@ -45,7 +49,9 @@ def run(args):
     shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
     images, loader = read_images(args, config)
     achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
-    save_thresholds(folder, vae.router.thresholds)
+    config.budget_targets = shares
+    save_thresholds(folder, vae.router.thresholds, shares)
+    renew_card(folder, model)
     unit = " nats" * (config.router == "entropy")
     print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}{unit}")
     num_images = images.num_rows - images.num_broken

@@ -200,6 +200,12 @@ def save_card(folder, config, parts, title, repository=None):
     write_files(folder, {"README.md": text.encode()} | card.pictures)
 
 
+def renew_card(folder, model):
+    """Write the card of a model anew where its weights were changed in place; one that its owner wrote stays."""
+    if MARK in (read_card(folder) or ""):
+        save_card(folder, model.config, model.parts, title=Path(folder).absolute().name)
+
+
 def write_model_card(
     folder,
     config,

@@ -159,14 +159,16 @@ def warn_of_shares(achieved, wanted, where):
         )
 
 
-def save_thresholds(folder, thresholds):
+def save_thresholds(folder, thresholds, shares):
     """Write thresholds into all weights of a saved tokenizer, or of the tokenizer in `vae/`, and change no other weight.
 
-    Configurations lose their `entropy_thresholds`. After an error all files are as before.
+    Configurations get `shares` as their `budget_targets`, which training goes on with, and lose their
+    `entropy_thresholds`. After an error all files are as before.
 
     Args:
         folder: as `save_pretrained` writes it.
         thresholds: (K - 1,) float32.
+        shares: of regions at each granularity but the coarsest, that the thresholds are to give.
     """
     folder = Path(folder)
     place = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -178,8 +180,10 @@ def save_thresholds(folder, thresholds):
 
         for path in dict.fromkeys([folder / "config.json", place / "config.json"]):
             content = read_json_object(path)
-            if content.get("vae_config", content).pop("entropy_thresholds", None) is not None:
-                write_json(path, content)
+            config = content.get("vae_config", content)
+            config.pop("entropy_thresholds", None)
+            config["budget_targets"] = shares
+            write_json(path, content)
         for path in place.glob("model.safetensors.index*.json"):
             content = read_json_object(path)
             shards = content["weight_map"]
