@@ -41,7 +41,7 @@ COLOURS = {  # RGB, about those of emoji
     "black": (45, 45, 50),
 }
 SHAPES = ("heart", "circle", "square")
-GUIDANCE, TEMPERATURES, TOP_PS = (1.0, 2.0, 3.0, 5.0), (0.7, 0.85, 1.0), (0.9, 1.0)
+GUIDANCE, TEMPERATURES, TOP_PS = (1.0, 1.5, 2.0, 3.0), (0.6, 0.7, 0.85, 1.0), (0.9, 1.0)
 
 
 @dataclass
