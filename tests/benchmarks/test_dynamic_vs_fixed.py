@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 
+import colours
 import conditions
 import evidence
 import numpy as np
@@ -89,6 +90,26 @@ def test_every_tokenizer_is_measured_with_every_ranking(smoke, tmp_path):
     assert [row[0].strip() for row in rows[2:]] == ["`random`", "`entropy`", "`feature`"]
     with pytest.raises(FileNotFoundError, match="random-seed1.safetensors not found; train it with run.py"):
         rankings.main(rankings.Arguments(**args, seed=1))
+
+
+@pytest.mark.slow
+def test_the_colours_of_every_tokenizer_are_measured(smoke, tmp_path):
+    colours.main(colours.Arguments(images=8, work_dir=str(smoke), output=str(tmp_path / "report.md")))
+    rows = [line.split("|")[1] for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("|")]
+    assert [row.strip(" `") for row in rows[2:]] == list(TOKENIZERS)
+
+
+def test_brightness_and_colour_are_told_apart():
+    batch = images(4)
+    grey, colour = colours.split(batch)
+    assert torch.allclose(
+        colours.split(colour)[0], torch.zeros(4, 1, 64, 64), atol=1e-3
+    )  # no brightness is left in it
+    brightness, colours_decibels, kept = colours.measure(grey.expand_as(batch), batch)
+    assert brightness > 70 and kept == pytest.approx(0, abs=1e-3)
+    assert colours_decibels == pytest.approx(colours.decibels(torch.zeros_like(colour), colour), abs=0.01)
+    brightness, colours_decibels, kept = colours.measure(batch + 0.02, batch)  # lighter by a hundredth of the range
+    assert brightness == pytest.approx(40, abs=0.1) and colours_decibels > 70 and kept == pytest.approx(1, abs=1e-3)
 
 
 def test_the_gain_of_a_region_is_what_fine_codes_lessen_its_error():

@@ -1,0 +1,65 @@
+"""Is it brightness or colour that a tokenizer has not learned? The error of finished runs' reconstructions, split into both.
+
+    python benchmarks/dynamic_vs_fixed/colours.py --data photographs    # once run.py has trained them; ten minutes
+
+The PSNR of brightness (grey values) and that of what remains of the colours without it, and the share of the pictures' colour
+that the reconstructions have: 1 where they are as colourful, 0 where they are grey.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import run
+import torch
+from conditions import CONDITIONS, make_model
+from evidence import REPOSITORY, markdown, write_section
+from stage_1 import eight_bits
+from transformers import HfArgumentParser
+
+from dq_hf.modeling.routing_dq import GREY_WEIGHTS
+
+
+@dataclass
+class Arguments:
+    data: str = field(default="emoji", metadata={"help": f"one of {', '.join(run.DATA)}"})
+    images: int | None = field(default=None, metadata={"help": "the first held-out images only; none: all"})
+    work_dir: str = field(default=str(run.Arguments().work_dir), metadata={"help": "run.py's folder of weights"})
+    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
+
+
+@torch.no_grad()
+def main(args):
+    images, _ = run.load_split(run.DATA[args.data], "test", args.images)
+    lines = [["tokenizer", "seed", "brightness, dB", "colour, dB", "share of the colour"]]
+    for name in CONDITIONS:
+        for path in sorted(Path(args.work_dir, args.data).glob(f"{name}-seed?.safetensors")):
+            metadata = run.read_metadata(path)
+            model = run.load_weights(make_model(CONDITIONS[name], metadata["facts"]["entropy_thresholds"]), path)
+            samples = torch.cat([eight_bits(model(batch).sample) for batch in images.split(64)])
+            figures = [f"{value:.2f}" for value in measure(samples, images)]
+            lines.append([f"`{name}`", str(metadata["settings"]["seed"]), *figures])
+    report = f"{len(images)} held-out images, routed by each tokenizer's own choice.\n\n{markdown(lines)}"
+    write_section(Path(args.output), f"colours, {args.data}", report)
+
+
+def measure(samples, images):
+    """Mean PSNR in dB of the brightness and of the colours of images (B, 3, H, W) in [-1, 1]; share of colour that is kept."""
+    (grey, colour), (sample_grey, sample_colour) = split(images), split(samples)
+    kept = (sample_colour * colour).sum() / colour.square().sum()
+    return [*(decibels(*pair) for pair in ((sample_grey, grey), (sample_colour, colour))), kept.item()]
+
+
+def split(images):
+    """Grey values (B, 1, H, W), and the colours (B, 3, H, W) less them."""
+    grey = (images * images.new_tensor(GREY_WEIGHTS).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return grey, images - grey
+
+
+def decibels(values, originals):
+    """Mean over images of the PSNR, peak to peak 2."""
+    errors = (values - originals).square().flatten(1).mean(1).clamp(min=1e-10)
+    return (10 * torch.log10(4 / errors)).mean().item()
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
