@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, files_of, load_codes
+from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, files_of, load_codes, read_index
 from dq_hf.data.fingerprint import codes_fingerprint, fingerprint
+from dq_hf.hub.card import is_hub_dataset
 from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.scripts.encode_dataset import check_output_dir
 
@@ -113,6 +114,11 @@ def test_two_processes_write_the_same_rows_over_an_old_cache(place, cache, vae):
         one, two = load_codes(cache, split, vae), load_codes(old, split, vae)
         assert one.with_format(None).to_list() == two.with_format(None).to_list()
     assert not list(place.glob("partial-*"))
+
+
+def test_a_cache_of_a_local_folder_names_no_data_set_of_the_hub(place, cache):
+    data = read_index(cache)["data"]  # encoded from another directory, where "images" was
+    assert not is_hub_dataset(data) and (place / data).samefile(place / "images") and str(place) not in data
 
 
 def test_only_a_code_cache_is_overwritten(cache, tmp_path):
