@@ -91,7 +91,7 @@ class Arguments:
 def main(args):
     torch.set_num_threads(args.threads)
     vae, pipe = load_models(args.model)
-    vae.to(args.device).eval()
+    (pipe or vae).to(args.device)
     perceptual = PerceptualDistance(args.perceptual)
     processor, dataset, conditions = load_data(args, vae, pipe)
     points, curves = measure(args, vae, pipe, perceptual, processor, dataset, conditions)
@@ -371,7 +371,7 @@ def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images
         lines.append(row(f"{figures[best]:.0f}", *("–" if "nan" in cell else " / ".join(cell) for cell in cells)))
     lines += [
         "",
-        f"Seconds an image, {describe_device('cpu', args.threads)}, mean of {min(args.timed_images, num_images)} images; load of "
+        f"Seconds an image, {describe_devices(args)}, mean of {min(args.timed_images, num_images)} images; load of "
         f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. To bytes with the generator includes decoding once.",
         "",
         *table("", *seconds),
@@ -390,8 +390,16 @@ def receiver(vae, pipe):
     decoder = megabytes(vae.decoder, vae.post_quant_conv) + vae.quantizer.codebook.nbytes / 1e6
     text = f"The receiver holds decoder and codebook, {decoder:.1f} MB"
     if pipe is not None:
-        text += f", and for the generator prior the generator, {megabytes(pipe.transformer):.1f} MB more"
+        parts = {"the generator": pipe.transformer, "the text encoder": pipe.text_encoder}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        text += f", and for the generator prior {' and '.join(parts)}, {megabytes(*parts.values()):.1f} MB more"
     return f"{text}."
+
+
+def describe_devices(args):
+    """Where the codecs ran, and where the models did, if elsewhere."""
+    names = dict.fromkeys(describe_device(device, args.threads) for device in ("cpu", args.device))
+    return ", models on ".join(names)
 
 
 def draw(points, curves, perceptual_name):

@@ -62,15 +62,18 @@ def read_rows(path):
 def find_curves(rows):
     """Steps and values of the curves: {panel: {kind: ([steps], [values])}}, as they first appear.
 
-    Kinds are "training", "held out" and "calibration", one value for a share of regions.
+    Kinds are "training", "held out", "held out, <split>" of further splits, and "calibration", one value for a share of
+    regions.
     """
     panels = {}
     for row in rows:
         for name, value in row.items():
             if name == "step":
                 continue
+            name, _, split = name.partition("/")  # of held-out images but those of the first split
             panel = HELD_OUT.get(name, name.removeprefix("test_"))
-            kind = "held out" if name in HELD_OUT or name.startswith("test_") else "training"
+            kind = "held out" if split or name in HELD_OUT or name.startswith("test_") else "training"
+            kind += f", {split}" * bool(split)
             if name.startswith("calibrated_"):
                 panel, kind = name.removeprefix("calibrated_"), "calibration"
             steps, values = panels.setdefault(panel, {}).setdefault(kind, ([], []))
@@ -97,7 +100,7 @@ def draw(rows, title):
     size = (columns * PANEL_INCHES[0], lines * PANEL_INCHES[1] + 0.6)  # the rest for title and legend
     figure = Figure(size, dpi=DOTS_PER_INCH, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    legend = {}
+    legend, colours = {}, dict(COLOURS)
     for number, (name, curves) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(lines, columns, number, sharex=figure.axes[0] if figure.axes else None)
         text, unit = LOG_TERMS.get(name) or term(name)
@@ -108,8 +111,9 @@ def draw(rows, title):
         if number > len(panels) - columns:
             axes.set_xlabel("step", fontsize=8)
         for kind, (steps, values) in curves.items():
-            style = {"color": COLOURS[kind], "linewidth": 1 if kind == "training" else 1.5}
-            marker = "." if kind == "held out" or len(steps) == 1 else None
+            colour = colours.setdefault(kind, f"C{len(colours)}")
+            style = {"color": colour, "linewidth": 1 if kind == "training" else 1.5}
+            marker = "." if kind.startswith("held out") or len(steps) == 1 else None
             [legend[kind]] = axes.plot(steps, values, marker=marker, **style)
         if start is not None:
             legend["discriminator starts"] = axes.axvline(start, color="0.4", linestyle=":", linewidth=1)

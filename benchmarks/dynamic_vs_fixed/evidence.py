@@ -97,22 +97,24 @@ def main(args):
 
 
 def describe(results, groups):
-    """What all runs have in common, in a sentence.
-
-    Raises:
-        ValueError: runs that cannot be compared, for their settings differ.
-    """
-    same = ("data_sha256", "steps", "batch_size", "learning_rate")
-    settings = [{name: result[name] for name in same} for result in results]
-    if different := [other for other in settings if other != settings[0]]:
-        raise ValueError(f"all runs must have the same settings, got {settings[0]} and {different[0]}")
+    """What all runs have in common, in a sentence; `ValueError` as of `check_comparable`."""
+    check_comparable(results, ("data_sha256", "steps", "batch_size", "learning_rate"))
     if not results:
         return "No run is finished yet."
     versions = sorted({f"torch {result['versions']['torch']}" for result in results})
     return (
-        f"{settings[0]['steps']} steps of {settings[0]['batch_size']} images; {len(groups)} held-out images in "
+        f"{results[0]['steps']} steps of {results[0]['batch_size']} images; {len(groups)} held-out images in "
         f"{len(set(groups))} independent groups; {', '.join(versions)}."
     )
+
+
+def check_comparable(results, names):
+    """Raise `ValueError` at runs that differ in one of these settings."""
+    settings = [{name: result[name] for name in names} for result in results]
+    if different := [other for other in settings if other != settings[0]]:
+        raise ValueError(
+            f"all runs must have the same settings, got {settings[0]} and {different[0]}; keep their results apart"
+        )
 
 
 def by_row(results):
@@ -254,7 +256,11 @@ def bootstrap(differences, groups, num_resamples=NUM_RESAMPLES, seed=0):
 
 
 def generators_table(results, runs):
-    """What every generator reaches in the same time, means over the seeds and their range."""
+    """What every generator reaches in the same time, means over the seeds and their range.
+
+    "–" stands for a tokenizer without results of the same seeds. `ValueError` as of `check_comparable`.
+    """
+    check_comparable(results, ("data_sha256", "seconds", "batch_size", "learning_rate", "samples"))
     head = [
         "generator",
         "codes of",
@@ -270,14 +276,15 @@ def generators_table(results, runs):
         values = [result for result in results if result["condition"] == name]
         if not values:
             continue
-        floor = runs[tokenizer, "own"]
+        floor = runs.get((tokenizer, "own"), {})
+        whole = all(result["seed"] in floor for result in values)
         columns = [
             ([result["held_out"]["elements"] for result in values], ".1f"),
             ([result["num_parameters"] for result in values], ",.0f"),
             ([result["steps"] for result in values], ",.0f"),
             ([np.mean(result["held_out"]["nats"]) for result in values], ".1f"),
             ([result["held_out"]["FD-EffLite0"] for result in values], ".1f"),
-            ([floor[result["seed"]]["frechet"] for result in values], ".1f"),
+            ([floor[result["seed"]]["frechet"] for result in values] if whole else [], ".1f"),
             ([result["held_out"]["seconds_per_sample"] for result in values], ".3f"),
         ]
         lines.append([name, tokenizer, *(spread(*column) for column in columns), f"{len(values)} of {NUM_SEEDS}"])
@@ -285,7 +292,9 @@ def generators_table(results, runs):
 
 
 def spread(values, form):
-    """Mean of some numbers, and half of their range."""
+    """Mean of some numbers, and half of their range; "–" without any."""
+    if not values:
+        return "–"
     half_range = (max(values) - min(values)) / 2
     return f"{np.mean(values):{form}}" + (f" ± {half_range:{form}}" if half_range > 0 else "")
 

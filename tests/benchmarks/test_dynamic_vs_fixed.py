@@ -285,6 +285,32 @@ def test_report_says_what_is_measured_and_leaves_out_what_is_not(tmp_path):
         evidence.describe([finished[0], finished[1] | {"steps": 6}], [0, 1])
 
 
+def generated(name, seed, **changes):
+    """A finished generator run."""
+    figures = {"elements": 130.0, "nats": [500.0, 700.0], "FD-EffLite0": 30.0 + seed, "seconds_per_sample": 0.25}
+    settings = {"data_sha256": "x", "seconds": 5.0, "batch_size": 2, "learning_rate": 0.1, "samples": 8}
+    facts = {"condition": name, "seed": seed, "num_parameters": 1234, "steps": 50 + seed, "held_out": figures}
+    return facts | settings | changes
+
+
+@pytest.mark.parametrize(("tokenizers", "floor"), [([0, 1, 2], "10.0"), ([0], "–"), ([], "–")])
+def test_a_generator_stands_beside_its_tokenizer_of_the_same_seeds(tokenizers, floor):
+    runs = evidence.by_row([result("entropy", seed, [10.0], 127.0, 1080.0) for seed in tokenizers])
+    table = evidence.generators_table([generated("dq-transformer", seed) for seed in (0, 1)], runs)
+    row = f"| 130.0 | 1,234 | 50 ± 0 | 600.0 | 30.5 ± 0.5 | {floor} | 0.250 | 2 of 3 |"
+    assert f"| dq-transformer | entropy {row}" in table and "raster-256" not in table
+
+
+@pytest.mark.parametrize("name", ["dq-transformer", "raster-256"])
+@pytest.mark.parametrize(
+    "change", [{"data_sha256": "y"}, {"seconds": 6.0}, {"batch_size": 3}, {"learning_rate": 0.2}, {"samples": 9}]
+)
+def test_generators_of_different_settings_are_not_put_into_one_table(name, change):
+    ((setting, value),) = change.items()
+    with pytest.raises(ValueError, match=f"must have the same settings, got .* and .*'{setting}': {value!r}"):
+        evidence.generators_table([generated("dq-transformer", 0), generated(name, 1, **change)], {})
+
+
 def test_what_a_tokenizer_spends_is_also_measured_in_coded_bits(tmp_path):
     """64 sqrt(2) codes are halfway between the grids; so many coded bits as of 256 codes are at the grid of 256."""
     finished = [

@@ -4,14 +4,17 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rate_control
 from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
 from PIL import Image
+from safetensors.torch import load_file
 
-from dq_hf import DQForImageGeneration
+from dq_hf import DEFAULT_MODEL, DQForImageGeneration
+from dq_hf.loading import load_models
 
 
 def photograph(seed, side=32):
@@ -76,6 +79,21 @@ def test_the_av1_data_is_what_the_images_of_one_setting_differ_in():
     assert data[0] != data[1] and 100 < len(frames[0]) == len(frames[1]) < 600
     different = [one != other for one, other in zip(*frames)]
     assert sum(different) <= 8  # lengths
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+def test_the_receiver_holds_whatever_the_generator_prior_decodes_by(with_text):
+    vae, pipe = load_models(DEFAULT_MODEL)
+    if not with_text:
+        pipe.text_encoder = None
+    parts = ["transformer", "text_encoder"][: 1 + with_text]
+    weights = [load_file(Path(DEFAULT_MODEL, part, "model.safetensors")).values() for part in parts]
+    num_bytes = sum(4 * value.numel() for values in weights for value in values)  # in the file some are of two bytes
+    text = rate_control.receiver(vae, pipe)
+    words, number = re.search(r"for the generator prior (.*), ([\d.]+) MB more", text).groups()
+    assert words == " and ".join(["the generator", "the text encoder"][: 1 + with_text])
+    assert float(number) == pytest.approx(num_bytes / 1e6, abs=0.1)
+    assert "generator" not in rate_control.receiver(vae, None)
 
 
 def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):

@@ -22,9 +22,9 @@ def test_a_row_has_a_caption_or_several_and_blank_ones_do_not_count(value, texts
     assert captions_of(value) == texts
 
 
-@pytest.mark.parametrize("value", [3, ["a", 3], [["a"]]])
+@pytest.mark.parametrize("value", [3, ["a", 3], [["a"]], {"en": "a cat"}, [{"en": "a cat"}], {"a cat"}, b"a cat"])
 def test_what_is_no_text_is_refused(value):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="captions must be strings or lists of strings, got "):
         captions_of(value)
 
 

@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, load_codes
+from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, files_of, load_codes, read_index
 from dq_hf.data.fingerprint import codes_fingerprint, fingerprint
+from dq_hf.hub.card import is_hub_dataset
 from dq_hf.modeling.routing_dq import ROUTERS
 from dq_hf.scripts.encode_dataset import check_output_dir
 
@@ -115,6 +116,11 @@ def test_two_processes_write_the_same_rows_over_an_old_cache(place, cache, vae):
     assert not list(place.glob("partial-*"))
 
 
+def test_a_cache_of_a_local_folder_names_no_data_set_of_the_hub(place, cache):
+    data = read_index(cache)["data"]  # encoded from another directory, where "images" was
+    assert not is_hub_dataset(data) and (place / data).samefile(place / "images") and str(place) not in data
+
+
 def test_only_a_code_cache_is_overwritten(cache, tmp_path):
     check_output_dir(tmp_path / "new", overwrite=False)
     check_output_dir(tmp_path, overwrite=False)  # empty
@@ -126,6 +132,16 @@ def test_only_a_code_cache_is_overwritten(cache, tmp_path):
         check_output_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="must be a folder, got the file"):
         check_output_dir(tmp_path / "holiday.png", overwrite=True)
+
+
+def test_a_split_has_its_own_files_whatever_the_other_splits_are_called(tmp_path):
+    splits = {"test", "test-2", "test-2-00000-of-00001", "test_pairs", "te.t", "te[s]t", "[0-9]"}
+    files = {f"{split}-{part:05d}-of-00002.parquet": split for split in splits for part in range(2)}
+    for name in (*files, "test-a-of-b.parquet", "test-00000-of-00001.parquet.tmp"):
+        (tmp_path / name).touch()
+    for split in splits:
+        own = sorted(name for name, whose in files.items() if whose == split)
+        assert [path.name for path in files_of(tmp_path, split)] == own
 
 
 # Refusals

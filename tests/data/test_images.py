@@ -22,7 +22,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dq_hf.data.augmentation import Augmentation
-from dq_hf.data.images import ImageCollator, class_names, decode_image, drop_broken_images, load_images
+from dq_hf.data.images import (
+    ImageCollator,
+    check_column,
+    class_names,
+    decode_image,
+    drop_broken_images,
+    load_images,
+)
 from dq_hf.data.streams import StreamedImages, load_train_and_test, prepare_loader
 from dq_hf.modeling.image_processing_dq import DQImageProcessor
 
@@ -261,6 +268,17 @@ def test_every_row_comes_once(tmp_path, sizes, num_processes, num_workers, shuff
         loader = DataLoader(stream, 2, num_workers=num_workers, collate_fn=give_all)
         rows += [row["number"] for batch in loader for row in batch]
     assert sorted(rows) == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize("column_names", [["image", "number"], None])
+def test_the_columns_of_a_stream_are_checked_as_those_of_its_data_set(column_names):
+    rows = images_of([png(0)] * 3).to_iterable_dataset()
+    dataset = rows if column_names else rows.map(lambda row: row)  # which tells them only by its rows
+    stream = StreamedImages(dataset)
+    assert stream.column_names == dataset.column_names == column_names
+    check_column(stream, "number")
+    with pytest.raises(ValueError, match="no column 'letters'; it has image, number"):
+        check_column(stream, "letters")
 
 
 def test_a_part_is_the_same_stream_for_another_process():

@@ -63,6 +63,27 @@ def test_held_out_figures_share_the_panel_of_what_training_logs(plot_log, stage_
     assert panels == {"content_loss": {"training": ([5], [5.0]), "held out": ([5], [6.0])}}
 
 
+def test_each_split_has_a_curve_of_its_own_in_the_panel_of_what_it_measures(plot_log):
+    held_out = {"psnr": 20.0, "codes_per_image": 39.0, "test_share_4": 0.5, "test_loss": 2.0}
+    rows = [{"step": step, "codes": 40.0, "share_4": 0.4, "loss": 1.0} for step in (5, 10)]
+    splits = {f"{name}/{split}": value for split in ("pairs", "more") for name, value in held_out.items()}
+    rows.append({"step": 10} | held_out | splits)
+    measured = {kind: [10] for kind in ("held out", "held out, pairs", "held out, more")}
+    panels = plot_log.find_curves(rows)
+    steps = {panel: {kind: at for kind, (at, _) in curves.items()} for panel, curves in panels.items()}
+    trained = {"training": [5, 10]} | measured
+    assert steps == {"codes": trained, "share_4": trained, "loss": trained, "psnr": measured}
+    assert panels["codes"]["held out, more"] == ([10], [39.0])
+
+    figure = plot_log.draw(rows, "run")
+    (legend,) = figure.legends
+    colours = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert len(set(colours.values())) == 4 and set(colours) == set(trained)
+    psnr = figure.axes[-1]
+    assert psnr.get_ylabel() == "dB"
+    assert [line.get_color() for line in psnr.lines] == [colours[kind] for kind in measured]
+
+
 def test_titles_have_words_and_axes_have_units(plot_log, stage_1_log):
     axes = plot_log.draw(plot_log.read_rows(stage_1_log), "run").axes
     titles = {panel.get_title(): panel.get_ylabel() for panel in axes}

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline, DQTransformerForImageGeneration, DQVAEModel
-from dq_hf.hub.card import MARK, SourceCard, merge_with_owner, split_card, write_model_card
+from dq_hf.hub.card import MARK, SourceCard, lasting_name, merge_with_owner, split_card, write_model_card
 
 VAE_FACTS = dict(
     title="tiny-vae",
@@ -136,6 +136,20 @@ def test_local_data_and_infinite_figures_stay_out_of_the_header(place, tmp_path)
         (result,) = header["model-index"][0]["results"]
         assert result["dataset"]["type"] == header_says and len(result["metrics"]) == 1
         assert "| inf dB |" in read_card(tmp_path)[1]
+
+
+@pytest.mark.parametrize("data", ["photographs", "runs/photographs", "my/data.parquet", "./runs/photographs", "a/b/c"])
+def test_the_kept_name_of_local_images_is_never_a_hub_id(tmp_path, monkeypatch, data):
+    (tmp_path / "here" / data).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    name, absolute = lasting_name(data), lasting_name(str(tmp_path))
+    assert (tmp_path / "here" / name).samefile(data) and str(tmp_path) not in name and absolute == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = make_vae().config
+    for kept, on_hub in ((name, False), (absolute, False), (lasting_name(data), not data.startswith(("./", "a/b/")))):
+        write_model_card(tmp_path, config, title="t", dataset=kept, metrics={"psnr": 20.0})
+        assert ("datasets" in yaml.safe_load(read_card(tmp_path)[0])) == on_hub
+        assert (tmp_path / ".eval_results" / "dq_hf.yaml").exists() == on_hub
 
 
 @pytest.mark.parametrize("kind", ["vae", "bare-vae", "conditional", "unconditional", "joint"])

@@ -16,7 +16,7 @@ def captions_of(value):
     Raises:
         TypeError: something else.
     """
-    texts = [value] if value is None or isinstance(value, str) else list(value)
+    texts = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
     for text in texts:
         if not (text is None or isinstance(text, str)):
             raise TypeError(f"captions must be strings or lists of strings, got {type(text).__name__}: {text!r}")

@@ -1,7 +1,7 @@
 """Code caches, a data set's codes and grain maps encoded once, and batches of similar length."""
 
-import glob
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -152,7 +152,8 @@ def count_rows(folder, split):
 
 def files_of(folder, split):
     """The files of a split, in their order."""
-    return sorted(Path(folder).glob(f"{glob.escape(split)}-[0-9]*-of-*.parquet"))
+    name = re.compile(re.escape(split) + r"-\d+-of-\d+\.parquet")
+    return sorted(path for path in Path(folder).iterdir() if name.fullmatch(path.name))
 
 
 def load_codes(folder, split, vae):

@@ -97,6 +97,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         """Of the stream, with the types of its columns."""
         return self.dataset.features
 
+    @property
+    def column_names(self):
+        """Of the stream; None where only its rows tell them."""
+        return self.dataset.column_names
+
     def part(self, process_index, num_processes):
         """The same stream for another process."""
         part = copy.copy(self)

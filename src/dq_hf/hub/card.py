@@ -356,11 +356,21 @@ def licence_of(header):
 
 def is_hub_dataset(dataset):
     """Whether this is a Hub id, not a place on this machine."""
+    return reads_like_an_id(dataset) and not Path(dataset).exists()
+
+
+def lasting_name(dataset):
+    """The name of images to be kept: a local one that reads like a Hub id gets "./", as the folder may be gone later."""
+    return f"./{dataset}" if reads_like_an_id(dataset) and Path(dataset).exists() else dataset
+
+
+def reads_like_an_id(name):
+    """Whether the Hub could have a repository of this name."""
     try:
-        validate_repo_id(dataset)
+        validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(dataset).exists()
+    return True
 
 
 def tell_origins(parts):

@@ -47,6 +47,7 @@ from dq_hf.data.codes import (
     write_index,
 )
 from dq_hf.data.images import ImageCollator, check_column, drop_broken_images, find_labels, first_rows, load_images
+from dq_hf.hub.card import lasting_name
 from dq_hf.hub.folders import check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.scripts.arguments import EncodeArguments
@@ -87,9 +88,9 @@ def encode(args):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         num_rows = {name: count_rows(stage, name) for name in splits}
-        options = ("data", "horizontal_flips", "no_flip_column", "copies", "crop", "max_shift", "caption_column")
+        options = ("horizontal_flips", "no_flip_column", "copies", "crop", "max_shift", "caption_column")
         origin = {name: getattr(args, name) for name in options} | {"command": shlex.join(sys.argv)}
-        write_index(stage, vae, args.vae, names, num_rows, **origin)
+        write_index(stage, vae, args.vae, names, num_rows, data=lasting_name(args.data), **origin)
         put_in_place(output_dir)
         hold.unlink()
         held.close()
