@@ -63,7 +63,9 @@ class Arguments:
     split: str = field(default="test", metadata={"help": "which images of them"})
     image_column: str = field(default="image", metadata={"help": "where they are"})
     label_column: str = field(default="category", metadata={"help": "their classes, for a model with classes"})
-    caption_column: str = field(default="captions", metadata={"help": "their captions, for a model with text"})
+    caption_column: str = field(
+        default="captions", metadata={"help": "their captions, for a model with text; or none"}
+    )
     max_images: int | None = field(default=None, metadata={"help": "at most so many, drawn once and for all"})
     fine_ratios: list[float] = field(
         default_factory=lambda: [step / 10 for step in range(11)],
@@ -218,7 +220,8 @@ def load_data(args, vae, pipe):
     labels = captions = [None] * len(dataset)
     if pipe is not None and pipe.transformer.config.num_classes:
         labels = reference_labels(pipe.transformer.config, dataset, args.label_column)
-    if pipe is not None and pipe.transformer.config.text_length is not None:
+    has_text = pipe is not None and pipe.transformer.config.text_length is not None
+    if has_text and args.caption_column != "none":
         captions = reference_captions(pipe.transformer.config, dataset, args.caption_column, seed=0)
     return processor, dataset, list(zip(labels, captions))
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_the_receiver_holds_whatever_the_generator_prior_decodes_by(with_text):
     assert words == " and ".join(["the generator", "the text encoder"][: 1 + with_text])
     assert float(number) == pytest.approx(num_bytes / 1e6, abs=0.1)
     assert "generator" not in rate_control.receiver(vae, None)
+
+
+@pytest.mark.parametrize("column, expected", [("text", ["red", "sun"]), ("none", [None, None])])
+def test_images_are_coded_under_their_captions_or_without(tmp_path, column, expected):
+    for seed in range(2):
+        photograph(seed, side=16).save(tmp_path / f"{seed}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(("red", "sun"))]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    args = rate_control.Arguments(data=str(tmp_path), split="train", caption_column=column)
+    pipe = SimpleNamespace(transformer=make_transformer(**TEXT))
+    assert rate_control.load_data(args, make_vae(), pipe)[2] == [(None, caption) for caption in expected]
 
 
 def test_a_small_run_writes_tables_whose_figures_add_up(tmp_path):
