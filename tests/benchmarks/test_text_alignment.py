@@ -73,8 +73,8 @@ def test_the_sweep_has_a_row_for_each_setting(gallery, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     table = text_alignment.sweep(text_alignment.Arguments(prompts=4), pipe, gallery).split("\n\n")[1].splitlines()
     names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if "---" not in line]
-    assert [row[:3] for row in rows[:3]] == [["1", "0.7", "0.9"], ["1", "0.7", "1"], ["1", "0.85", "0.9"]]
-    assert len(rows) == 12
+    assert [row[:3] for row in rows[:3]] == [["1", "0.6", "0.9"], ["1", "0.6", "1"], ["1", "0.7", "0.9"]]
+    assert len(rows) == 16
     for row in rows:
         figures = dict(zip(names, map(float, row)))
         assert figures["FD"] > 0 and all(0 <= figures[name] <= 1 for name in ("precision", "recall", "R@1", "R@10"))

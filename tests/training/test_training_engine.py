@@ -430,6 +430,8 @@ def assert_same_rows(folder, other):
     rows, others = rows_of(folder), rows_of(other)
     assert len(rows) == len(others) == 11
     for row, expected in zip(rows, others):
+        norm = row.pop("d_grad_norm", 0)  # it jumps where rounding turns a leaky ReLU or the hinge around
+        assert norm == pytest.approx(expected.pop("d_grad_norm", 0), rel=2e-3)
         assert row == pytest.approx(expected, rel=0, abs=1e-4)
 
 
