@@ -38,6 +38,10 @@ def main(args):
             samples = torch.cat([eight_bits(model(batch).sample) for batch in images.split(64)])
             figures = [f"{value:.2f}" for value in measure(samples, images)]
             lines.append([f"`{name}`", str(metadata["settings"]["seed"]), *figures])
+    if len(lines) == 1:
+        raise FileNotFoundError(
+            f"no weights in {Path(args.work_dir, args.data)}; train tokenizers with run.py --stages 1"
+        )
     report = f"{len(images)} held-out images, routed by each tokenizer's own choice.\n\n{markdown(lines)}"
     write_section(Path(args.output), f"colours, {args.data}", report)
 

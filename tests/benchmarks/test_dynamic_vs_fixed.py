@@ -99,6 +99,13 @@ def test_the_colours_of_every_tokenizer_are_measured(smoke, tmp_path):
     assert [row.strip(" `") for row in rows[2:]] == list(TOKENIZERS)
 
 
+def test_colours_of_no_tokenizer_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_split", lambda *args: (images(1), [0]))
+    with pytest.raises(FileNotFoundError, match="no weights in .*; train tokenizers with run.py"):
+        colours.main(colours.Arguments(work_dir=str(tmp_path), output=str(tmp_path / "report.md")))
+    assert not (tmp_path / "report.md").exists()
+
+
 def test_brightness_and_colour_are_told_apart():
     batch = images(4)
     grey, colour = colours.split(batch)
