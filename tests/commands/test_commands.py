@@ -618,6 +618,55 @@ def test_a_damaged_image_stops_the_calibration(refused, place, photographs):
     assert re.search(r"at most 1.00% .* got 1 of 8, the first: .*3.png", message)
 
 
+@pytest.mark.parametrize("kind", ["model", "vae"])
+def test_train_router_writes_a_tokenizer_whose_router_is_new_and_keeps_its_budget(
+    run, place, models, photographs, kind
+):
+    shutil.copytree(models / "vae", place / "vae")
+    options = ["--model", kind, "--data", "photographs", "--batch-size", 4, "--steps", 3]
+    printed = run("train-router", *options, "--fine-ratio", 0.25, "--output", "new")
+    lines = [line.split() for line in printed.out.splitlines()]
+    assert [line[0] for line in lines] == ["thresholds", "achieved", "written"] and lines[1][-2:] == ["8", "images"]
+    assert float(lines[1][1]) == pytest.approx(0.25, abs=1 / 32)
+    learned, before = DQVAEModel.from_pretrained("new"), DQVAEModel.from_pretrained("vae")
+    assert learned.config.router == "gain" and learned.config.budget_targets == [0.25]
+    assert learned.router.thresholds.item() == pytest.approx(float(lines[0][1]), abs=1e-6)
+    for name, value in before.state_dict().items():
+        assert name.startswith("router.") or torch.equal(learned.state_dict()[name], value)
+    assert run("train-router", *options, "--fine-ratio", 0.25, "--output", "again").out == printed.out.replace(
+        "new", "again"
+    )
+    run("reconstruct", "noise.png", "coded.png", "--model", "new", "--resize")
+    budget = run("train-router", *options, "--output", "budget", "--seed", 1).out.splitlines()
+    assert float(budget[1].split()[1]) == pytest.approx(0.5, abs=1 / 32)
+    assert budget[0] != printed.out.splitlines()[0]
+
+
+def test_train_router_reads_a_stream_too(run, place, photographs):
+    options = ["--model", "model", "--data", "photographs", "--batch-size", 4, "--steps", 5, "--output", "new"]
+    assert "of the regions of 8 images\n" in run("train-router", *options, "--streaming").out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--model", "plain"], "one granularity has nothing to route"),
+        (["--fine-ratio", "1.5"], r"\[0, 1\]"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--seed", "-1"], "seed"),
+        (["--output", "model"], "the output folder model is not empty"),
+        (["--output", "noise.png"], "must be a folder, got the file noise.png"),
+        (["--data", "empty"], "empty"),
+    ],
+)
+def test_train_router_refuses(refused, place, photographs, options, message):
+    (place / "empty").mkdir()
+    make_vae(granularities=[4]).save_pretrained(place / "plain")
+    command = ["train-router", "--model", "model", "--data", "photographs", "--output", "new", "--steps", "1"]
+    assert re.search(message, refused(*command, *options))
+
+
 def test_draw_order_shows_the_codes_coming_and_then_the_images_of_generate(run, place):
     options = ["--model", "model", "--class-label", "moon", "star", "-n", 2, "--seed", 3]
     printed = run("draw", "order", "order.gif", *options, "--seconds", 0.8)

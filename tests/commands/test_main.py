@@ -15,6 +15,7 @@ COMMANDS = [
     ["convert"],
     ["encode"],
     ["calibrate"],
+    ["train-router"],
     ["evaluate"],
     ["evaluate", "reconstruction"],
     ["evaluate", "generation"],
@@ -37,6 +38,7 @@ REFUSED = [
     (["draw", "entropy", "none.png", "out.png"], 1),
     (["evaluate", "generation", "--data", "gone", "--output", "report.txt"], 1),
     (["calibrate", "--data", "gone", "--model", "gone"], 1),
+    (["train-router", "--data", "gone", "--model", "gone", "--output", "new", "--steps", "0"], 1),
     (["demo", "--port", "70000"], 1),
 ]
 # As `dq-hf` and as `python -m dq_hf` start; every line of `asked` is a command, whose exit status is printed.

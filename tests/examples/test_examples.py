@@ -719,6 +719,7 @@ def test_training_the_decoder_only_changes_no_code(place, full):
     assert torch.equal(before.codes, after.codes) and torch.equal(before.grain_map, after.grain_map)
     refused = refusal(place, f"{PLAIN} --output_dir no --decoder_only")
     assert "--decoder_only trains the decoder of a finished model" in refused
+    assert "then run dq-hf train-router" in refusal(place, f"{PLAIN} --output_dir no --router gain")
 
 
 def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
@@ -762,7 +763,7 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
         ("--keep_checkpoints must be 1 or more, got 0", "--keep_checkpoints 0"),
         ("--learning_rate must be 0 or more, got nan", "--learning_rate nan"),
         (r"--fine_ratios must lie in \[0, 1\], got 0.5 1.5", "--fine_ratios 0.5 1.5"),
-        ("--router must be one of entropy, feature, random, got best", "--router best"),
+        ("--router must be one of entropy, feature, gain, random, got best", "--router best"),
         ("--disc_norm must be one of batch, group, none, got layer", "--disc_norm layer"),
         ("--disc_r1 1.0 needs a discriminator that judges each image by itself: --disc_norm group", "--disc_r1 1"),
         ("checkpoint-3 cannot be loaded: .*--disc_lecam was 0.0, got 0.1", "--output_dir plain --disc_lecam 0.1"),

@@ -91,7 +91,7 @@ IMPOSSIBLE = [
     (dict(commitment_beta=-1), "commitment_beta must be a finite number"),
     (dict(codebook_weight=math.inf), "codebook_weight must be a finite number"),
     (dict(budget_gamma=math.nan), "budget_gamma must be a finite number"),
-    (dict(router="both"), 'router must be one of "entropy", "feature", "random", got \'both\''),
+    (dict(router="both"), 'router must be one of "entropy", "feature", "gain", "random", got \'both\''),
     (dict(router_gradient="all"), 'router_gradient must be one of "compared", "selected", got \'all\''),
     (dict(router_activation="gelu"), 'router_activation must be one of "silu", "relu", None'),
     *((dict(router="feature", router_norm_num_groups=n), f"router_norm_num_groups {n}") for n in (0, 3)),

@@ -18,6 +18,7 @@ from . import (
     generate,
     reconstruct,
     train_generator,
+    train_router,
     train_tokenizer,
 )
 
@@ -30,6 +31,7 @@ COMMANDS = (
     draw,
     demo,
     train_tokenizer,
+    train_router,
     encode,
     train_generator,
     evaluate,

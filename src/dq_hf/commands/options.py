@@ -291,15 +291,13 @@ def add_encoding_options(command):
     )
 
 
-def add_fine_ratio_option(command):
-    """--fine-ratio of an encoder."""
-    command.add_argument(
-        "--fine-ratio",
-        type=float,
-        nargs="+",
-        help="Code this share of the regions finely, from 0 to 1, one share for each granularity but the coarsest "
-        "(default: the router decides).",
+def add_fine_ratio_option(command, text=None):
+    """--fine-ratio of an encoder, or with another help text."""
+    text = text or (
+        "Code this share of the regions finely, from 0 to 1, one share for each granularity but the coarsest (default: the "
+        "router decides)."
     )
+    command.add_argument("--fine-ratio", type=float, nargs="+", help=text)
 
 
 def fine_ratio(args):
@@ -384,8 +382,12 @@ def add_source_options(command, split):
     )
 
 
-def read_images(args, vae_config):
-    """The images of `add_data_options`, with counts of those read, and a loader of their `pixel_values`."""
+def read_images(args, vae_config, seed=None):
+    """The images of `add_data_options`, with counts of those read, and a loader of their `pixel_values`.
+
+    Args:
+        seed: of a random order, anew in each epoch; None: as they come.
+    """
     from torch.utils.data import DataLoader
 
     from ..data.images import ImageCollator, load_images
@@ -395,6 +397,7 @@ def read_images(args, vae_config):
     collate = ImageCollator(DQImageProcessor.for_model(vae_config), args.image_column)
     dataset = load_images(args.data, args.split, args.image_column, args.streaming)
     if not args.streaming:
-        dataset = dataset.to_iterable_dataset()
-    images = StreamedImages(dataset, args.image_column, args.max_broken_share, shuffle_buffer=0)
+        dataset = (dataset if seed is None else dataset.shuffle(seed=seed)).to_iterable_dataset()
+    order = {"shuffle_buffer": 0} if seed is None else {"seed": seed}
+    images = StreamedImages(dataset, args.image_column, args.max_broken_share, **order)
     return images, DataLoader(images, args.batch_size, collate_fn=collate)

@@ -41,15 +41,17 @@ class DQVAEConfig(DQPreTrainedConfig):
         restart_dead_codes: in training, replace a code that is used less than once a step on average.
         commitment_beta: weight of the commitment term of the VQ loss.
         codebook_weight: weight of the VQ loss in the training loss.
-        router: "entropy" (of each region's grey values, no parameters), "feature" (a learned gate, the paper's) or
-            "random" (the control).
+        router: "entropy" (of each region's grey values, no parameters), "feature" (a learned gate, the paper's), "gain"
+            (predicts what finer codes gain; learned from a trained tokenizer) or "random" (the control).
         router_gradient: feature router, training: "compared" (every granularity's gate sees what its features would have
             changed) or "selected" (only that of the chosen one does, as in the release).
         entropy_thresholds: entropy router: thresholds to begin with, in nats, ascending, one fewer than granularities.
             Default: evenly spaced up to the maximum, ln 32. The model holds them in its weights, where `calibrate` sets
             them; files of the configuration do not. Where this field is given at loading, it goes first.
-        router_norm_num_groups: GroupNorm groups on the features that the feature router sees; None: no normalisation.
-        router_activation: "silu" or "relu" between the gate's two linear layers; None: a gate of one linear layer.
+        router_norm_num_groups: GroupNorm groups on the features that the feature or gain router sees; None: no
+            normalisation.
+        router_activation: "silu" or "relu" between the gate's two linear layers; None: a gate of one linear layer (of a
+            gain router: "silu").
         budget_targets: feature and random router: share of regions wanted at each granularity but the coarsest.
             Default: equal shares of all granularities.
         budget_gamma: weight of the finest granularity's budget term.
@@ -175,7 +177,7 @@ class DQVAEConfig(DQPreTrainedConfig):
 
     def _validate_router(self):
         for name, choices in (
-            ("router", ("entropy", "feature", "random")),
+            ("router", ("entropy", "feature", "gain", "random")),
             ("router_gradient", ("compared", "selected")),
             ("router_activation", ("silu", "relu", None)),
         ):
@@ -183,7 +185,7 @@ class DQVAEConfig(DQPreTrainedConfig):
                 names = ", ".join(map(json.dumps, choices)).replace("null", "None")
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         groups = self.router_norm_num_groups
-        if self.router == "feature" and groups is not None and (groups < 1 or self.z_channels % groups):
+        if self.router in ("feature", "gain") and groups is not None and (groups < 1 or self.z_channels % groups):
             raise ValueError(f"z_channels {self.z_channels} must be a multiple of router_norm_num_groups {groups}")
         if self.entropy_thresholds is not None:
             check_thresholds("entropy_thresholds", self.entropy_thresholds, len(self.granularities))

@@ -191,16 +191,11 @@ class FeatureRouter(DQRouter):
         self.budget_targets, self.budget_gamma = config.budget_targets, config.budget_gamma
         self.gradient = config.router_gradient
         width = self.num_granularities * config.z_channels
-        groups = config.router_norm_num_groups
-        self.norms = nn.ModuleList(
-            nn.Identity() if groups is None else nn.GroupNorm(groups, config.z_channels, eps=1e-6)
-            for _ in range(self.num_granularities)
-        )
+        self.norms = feature_norms(config)
         if config.router_activation is None:
             self.gate = nn.Linear(width, self.num_granularities)
         else:
-            activation = {"silu": nn.SiLU, "relu": nn.ReLU}[config.router_activation]()
-            self.gate = nn.Sequential(nn.Linear(width, width), activation, nn.Linear(width, self.num_granularities))
+            self.gate = two_layers(width, width, self.num_granularities, config.router_activation)
 
     def thresholds_to_begin_with(self, config):
         """None yet: infinity."""
@@ -213,10 +208,7 @@ class FeatureRouter(DQRouter):
 
     def look(self, pixel_values, features):
         """The fineness of the logits (B, K, h, w)."""
-        pooled = [
-            nn.functional.avg_pool2d(norm(feature), 2**g)
-            for g, (norm, feature) in enumerate(zip(self.norms, features))
-        ]
+        pooled = [pool(feature, g) for g, feature in enumerate(normalised(self.norms, features))]
         router_logits = self.gate(torch.cat(pooled, dim=1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return DQRouterOutput(score=fineness(router_logits.detach()), router_logits=router_logits)
 
@@ -238,6 +230,44 @@ class FeatureRouter(DQRouter):
         if self.gradient == "selected":
             gates = gates * one_hot_gates(grain_map, self.num_granularities)
         return grain_map, gates, loss
+
+
+class GainRouter(DQRouter):
+    """Predicts what finer codes would gain in each region, from the means and mean squares of its features.
+
+    The score is the predicted decrease of the region's mean squared error from the coarsest granularity to the finest, its
+    square root with its sign. `training.router.learn_router` teaches it to a trained tokenizer; else its weights are
+    frozen.
+    Differs: from the paper, whose router learns by a gradient through its own choice (`FeatureRouter`).
+    """
+
+    uses_features = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = self.num_granularities * config.z_channels
+        self.norms = feature_norms(config)
+        self.gate = two_layers(2 * width, width, 1, config.router_activation or "silu")
+        self.requires_grad_(False)
+
+    def thresholds_to_begin_with(self, config):
+        """0: regions are fine where that is predicted to be a gain."""
+        return [0.0] * (self.num_granularities - 1)
+
+    def finish_loading(self, config):
+        """As for every router; transformers makes new parameters of loaded weights."""
+        super().finish_loading(config)
+        self.requires_grad_(False)
+
+    def look(self, pixel_values, features):
+        """The predicted gain."""
+        return DQRouterOutput(score=self.predict(features).detach())
+
+    def predict(self, features):
+        """The score, with its gradient."""
+        features = normalised(self.norms, features)
+        pooled = [pool(part, g) for g, feature in enumerate(features) for part in (feature, feature**2)]
+        return self.gate(torch.cat(pooled, dim=1).permute(0, 2, 3, 1))[..., 0].float()
 
 
 class RandomRouter(DQRouter):
@@ -276,7 +306,33 @@ def hash_numbers(values):
     return values
 
 
-ROUTERS = {"entropy": EntropyRouter, "feature": FeatureRouter, "random": RandomRouter}
+ROUTERS = {"entropy": EntropyRouter, "feature": FeatureRouter, "gain": GainRouter, "random": RandomRouter}
+
+
+def feature_norms(config):
+    """A norm for each granularity's features."""
+    groups = config.router_norm_num_groups
+    return nn.ModuleList(
+        nn.Identity() if groups is None else nn.GroupNorm(groups, config.z_channels, eps=1e-6)
+        for _ in config.granularities
+    )
+
+
+def normalised(norms, features):
+    """Each granularity's features (B, C, H_g, W_g) through its norm."""
+    # In channels-last order PyTorch 2.13 on a CPU crashes where a norm learns and its input does not (encoder frozen).
+    return [norm(feature.contiguous()) for norm, feature in zip(norms, features)]
+
+
+def pool(feature, granularity):
+    """Means over the cells of each region, (B, C, h, w), of features (B, C, H_g, W_g)."""
+    return nn.functional.avg_pool2d(feature, 2**granularity)
+
+
+def two_layers(inputs, width, outputs, activation):
+    """Two linear layers, and "silu" or "relu" between them."""
+    activation = {"silu": nn.SiLU, "relu": nn.ReLU}[activation]()
+    return nn.Sequential(nn.Linear(inputs, width), activation, nn.Linear(width, outputs))
 
 
 def mix_features(features, gates):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..hub.folders import check_output_folder
 from ..hub.weights import weights_of
 from ..modeling.configuration_dqvae import DQVAEConfig
 from ..modeling.image_processing_dq import DQImageProcessor
@@ -44,11 +45,7 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, th
             checkpoint that does not fit it; the message names the parameter or the keys.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise FileExistsError(f"the output must be a folder, got the file {output_dir}; choose another name")
-    if output_dir.exists() and any(output_dir.iterdir()) and not force:
-        raise FileExistsError(f"the output folder {output_dir} is not empty; choose another or overwrite with force")
-
+    check_output_folder(output_dir, force)
     config, defaults = read_config(config_path, thresholds_path)
     with open_checkpoint(checkpoint_path) as state_dict:
         try:

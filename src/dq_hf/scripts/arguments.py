@@ -134,6 +134,10 @@ class TokenizerArguments(RunOptions):
             self.image_size = self.image_size[0] if same else self.image_size  # as in the model's configuration
         if self.decoder_only and self.start_from is None:
             raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
+        if self.router == "gain" and self.start_from is None:
+            raise ValueError(
+                "--router gain is learned from a trained tokenizer: train with --router entropy, then run dq-hf train-router"
+            )
 
 
 @dataclass(kw_only=True)

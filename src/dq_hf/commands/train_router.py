@@ -1,0 +1,84 @@
+"""`dq-hf train-router`: a tokenizer whose router has learned where finer codes help."""
+
+from pathlib import Path
+
+from ..hub.folders import check_output_folder, check_place
+from ..pipelines.seeds import check_seed
+from .options import (
+    add_command,
+    add_data_options,
+    add_device_option,
+    add_fine_ratio_option,
+    check_at_least_one,
+    check_device,
+    read_images,
+)
+
+
+def register(commands):
+    command = add_command(
+        commands, "train-router", run, "Teach a trained tokenizer a router that knows where finer codes help."
+    )
+    command.add_argument(
+        "--model",
+        required=True,
+        help="Begin with this tokenizer, a folder or a repository of the Hub, which is not changed.",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="Write the tokenizer with the new router there."
+    )
+    add_data_options(command, split="train")
+    add_fine_ratio_option(
+        command,
+        "Set the router's thresholds for this share of the regions at each granularity but the coarsest (default: the "
+        "tokenizer's budget).",
+    )
+    command.add_argument(
+        "--steps", type=int, default=300, help="Learn from this many batches of images (default %(default)s)."
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="Seed the new weights and the order of the images (default %(default)s)."
+    )
+    add_device_option(command)
+
+
+def run(args):
+    check_at_least_one(batch_size=args.batch_size, steps=args.steps)
+    check_seed(args.seed)
+    check_output_folder(args.output)
+    check_place(args.output)
+    device = check_device(args.device)
+
+    import torch
+
+    from ..loading import load_tokenizer
+    from ..modeling.grain_map_dq import check_shares
+    from ..modeling.image_processing_dq import DQImageProcessor
+    from ..training.calibration import calibrate
+    from ..training.router import learn_router
+
+    vae = load_tokenizer(args.model, dtype=torch.float32).to(device)
+    config = vae.config
+    shares = config.budget_targets
+    if args.fine_ratio is not None:
+        shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
+    torch.manual_seed(args.seed)
+    vae = learn_router(vae, endless(*read_images(args, config, args.seed)), args.steps)
+    vae.config.budget_targets = shares
+    images, loader = read_images(args, config)
+    achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
+    vae.save_pretrained(args.output)
+    DQImageProcessor.for_model(config).save_pretrained(args.output)
+    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}")
+    num_images = images.num_rows - images.num_broken
+    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
+    print(f"written     {args.output}")
+
+
+def endless(images, loader):
+    """Batches of `pixel_values`, one epoch after the other; ends only where there are no images."""
+    epoch = 0
+    while epoch == 0 or images.num_rows > images.num_broken:
+        images.set_epoch(epoch)
+        yield from (batch["pixel_values"] for batch in loader)
+        epoch += 1

@@ -1,0 +1,82 @@
+"""A router that learns, from a trained tokenizer, where finer codes help."""
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..modeling.configuration_dqvae import DQVAEConfig
+from ..modeling.generation_dq import evaluation_mode
+from ..modeling.modeling_dqvae import DQVAEModel
+
+WARMUP_STEPS = 20
+
+
+def learn_router(vae, batches, steps, learning_rate=3e-3):
+    """The tokenizer with a new `GainRouter`; everything else in it stays as it is.
+
+    The router is fitted, by least squares, to what finer codes gain: each image is coded with all regions coarse and with
+    all of them fine. The new router's thresholds are still to be set, by `training.calibration.calibrate`.
+
+    Args:
+        vae: a trained `DQVAEModel` of two granularities or more, which is not changed.
+        batches: iterable of `pixel_values` (B, 3, H, W) in [-1, 1], at least `steps`.
+        steps: optimizer steps, one for each batch.
+        learning_rate: of Adam at its highest; it rises in 20 steps, and falls to 0 linearly.
+
+    Returns:
+        a new `DQVAEModel` on the same device, in evaluation mode.
+
+    Raises:
+        ValueError: one granularity, no steps, too few batches, or images that `encode` would refuse.
+    """
+    if len(vae.config.granularities) == 1:
+        raise ValueError("a tokenizer with one granularity has nothing to route")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    learner = with_gain_router(vae)
+    router = learner.router.requires_grad_(True)
+    optimizer = torch.optim.Adam(router.parameters(), learning_rate)
+    batches = iter(batches)
+    for step in tqdm(range(steps), desc="learn the router"):
+        pixel_values = next(batches, None)
+        if pixel_values is None:
+            raise ValueError(f"{steps} steps need as many batches, got {step}")
+        pixel_values = pixel_values.to(vae.device)
+        gains = region_gains(learner, pixel_values)
+        predicted = router.predict(learner.encoder(pixel_values))
+        error = nn.functional.mse_loss(predicted, gains.sign() * gains.abs().sqrt())
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    learner.requires_grad_(True)
+    router.requires_grad_(False)
+    return learner
+
+
+def with_gain_router(vae):
+    """A copy of a tokenizer, frozen and in evaluation mode, whose router is a new, random `GainRouter`."""
+    entries = vae.config.to_dict() | {"router": "gain", "entropy_thresholds": None}
+    copy = DQVAEModel(DQVAEConfig.from_dict(entries)).to(vae.device)
+    weights = {name: value for name, value in vae.state_dict().items() if not name.startswith("router.")}
+    copy.load_state_dict(weights, strict=False)
+    return copy.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def region_gains(vae, pixel_values):
+    """Decrease of each region's mean squared error, (B, h, w), from all regions coarsest to all of them finest.
+
+    Args:
+        vae: `DQVAEModel`.
+        pixel_values: (B, 3, H, W) in [-1, 1]; reconstructions are clipped to this range.
+    """
+    side, finest = vae.config.granularities[0], len(vae.config.granularities) - 1
+    height, width = (size // side for size in pixel_values.shape[2:])
+    coarse = torch.zeros(len(pixel_values), height, width, dtype=torch.long, device=pixel_values.device)
+    errors = []
+    with evaluation_mode(vae):
+        for grain_map in (coarse, coarse + finest):
+            sample = vae(pixel_values, grain_map=grain_map).sample.clamp(-1, 1)
+            errors.append(nn.functional.avg_pool2d((sample - pixel_values).square().mean(1), side))
+    return errors[0] - errors[1]
