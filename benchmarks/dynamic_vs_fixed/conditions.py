@@ -38,11 +38,13 @@ class Condition:
         granularities: downsampling factors, coarsest first.
         widths: of the encoder's levels.
         decoder_widths: of the decoder's levels.
-        router: "entropy", "feature" or "random" (regions drawn anew for every image and step); None: nothing to route.
+        router: "entropy", "feature", "random" (regions drawn anew for every image and step) or "gain" (learned by a trained
+            tokenizer); None: nothing to route.
         shares: wanted share of regions at each granularity but the coarsest.
         strides: of the last downsampling, (rows, columns); less than 2 x 2 makes a fixed grid larger.
         router_gradient: what the feature router learns from: all granularities ("compared"), or, as in the release, the
             one that was chosen ("selected").
+        taught: of a gain router, the condition whose trained tokenizer learns it, with nothing else changed.
     """
 
     granularities: tuple[int, ...]
@@ -52,6 +54,7 @@ class Condition:
     shares: tuple[float, ...] = ()
     strides: tuple[int, int] = (2, 2)
     router_gradient: str = "compared"
+    taught: str | None = None
 
 
 DUAL = dict(granularities=(8, 4), widths=(8, 16, 48, 64), decoder_widths=(8, 16, 48), shares=(1 / 3,))
@@ -69,6 +72,7 @@ CONDITIONS = {
     "entropy": Condition(**DUAL, router="entropy"),
     "feature": Condition(**DUAL, router="feature"),
     "feature-selected": Condition(**DUAL, router="feature", router_gradient="selected"),
+    "gain": Condition(**DUAL, router="gain", taught="entropy"),
     "triple": Condition(**TRIPLE, router="entropy"),
     "triple-feature": Condition(**TRIPLE, router="feature"),
 }

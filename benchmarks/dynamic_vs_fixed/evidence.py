@@ -37,6 +37,7 @@ OPPONENTS = {
     "entropy": ("fixed-128", "random"),
     "feature": ("fixed-128", "random", "entropy", "feature-selected"),
     "feature-selected": ("fixed-128", "random"),
+    "gain": ("fixed-128", "random", "entropy", "feature"),
     "triple": ("fixed-128", "random", "entropy"),
     "triple-feature": ("fixed-128", "random", "triple"),
 }

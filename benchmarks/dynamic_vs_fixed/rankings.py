@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from dq_hf.metrics import psnr, ssim
 from dq_hf.modeling.grain_map_dq import rank_routing
+from dq_hf.training.router import region_gains
 
 ROUTERS = ("entropy", "feature")
 
@@ -46,7 +47,9 @@ def main(args):
     for name, model in models.items():
         scores = [[] for _ in lines[0][1:]]
         for batch in images.split(64):
-            for values, score in zip(scores, [*(rank(batch) for rank in rankings.values()), gain(model, batch)]):
+            for values, score in zip(
+                scores, [*(rank(batch) for rank in rankings.values()), region_gains(model, batch)]
+            ):
                 sample = reconstruct(model, batch, rank_routing(score, DUAL["shares"]))
                 values.append(torch.stack([psnr(sample, batch), ssim(sample, batch)]))
         means = [torch.cat(values, dim=1).mean(1).tolist() for values in scores]
@@ -68,13 +71,6 @@ def load(args, name):
 def reconstruct(model, images, grain_map):
     """Images (B, 3, H, W) coded by a grain map, as a PNG file holds them."""
     return eight_bits(model(images, grain_map=grain_map).sample)
-
-
-def gain(model, images):
-    """By how much fine codes everywhere lessen each region's squared error, (B, h, w)."""
-    coarse = torch.zeros(len(images), 8, 8, dtype=torch.long)
-    errors = [(reconstruct(model, images, grain_map) - images).square().mean(1) for grain_map in (coarse, coarse + 1)]
-    return torch.nn.functional.avg_pool2d(errors[0] - errors[1], DUAL["granularities"][0])
 
 
 if __name__ == "__main__":

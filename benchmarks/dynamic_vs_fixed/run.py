@@ -103,14 +103,21 @@ def run_tokenizer(args, data, images, name, seed):
         "batch_size": stage_1.BATCH_SIZE,
         "learning_rate": args.learning_rate,
     }
+    condition = CONDITIONS[name]
+
+    def train():
+        if condition.taught is None:
+            return stage_1.train(condition, images["train"], seed, args.steps, args.learning_rate, args.device)
+        model = trained_tokenizer(args, data, name, condition.taught, seed)
+        router_steps = min(args.steps, stage_1.ROUTER_STEPS)  # the latter, but in a trial
+        return stage_1.teach_router(model, condition, images["train"], seed, router_steps)
+
     run(
         args,
         settings,
-        train=lambda: stage_1.train(
-            CONDITIONS[name], images["train"], seed, args.steps, args.learning_rate, args.device
-        ),
-        make=lambda facts: conditions.make_model(CONDITIONS[name], facts["entropy_thresholds"]),
-        evaluate=lambda model: stage_1.evaluate(model, CONDITIONS[name], images["test"], seed),
+        train=train,
+        make=lambda facts: conditions.make_model(condition, facts["entropy_thresholds"]),
+        evaluate=lambda model: stage_1.evaluate(model, condition, images["test"], seed),
     )
 
 
@@ -122,14 +129,9 @@ def run_generator(args, data, images, name, seed):
         "learning_rate": stage_2.LEARNING_RATE,
         "samples": args.samples,
     }
-    tokenizer = stage_2.GENERATORS[name]
-    condition, weights = CONDITIONS[tokenizer], weights_path(args, data, tokenizer, seed)
 
     def parts():
-        if not weights.exists():
-            raise FileNotFoundError(f"{name} needs {weights}; run stage 1 of {tokenizer}, seed {seed} first")
-        facts = read_metadata(weights)["facts"]
-        vae = load_weights(conditions.make_model(condition, facts["entropy_thresholds"]), weights).to(args.device)
+        vae = trained_tokenizer(args, data, name, stage_2.GENERATORS[name], seed)
         return vae, *stage_2.encode(vae, images["train"])
 
     def train():
@@ -147,6 +149,15 @@ def run_generator(args, data, images, name, seed):
         make=make,
         evaluate=lambda model: stage_2.evaluate(model, parts()[0], images["test"], args.samples, seed),
     )
+
+
+def trained_tokenizer(args, data, name, tokenizer, seed):
+    """The tokenizer that a run needs; FileNotFoundError if it was not trained yet."""
+    weights = weights_path(args, data, tokenizer, seed)
+    if not weights.exists():
+        raise FileNotFoundError(f"{name} needs {weights}; run stage 1 of {tokenizer}, seed {seed} first")
+    thresholds = read_metadata(weights)["facts"]["entropy_thresholds"]
+    return load_weights(conditions.make_model(CONDITIONS[tokenizer], thresholds), weights).to(args.device)
 
 
 def common_settings(data, images, name, seed):

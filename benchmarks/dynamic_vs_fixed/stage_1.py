@@ -12,10 +12,12 @@ from dq_hf.codec.static_prior import StaticPrior
 from dq_hf.metrics import CodeStatistics, FrechetDistance, PerceptualDistance, psnr, ssim
 from dq_hf.modeling.image_processing_dq import from_bytes, to_bytes
 from dq_hf.training.calibration import calibrate
+from dq_hf.training.router import learn_router
 
 BATCH_SIZE = 8  # better than 16 for the same number of images
 WARMUP_STEPS = 50
 CALIBRATION_IMAGES = 1024
+ROUTER_STEPS, ROUTER_BATCH_SIZE = 300, 32  # of a gain router
 
 
 def train(condition, train_images, seed, steps, learning_rate, device):
@@ -47,6 +49,18 @@ def train(condition, train_images, seed, steps, learning_rate, device):
         calibrate(model, calibration_images, condition.shares)
     thresholds = model.router.thresholds.tolist() if condition.router == "entropy" else None
     return model.eval(), {"seconds_per_step": seconds, "entropy_thresholds": thresholds}
+
+
+def teach_router(model, condition, train_images, seed, router_steps):
+    """A trained tokenizer with a gain router, calibrated to its shares, and what to note about the run."""
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    batch_size = min(ROUTER_BATCH_SIZE, len(train_images))
+    batches = (train_images[rows] for rows in batches_of_rows(len(train_images), batch_size, seed))
+    model = learn_router(model, batches, router_steps)
+    seconds = round((time.perf_counter() - start) / router_steps, 4)
+    calibrate(model, train_images[:CALIBRATION_IMAGES].split(256), condition.shares)
+    return model, {"seconds_per_step": seconds, "router_steps": router_steps, "entropy_thresholds": None}
 
 
 def batches_of_rows(num_rows, batch_size, seed):
