@@ -655,7 +655,7 @@ def test_train_router_reads_a_stream_too(run, place, photographs):
         (["--fine-ratio", "1.5"], r"\[0, 1\]"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--seed", "-1"], "seed"),
-        (["--output", "model"], "the output folder model is not empty"),
+        (["--output", "model"], "the output folder model is not empty; choose another$"),
         (["--output", "noise.png"], "must be a folder, got the file noise.png"),
         (["--data", "empty"], "empty"),
     ],

@@ -72,12 +72,13 @@ def check_place(path):
         raise OSError(f"{path} cannot be put in place, because {parent} is no folder that can be written")
 
 
-def check_output_folder(folder, force=False):
-    """Raise `FileExistsError` if this is a file or, unless forced, a folder that is not empty."""
+def check_output_folder(folder, force=None):
+    """Raise `FileExistsError` if this is a file or, unless forced, a folder that is not empty; None: nobody can force it."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output must be a folder, got the file {folder}; choose another name")
     if folder.exists() and any(folder.iterdir()) and not force:
-        raise FileExistsError(f"the output folder {folder} is not empty; choose another or overwrite with force")
+        remedy = "choose another" if force is None else "choose another or overwrite with force"
+        raise FileExistsError(f"the output folder {folder} is not empty; {remedy}")
 
 
 def is_mount(place):
