@@ -100,7 +100,7 @@ def draw_tokenizer(vae, processor, pixel_values, encoded):
     (threshold,) = vae.router.thresholds.tolist()
     num_fine, num_codes = int(grain_map.sum()), int(encoded.num_codes)
     panels[0].imshow(image, interpolation="nearest")
-    heat = panels[1].imshow(encoded.entropy[0], cmap="magma")
+    heat = panels[1].imshow(vae.region_scores(pixel_values)[0], cmap="magma")
     for row, column in (grain_map == 1).nonzero().tolist():
         panels[1].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=0.8))
     scale = figure.colorbar(heat, cax=panels[1].inset_axes((1.03, 0, 0.06, 1)))
@@ -112,7 +112,7 @@ def draw_tokenizer(vae, processor, pixel_values, encoded):
     bits = num_codes * (vae.config.codebook_size - 1).bit_length() + grain_map.numel()
     titles = (
         f"image\n{image.width}x{image.height} pixels",
-        f"entropy of each region\nnats; fine above {threshold:.2f}",
+        f"{vae.router.score_name}\nfine above {threshold:.2f}",
         f"grain map\n{num_fine} of {grain_map.numel()} regions fine",
         f"{num_codes} codes\nof a codebook of {vae.config.codebook_size}",
         f"reconstruction\nfrom {bits} bits",

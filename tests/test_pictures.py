@@ -13,7 +13,7 @@ from dq_hf.pictures import (
     MARGIN,
     captioned_grid,
     draw_code_usage,
-    draw_entropy,
+    draw_scores,
     draw_generation,
     draw_grain_map,
     image_grid,
@@ -137,10 +137,10 @@ def count_pixels(image, colour):
     return int((np.abs(np.array(image).astype(int) - colour).max(-1) <= 2).sum())
 
 
-def test_a_region_of_more_entropy_is_brighter_on_the_heat_map():
-    drawn = draw_entropy(
-        Image.new("RGB", (8, 8), "lime"), torch.tensor([[0.0, 1.0], [2.0, 4.0]]), torch.eye(2).long(), [1.5]
-    )
+@pytest.mark.parametrize("lowest", [0.0, -4.0])  # a predicted gain may be a loss
+def test_a_region_with_a_higher_score_is_brighter_on_the_heat_map(lowest):
+    scores = lowest + (4 - lowest) * torch.tensor([[0, 0.25], [0.5, 1]])
+    drawn = draw_scores(Image.new("RGB", (8, 8), "lime"), scores, "score", torch.eye(2).long(), [1.5])
     colours = [255 * np.array(matplotlib.colormaps["magma"](share)[:3]) for share in (0, 0.25, 0.5, 1)]
     sizes = [count_pixels(drawn, colour) for colour in colours]
     assert min(sizes) > 10_000 and max(sizes) < 1.3 * min(sizes)  # and a little of each on the scale

@@ -195,14 +195,15 @@ def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
     return [*frames, grid([enlarge(image, scale) for image in finished])]
 
 
-def draw_entropy(image, entropy, grain_map, thresholds):
-    """The image, the entropy of its regions as a heat map with scale, and the coding, side by side; a PIL image.
+def draw_scores(image, scores, name, grain_map, thresholds):
+    """The image, the router's scores of its regions as a heat map with scale, and the coding, side by side; a PIL image.
 
     Args:
         image: PIL image.
-        entropy: (h, w) float in nats, as `image_entropy` gives it.
+        scores: (h, w) float, as `DQVAEModel.region_scores` gives them.
+        name: of what they are.
         grain_map: (h, w) integers.
-        thresholds: the router's, in nats, marked on the scale; none for a feature router.
+        thresholds: the router's, marked on the scale; none where it did not decide by them.
 
     Raises:
         ImportError: without matplotlib.
@@ -210,14 +211,14 @@ def draw_entropy(image, entropy, grain_map, thresholds):
     figure = new_figure(11, 0.6 + 3.2 * image.height / image.width)
     panels = figure.subplots(1, 3)
     above = f"; threshold {', '.join(f'{value:.2f}' for value in thresholds)}" if len(thresholds) else ""
-    titles = ("image", f"entropy, nats a region{above}", f"{int((4**grain_map).sum())} codes")
+    titles = ("image", f"{name}{above}", f"{int((4**grain_map).sum())} codes")
     for axes, title in zip(panels, titles):
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     panels[0].imshow(image, interpolation="nearest")
-    heat = panels[1].imshow(
-        np.asarray(entropy), cmap="magma", vmin=0, vmax=max(float(entropy.max()), *thresholds, 1.0)
-    )
+    scores = np.asarray(scores)
+    low, high = min([scores.min(), 0, *thresholds]), max([scores.max(), *thresholds])
+    heat = panels[1].imshow(scores, cmap="magma", vmin=low, vmax=high if high > low else low + 1)
     scale = figure.colorbar(heat, ax=panels[1], fraction=0.046)
     for threshold in thresholds:
         scale.ax.axhline(threshold, color="white", linewidth=2)

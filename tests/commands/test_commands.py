@@ -689,13 +689,27 @@ def test_draw_order_shows_the_codes_coming_and_then_the_images_of_generate(run, 
     assert grey[0] > 1000 and grey[-2] < 50 and all(later <= earlier + 50 for earlier, later in zip(grey, grey[1:]))
 
 
-def test_draw_entropy_prints_what_the_router_sees(run, place):
-    printed = run("draw", "entropy", "half.png", "map.png", "--model", "model")
+@pytest.mark.parametrize("router, name", [("feature", "log odds of finer codes"), ("gain", "predicted gain")])
+def test_draw_router_draws_the_scores_that_it_goes_by(run, place, router, name):
+    vae = make_vae(router=router)
+    vae.save_pretrained("tokenizer")
+    images = torch.from_numpy(pixels(Image.open("half.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        scores, codes = vae.region_scores(images), int(vae.encode(images).num_codes)
+    printed = run("draw", "router", "half.png", "map.png", "--model", "tokenizer").out.splitlines()
+    figures = re.fullmatch(rf"{name}  (\S+) \.\.\. (\S+), mean (\S+)", printed[0]).groups()
+    expected = [float(value) for value in (scores.min(), scores.max(), scores.mean())]
+    assert list(map(float, figures)) == pytest.approx(expected, abs=0.002)
+    assert printed[1].split() == ["codes", str(codes)]
+
+
+def test_draw_router_of_an_entropy_router_says_nats(run, place):
+    printed = run("draw", "router", "half.png", "map.png", "--model", "model").out.splitlines()
     entropy = image_entropy(torch.from_numpy(pixels(Image.open("half.png"))).permute(2, 0, 1)[None] / 127.5 - 1, 4)
-    name, low, _, high, *_, mean = printed.out.splitlines()[0].split()
+    figures = re.fullmatch(r"entropy, nats  (\S+) \.\.\. (\S+), mean (\S+)", printed[0]).groups()
     expected = [float(value) for value in (entropy.min(), entropy.max(), entropy.mean())]
-    assert name == "entropy" and [float(low), float(high), float(mean)] == pytest.approx(expected, abs=0.002)
-    assert printed.out.splitlines()[1].split() == ["codes", str(12 + 4 * 12)]  # the left half is white
+    assert list(map(float, figures)) == pytest.approx(expected, abs=0.002)
+    assert printed[1].split() == ["codes", str(12 + 4 * 12)]  # the left half is white
     assert Image.open("map.png").size == (1100, 60 + round(320 * 16 / 24))
 
 

@@ -22,7 +22,7 @@ COMMANDS = [
     ["evaluate", "likelihood"],
     ["draw"],
     ["draw", "order"],
-    ["draw", "entropy"],
+    ["draw", "router"],
     ["draw", "usage"],
     ["demo"],
 ]
@@ -35,7 +35,7 @@ REFUSED = [
     (["generate", "--output", "taken.png"], 1),
     (["reconstruct", "none.png", "out.png"], 1),
     (["draw", "order", "order.png"], 1),
-    (["draw", "entropy", "none.png", "out.png"], 1),
+    (["draw", "router", "none.png", "out.png"], 1),
     (["evaluate", "generation", "--data", "gone", "--output", "report.txt"], 1),
     (["calibrate", "--data", "gone", "--model", "gone"], 1),
     (["train-router", "--data", "gone", "--model", "gone", "--output", "new", "--steps", "0"], 1),

@@ -37,15 +37,15 @@ def register(commands):
     order.add_argument(
         "--seconds", type=float, default=8, help="Finish the images after this many seconds (default %(default)s)."
     )
-    entropy = add_command(
-        pictures, "entropy", run_entropy, "Draw a heat map of an image's entropy, and the coding that follows from it."
+    router = add_command(
+        pictures, "router", run_router, "Draw a heat map of what the router decides by, and the coding that follows from it."
     )
-    add_encoding_options(entropy)
+    add_encoding_options(router)
     usage = add_command(pictures, "usage", run_usage, "Draw how often each code is used, as a histogram.")
     usage.add_argument("output", type=Path, metavar="OUT.png", help="Write this picture.")
     add_model_options(usage)
     add_data_options(usage, split="test")
-    for picture in (order, entropy, usage):
+    for picture in (order, router, usage):
         add_force_option(picture)
 
 
@@ -94,26 +94,26 @@ def run_order(args):
     )
 
 
-def run_entropy(args):
+def run_router(args):
     check_encoding(args)
 
     import torch
 
-    from ..modeling.routing_dq import image_entropy
-    from ..pictures import draw_entropy, import_figure
+    from ..pictures import draw_scores, import_figure
 
     import_figure()  # if it cannot be drawn, say so before the work
     vae, processor, pixel_values = open_image(args)
     with torch.no_grad():
         encoded = vae.encode(pixel_values, fine_ratio=fine_ratio(args))
-    entropy = image_entropy(pixel_values, vae.config.granularities[0])[0].cpu()
-    by_entropy = vae.config.router == "entropy" and args.fine_ratio is None
-    thresholds = vae.router.thresholds.tolist() if by_entropy else ()
-    image = processor.post_process(pixel_values)[0]
-    save_image(draw_entropy(image, entropy, encoded.grain_map[0].cpu(), thresholds), args.output)
-    low, mean, high = (float(value) for value in (entropy.min(), entropy.mean(), entropy.max()))
-    print(f"entropy  {low:.3f} ... {high:.3f} nats a region, mean {mean:.3f}")
-    print(f"codes    {int(encoded.num_codes)}")
+        scores = vae.region_scores(pixel_values)[0].cpu()
+    thresholds = vae.router.thresholds.tolist() if args.fine_ratio is None else ()
+    if not all(map(math.isfinite, thresholds)):  # a feature router that is not calibrated decides without them
+        thresholds = ()
+    image, name = processor.post_process(pixel_values)[0], vae.router.score_name
+    save_image(draw_scores(image, scores, name, encoded.grain_map[0].cpu(), thresholds), args.output)
+    low, mean, high = (float(value) for value in (scores.min(), scores.mean(), scores.max()))
+    print(f"{name}  {low:.3f} ... {high:.3f}, mean {mean:.3f}")
+    print(f"codes  {int(encoded.num_codes)}")
 
 
 def run_usage(args):

@@ -71,6 +71,7 @@ class DQRouter(nn.Module):
     cast to another dtype. A subclass has `look`, the thresholds to begin with and, if it learns, a `choose` of its own.
     """
 
+    score_name = None  # of what the score is, with its unit if it has one
     uses_features = False  # whether `look` needs the encoder's features
     highest_score = None  # scores lie in [0, highest_score]; None: they may be any number
 
@@ -150,6 +151,7 @@ class EntropyRouter(DQRouter):
     Differs: from the paper, which routes by features; this is the release's router, for any number of granularities.
     """
 
+    score_name = "entropy, nats"
     highest_score = math.log(NUM_BINS)
 
     def __init__(self, config):
@@ -179,6 +181,7 @@ class FeatureRouter(DQRouter):
     which sets thresholds on its score; before they are infinite.
     """
 
+    score_name = "log odds of finer codes"
     uses_features = True
 
     @property
@@ -241,6 +244,7 @@ class GainRouter(DQRouter):
     Differs: from the paper, whose router learns by a gradient through its own choice (`FeatureRouter`).
     """
 
+    score_name = "predicted gain"
     uses_features = True
 
     def __init__(self, config):
@@ -277,6 +281,7 @@ class RandomRouter(DQRouter):
     region's place: the same for an image in every batch and on every device.
     """
 
+    score_name = "random number"
     highest_score = 1.0
 
     def __init__(self, config):
