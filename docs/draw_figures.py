@@ -122,7 +122,7 @@ def draw_tokenizer(vae, processor, pixel_values, encoded):
     figure.canvas.draw()  # now the panels are where they stay
     boxes = [axes.get_position() for axes in panels]
     for label, left, right in zip(("router", "", "encoder,\nquantiser", "decoder"), boxes, boxes[1:]):
-        middle, gap = (left.y0 + left.y1) / 2, 0.04 if left is boxes[1] else 0.008
+        middle, gap = (left.y0 + left.y1) / 2, 0.048 if left is boxes[1] else 0.008
         place = {"xycoords": "figure fraction", "textcoords": "figure fraction"}
         arrow = {"arrowstyle": "-|>", "linewidth": 1.8, "color": "0.3"}
         panels[0].annotate("", (right.x0 - 0.004, middle), (left.x1 + gap, middle), arrowprops=arrow, **place)

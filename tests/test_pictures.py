@@ -13,9 +13,9 @@ from dq_hf.pictures import (
     MARGIN,
     captioned_grid,
     draw_code_usage,
-    draw_scores,
     draw_generation,
     draw_grain_map,
+    draw_scores,
     image_grid,
 )
 

@@ -1,11 +1,13 @@
-# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 25 minutes, by an
+# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 28 minutes, by an
 # estimate for what was not run there alone.
 # Run on an H100, minutes with the start of each script: the tokenizer's 2,900 steps of 128 images 3.7 (16 a second; 53
 # passes), codes in three places 0.4, the generator's first 6,600 steps of 128 streams 5.6 (21 a second, beside another run; 23
-# passes), codes in five places 0.7, its next 11,000 steps 11.4 (24 a second alone, 17 beside three other runs; 23 passes). The data
+# passes), codes in five places 0.7, its next 11,000 steps 11.4 (24 a second alone, 17 beside three other runs; 23 passes), codes in
+# six places 1.2, its last 7,000 steps of 512 streams 11.3 (20 a second alone, 6 beside five other runs; 49 passes). The data
 # loaders of the first two runs kept their workers from epoch to epoch, which the scripts do not: a little slower.
-# The rest was run on CPU cores in float32: calibrating, and the decoder on codes of before it, in 40 minutes. So were 850 steps
-# of 16 of the generator between its two parts, with unmoved codes and a learning rate of 2e-4, which are left out here.
+# The rest was run on CPU cores in float32: calibrating, the decoder on codes of before it, in 40 minutes, and the router, in 4.
+# So were 850 steps of 16 of the generator between its first two parts, with unmoved codes and a learning rate of 2e-4, which
+# are left out here. The last part began with the bfloat16 weights of the model embedded before.
 # The sampling defaults come from `python benchmarks/text_alignment.py --prompts 64 --sweep`.
 set -e
 launch="accelerate launch --num_processes 1 --mixed_precision bf16"
@@ -35,5 +37,16 @@ $launch examples/train_dqtransformer.py --codes runs/gpu-codes --vae runs/gpu-va
 $launch examples/train_dqvae.py --start_from runs/gpu-vae/model --decoder_only --output_dir runs/gpu-decoder \
     --disc_weight 0 --perceptual_weight 0.02 --no_flip_column letters --batch_size 16 --learning_rate 5e-4 \
     --warmup_steps 20 --ema_decay 0 --max_steps 1200 --sample_every 1200
-python examples/build_embedded_model.py --model runs/gpu-text/model --vae runs/gpu-decoder/model \
+# Another router: 0.4 dB more at as many codes; the codes themselves, and so what the generator has learned of them, stay.
+dq-hf train-router --data examples/data/emoji --model runs/gpu-decoder/model --output runs/gpu-gain --fine-ratio 0.464 \
+    --batch-size 16 --steps 150
+$launch examples/encode_dataset.py --vae runs/gpu-gain --output_dir runs/gpu-codes-gain --copies 6 --max_shift 2 \
+    --test_split test_pairs test --label_column none --caption_column captions --no_flip_column letters \
+    --batch_size 128 --num_workers 8
+$launch examples/train_dqtransformer.py --codes runs/gpu-codes-gain --vae runs/gpu-gain --output_dir runs/gpu-gain-text \
+    --test_split test_pairs test --label_column none --caption_column captions --text_length 12 --dropout 0.1 \
+    --start_from runs/gpu-text/model --text_encoder runs/gpu-text/model --train_text_encoder \
+    --attention_dropout 0 --batch_size 512 --learning_rate 1.5e-3 --warmup_steps 300 --max_steps 7000 --sample_every 2333 \
+    --num_workers 5
+python examples/build_embedded_model.py --model runs/gpu-gain-text/model --vae runs/gpu-gain \
     --guidance_scale 2 --temperature 0.7 --top_p 0.9

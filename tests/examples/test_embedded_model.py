@@ -97,7 +97,7 @@ def test_its_weights_are_stored_in_bfloat16_and_computed_in_float32(model):
 
 def test_it_is_what_the_documentation_says(model):
     vae, transformer = model.vae.config, model.transformer.config
-    assert vae.image_height_width == (64, 64) and vae.granularities == [8, 4] and vae.router == "entropy"
+    assert vae.image_height_width == (64, 64) and vae.granularities == [8, 4] and vae.router == "gain"
     assert vae.codebook_size == transformer.codebook_size == 1024
     assert transformer.text_length == 12 and transformer.num_classes == 0 and not model.config.id2label
 
@@ -122,7 +122,7 @@ def test_a_prompt_decides_the_colour(generated):
     for prompt, colours in zip(PROMPTS, generated.pixel_values.mean((2, 3)).split(4)):
         channels = PROMPTS[prompt]
         others = [channel for channel in range(3) if channel not in channels]
-        assert colours[:, channels].mean(0).min() > colours[:, others].mean(0).max() + 0.2, prompt
+        assert colours[:, channels].mean(0).min() > colours[:, others].mean(0).max() + 0.15, prompt
 
 
 def test_the_task_and_the_pipeline_use_it_by_default():

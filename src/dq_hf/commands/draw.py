@@ -38,7 +38,10 @@ def register(commands):
         "--seconds", type=float, default=8, help="Finish the images after this many seconds (default %(default)s)."
     )
     router = add_command(
-        pictures, "router", run_router, "Draw a heat map of what the router decides by, and the coding that follows from it."
+        pictures,
+        "router",
+        run_router,
+        "Draw a heat map of what the router decides by, and the coding that follows from it.",
     )
     add_encoding_options(router)
     usage = add_command(pictures, "usage", run_usage, "Draw how often each code is used, as a histogram.")
