@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from conditions import CONDITIONS
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from stage_2 import GENERATORS
 from transformers import HfArgumentParser
 
@@ -303,25 +305,29 @@ def spread(values, form):
 def plot_curves(runs, path, rates, measures):
     """Each measure (a column) against each rate (a row): the fixed-length curve, and the others as points."""
     figure = Figure(figsize=(4 * len(measures), 3.5 * len(rates)), layout="constrained")
-    axes = figure.subplots(len(rates), len(measures), squeeze=False)
+    axes, colours = figure.subplots(len(rates), len(measures), squeeze=False), {}
     for rate, row in zip(rates, axes):
         for axis, (name, measure) in zip(row, measures.items()):
             curve = [points(runs, (fixed, "own"), rate, name) for fixed in CURVE]
             curve = [mean for mean, _ in curve if mean is not None]
             if curve:
-                axis.plot(*zip(*curve), "k.-", label="fixed-length")
-            for number, key in enumerate(key for key in ROWS if CONDITIONS[key[0]].shares):
+                axis.plot(*zip(*curve), "k.-")
+            for key in (key for key in ROWS if CONDITIONS[key[0]].shares):
                 mean, seeds = points(runs, key, rate, name)
                 if mean is not None:
-                    colour, marker = f"C{number // 2}", "o" if key[1] == "own" else "s"
-                    axis.plot(*mean, marker, color=colour, label=label(*key), fillstyle="none")
+                    colour, marker = colours.setdefault(key[0], f"C{len(colours)}"), "o" if key[1] == "own" else "s"
+                    axis.plot(*mean, marker, color=colour, fillstyle="none")
                     axis.plot(*zip(*seeds), marker, color=colour, markersize=2)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=f"{rate} an image", ylabel=measure.name)
             axis.grid(alpha=0.3)
     if runs:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
+        keys = [Line2D([], [], color="k", marker=".", label="fixed-length")]
+        keys += [Patch(color=colour, label=name) for name, colour in colours.items()]
+        for marker, choice in (("o", "its own choice"), ("s", "exact shares")):
+            keys.append(Line2D([], [], color="0.4", marker=marker, fillstyle="none", linestyle="", label=choice))
+        figure.legend(handles=keys, loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=70)
 

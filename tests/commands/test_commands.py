@@ -742,9 +742,9 @@ def test_draw_usage_counts_each_code_once(run, place, photographs, models):
         (["order", "order.gif", "--seconds", "0"], "--seconds must be above 0, got 0.0"),
         (["order", "order.gif", "-n", "0"], "--num-images must be at least 1, got 0"),
         (["order", "order.gif", "--class-label", "mon"], "unknown class 'mon'"),
-        (["entropy", "none.png", "out.png"], "none.png does not exist"),
-        (["entropy", "noise.png", "half.png"], "half.png exists"),
-        (["entropy", "odd.png", "out.png"], "multiples of 4, got 10x16"),
+        (["router", "none.png", "out.png"], "none.png does not exist"),
+        (["router", "noise.png", "half.png"], "half.png exists"),
+        (["router", "odd.png", "out.png"], "multiples of 4, got 10x16"),
         (["usage", "out.png", "--data", "photographs"], "no split 'test'; it has train"),
         (["usage", "half.png", "--data", "photographs"], "half.png exists"),
         (["usage", "out.txt", "--data", "photographs"], "out.txt must end like an image file"),
@@ -757,7 +757,7 @@ def test_draw_refuses(refused, place, photographs, arguments, message):
     assert re.search(message, refused("draw", *arguments, "--model", "model"))
 
 
-@pytest.mark.parametrize("arguments", [["entropy", "noise.png", "out.png"], ["usage", "out.png", "--data", "gone"]])
+@pytest.mark.parametrize("arguments", [["router", "noise.png", "out.png"], ["usage", "out.png", "--data", "gone"]])
 def test_figures_without_matplotlib_are_refused_before_the_work(refused, monkeypatch, arguments):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert 'pip install -c constraints.txt -e ".[draw]"' in refused("draw", *arguments, "--model", "model")
