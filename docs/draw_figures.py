@@ -14,7 +14,7 @@ from PIL import Image
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
 from dq_hf.codec.cost import coding_cost
-from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map
+from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map, score_bounds
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
 PICTURE = 293  # row of the held-out images: a cupcake
@@ -100,7 +100,9 @@ def draw_tokenizer(vae, processor, pixel_values, encoded):
     (threshold,) = vae.router.thresholds.tolist()
     num_fine, num_codes = int(grain_map.sum()), int(encoded.num_codes)
     panels[0].imshow(image, interpolation="nearest")
-    heat = panels[1].imshow(vae.region_scores(pixel_values)[0], cmap="magma")
+    scores = vae.region_scores(pixel_values)[0].numpy()
+    low, high = score_bounds(scores, [threshold])
+    heat = panels[1].imshow(scores, cmap="magma", vmin=low, vmax=high)
     for row, column in (grain_map == 1).nonzero().tolist():
         panels[1].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=0.8))
     scale = figure.colorbar(heat, cax=panels[1].inset_axes((1.03, 0, 0.06, 1)))

@@ -1,4 +1,4 @@
-# The text model embedded before (commit 758ee9f; the present one: emoji_gpu.sh), on one CPU core in float32, from the
+# An earlier embedded text model (commit 758ee9f; the present one: emoji_gpu.sh), on one CPU core in float32, from the
 # repository's folder: an hour and a half for the tokenizer's 5,000 steps, 1.6 hours for the generator's 4,063. The data are
 # in the repository; from their packages (needs npm and resvg-py) by `python examples/build_emoji_dataset.py --force`.
 set -e

@@ -1,11 +1,11 @@
-# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 28 minutes, by an
-# estimate for what was not run there alone.
+# The embedded model, from data to assets, from the repository's folder: on one H100 in bfloat16 about 28 minutes if nothing
+# else runs there, by an estimate; the times below add up to 34.
 # Run on an H100, minutes with the start of each script: the tokenizer's 2,900 steps of 128 images 3.7 (16 a second; 53
 # passes), codes in three places 0.4, the generator's first 6,600 steps of 128 streams 5.6 (21 a second, beside another run; 23
 # passes), codes in five places 0.7, its next 11,000 steps 11.4 (24 a second alone, 17 beside three other runs; 23 passes), codes in
 # six places 1.2, its last 7,000 steps of 512 streams 11.3 (20 a second alone, 6 beside five other runs; 49 passes). The data
 # loaders of the first two runs kept their workers from epoch to epoch, which the scripts do not: a little slower.
-# The rest was run on CPU cores in float32: calibrating, the decoder on codes of before it, in 40 minutes, and the router, in 4.
+# The rest was run on CPU cores in float32: calibrating; the decoder, on codes of before that, in 40 minutes; and the router.
 # So were 850 steps of 16 of the generator between its first two parts, with unmoved codes and a learning rate of 2e-4, which
 # are left out here. The last part began with the bfloat16 weights of the model embedded before.
 # The sampling defaults come from `python benchmarks/text_alignment.py --prompts 64 --sweep`.
@@ -37,7 +37,8 @@ $launch examples/train_dqtransformer.py --codes runs/gpu-codes --vae runs/gpu-va
 $launch examples/train_dqvae.py --start_from runs/gpu-vae/model --decoder_only --output_dir runs/gpu-decoder \
     --disc_weight 0 --perceptual_weight 0.02 --no_flip_column letters --batch_size 16 --learning_rate 5e-4 \
     --warmup_steps 20 --ema_decay 0 --max_steps 1200 --sample_every 1200
-# Another router: 0.4 dB more at as many codes; the codes themselves, and so what the generator has learned of them, stay.
+# Another router: 0.4 dB more at as many codes. Encoder, codebook and decoder stay as they are, and so does what the generator has
+# learned of the codes; which regions are fine changes. 0.464 was chosen like 0.466.
 dq-hf train-router --data examples/data/emoji --model runs/gpu-decoder/model --output runs/gpu-gain --fine-ratio 0.464 \
     --batch-size 16 --steps 150
 $launch examples/encode_dataset.py --vae runs/gpu-gain --output_dir runs/gpu-codes-gain --copies 6 --max_shift 2 \

@@ -1,4 +1,4 @@
-"""Pictures: grids of images, also with captions, codings drawn over images, generation step by step, entropies, code usage."""
+"""Pictures: grids of images, also with captions, codings drawn over images, generation step by step, router scores, code usage."""
 
 import math
 
@@ -210,20 +210,27 @@ def draw_scores(image, scores, name, grain_map, thresholds):
     """
     figure = new_figure(11, 0.6 + 3.2 * image.height / image.width)
     panels = figure.subplots(1, 3)
-    above = f"; threshold {', '.join(f'{value:.2f}' for value in thresholds)}" if len(thresholds) else ""
+    word = "threshold" + "s" * (len(thresholds) > 1)
+    above = f"; {word} {', '.join(f'{value:.2f}' for value in thresholds)}" if len(thresholds) else ""
     titles = ("image", f"{name}{above}", f"{int((4**grain_map).sum())} codes")
     for axes, title in zip(panels, titles):
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
     panels[0].imshow(image, interpolation="nearest")
     scores = np.asarray(scores)
-    low, high = min([scores.min(), 0, *thresholds]), max([scores.max(), *thresholds])
-    heat = panels[1].imshow(scores, cmap="magma", vmin=low, vmax=high if high > low else low + 1)
+    low, high = score_bounds(scores, thresholds)
+    heat = panels[1].imshow(scores, cmap="magma", vmin=low, vmax=high)
     scale = figure.colorbar(heat, ax=panels[1], fraction=0.046)
     for threshold in thresholds:
         scale.ax.axhline(threshold, color="white", linewidth=2)
     panels[2].imshow(draw_grain_map(image, grain_map, scale=math.ceil(CODING_PIXELS / image.width)))
     return as_image(figure)
+
+
+def score_bounds(scores, thresholds):
+    """Ends of a scale on which scores, thresholds and 0 lie."""
+    low, high = min(float(scores.min()), 0, *thresholds), max(float(scores.max()), 0, *thresholds)
+    return low, high if high > low else low + 1
 
 
 def draw_code_usage(uses, granularities):

@@ -122,7 +122,7 @@ def test_a_prompt_decides_the_colour(generated):
     for prompt, colours in zip(PROMPTS, generated.pixel_values.mean((2, 3)).split(4)):
         channels = PROMPTS[prompt]
         others = [channel for channel in range(3) if channel not in channels]
-        assert colours[:, channels].mean(0).min() > colours[:, others].mean(0).max() + 0.15, prompt
+        assert colours[:, channels].mean(0).min() > colours[:, others].mean(0).max() + 0.15, prompt  # mouths are pink
 
 
 def test_the_task_and_the_pipeline_use_it_by_default():

@@ -3,4 +3,4 @@
 from pathlib import Path
 
 DEFAULT_MODEL = str(Path(__file__).parent / "dq-emoji")
-"""Folder of the embedded model: DQ-VAE and a class-conditional DQ-Transformer for 64x64 emoji."""
+"""Folder of the embedded model: DQ-VAE, DQ-Transformer and text encoder for emoji of 64x64 pixels from prompts."""

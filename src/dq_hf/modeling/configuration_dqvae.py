@@ -52,8 +52,8 @@ class DQVAEConfig(DQPreTrainedConfig):
             normalisation.
         router_activation: "silu" or "relu" between the gate's two linear layers; None: a gate of one linear layer (of a
             gain router: "silu").
-        budget_targets: feature and random router: share of regions wanted at each granularity but the coarsest.
-            Default: equal shares of all granularities.
+        budget_targets: share of regions wanted at each granularity but the coarsest, to which training, `calibrate` and
+            `train-router` set the router. Default: equal shares of all granularities.
         budget_gamma: weight of the finest granularity's budget term.
         position_type: what the decoder adds on the fine grid: "learned", "fourier" or "fourier+learned".
     """

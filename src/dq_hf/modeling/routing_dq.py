@@ -68,10 +68,11 @@ class DQRouter(nn.Module):
     """Gives every region a score, and makes it as many steps finer as its score exceeds thresholds.
 
     The thresholds, a buffer (K - 1,) of ascending numbers, are saved with the weights; they stay float32 when the model is
-    cast to another dtype. A subclass has `look`, the thresholds to begin with and, if it learns, a `choose` of its own.
+    cast to another dtype. A subclass has `look`, a `score_name`, the thresholds to begin with and, if it learns, a `choose`
+    of its own.
     """
 
-    score_name = None  # of what the score is, with its unit if it has one
+    score_name = None  # what the score is called in pictures, with its unit if it has one
     uses_features = False  # whether `look` needs the encoder's features
     highest_score = None  # scores lie in [0, highest_score]; None: they may be any number
 
