@@ -261,7 +261,7 @@ def bootstrap(differences, groups, num_resamples=NUM_RESAMPLES, seed=0):
 def generators_table(results, runs):
     """What every generator reaches in the same time, means over the seeds and their range.
 
-    "–" stands for a tokenizer without results of the same seeds. `ValueError` as of `check_comparable`.
+    "–" stands for a tokenizer without results of the same seeds, and for what an older run did not measure. `ValueError` as of `check_comparable`.
     """
     check_comparable(results, ("data_sha256", "seconds", "batch_size", "learning_rate", "samples"))
     head = [
@@ -273,6 +273,8 @@ def generators_table(results, runs):
         "nats/image",
         "FD-EffLite0",
         "of its tokenizer",
+        "precision",
+        "recall",
     ]
     lines = [head + ["CPU s/sample", "seeds"]]
     for name, tokenizer in GENERATORS.items():
@@ -288,10 +290,17 @@ def generators_table(results, runs):
             ([np.mean(result["held_out"]["nats"]) for result in values], ".1f"),
             ([result["held_out"]["FD-EffLite0"] for result in values], ".1f"),
             ([floor[result["seed"]]["frechet"] for result in values] if whole else [], ".1f"),
+            *((share_of_samples(values, name), ".2f") for name in ("precision", "recall")),
             ([result["held_out"]["seconds_per_sample"] for result in values], ".3f"),
         ]
         lines.append([name, tokenizer, *(spread(*column) for column in columns), f"{len(values)} of {NUM_SEEDS}"])
     return markdown(lines)
+
+
+def share_of_samples(results, name):
+    """Precision or recall of generators; none if one was run before they were measured."""
+    shares = [result["held_out"].get(f"{name}-EffLite0") for result in results]
+    return [] if None in shares else shares
 
 
 def spread(values, form):
