@@ -1,6 +1,7 @@
 """A process that serves the demo's page and is watched: whom it asks for anything, and how it ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,7 +50,9 @@ def stop(process, lines):
     """End it as Ctrl-C does; it must have asked nobody and lost nothing on the way."""
     process.send_signal(signal.SIGINT)
     text = "".join(lines) + process.communicate(timeout=120)[0]
-    assert "ASKED" not in text and "Traceback" not in text, text
+    exceptions = re.findall(r"^Traceback .*\n(?: .*\n)*(.*)", text, re.MULTILINE)
+    left = {"starlette.requests.ClientDisconnect"}  # a visitor, while gradio received a file
+    assert "ASKED" not in text and left.issuperset(exceptions), text
 
 
 def pixels(image):
