@@ -261,7 +261,8 @@ def bootstrap(differences, groups, num_resamples=NUM_RESAMPLES, seed=0):
 def generators_table(results, runs):
     """What every generator reaches in the same time, means over the seeds and their range.
 
-    "–" stands for a tokenizer without results of the same seeds, and for what an older run did not measure. `ValueError` as of `check_comparable`.
+    "–" stands for a tokenizer without results of the same seeds, and for what an older run did not measure. `ValueError` as of
+    `check_comparable`.
     """
     check_comparable(results, ("data_sha256", "seconds", "batch_size", "learning_rate", "samples"))
     head = [

@@ -226,7 +226,7 @@ def test_thresholds_count_in_both_fingerprints_however_they_came(which, router):
     assert (which(calibrated) == which(begun)) == (router == "entropy")
 
 
-def test_the_embedded_model_has_the_fingerprint_that_caches_of_before_have(tmp_path):
+def test_the_embedded_model_keeps_the_fingerprint_that_caches_of_it_have(tmp_path):
     vae = DQVAEModel.from_pretrained(DEFAULT_MODEL, subfolder="vae")
     vae.save_pretrained(tmp_path)
     assert codes_fingerprint(vae) == codes_fingerprint(DQVAEModel.from_pretrained(tmp_path)) == "732d9c0b25f07c0a"
