@@ -287,6 +287,7 @@ def test_report_says_what_is_measured_and_leaves_out_what_is_not(tmp_path):
 def generated(name, seed, **changes):
     """A finished generator run."""
     figures = {"elements": 130.0, "nats": [500.0, 700.0], "FD-EffLite0": 30.0 + seed, "seconds_per_sample": 0.25}
+    figures |= {"precision-EffLite0": 0.5 + seed / 10, "recall-EffLite0": 0.25}
     settings = {"data_sha256": "x", "seconds": 5.0, "batch_size": 2, "learning_rate": 0.1, "samples": 8}
     facts = {"condition": name, "seed": seed, "num_parameters": 1234, "steps": 50 + seed, "held_out": figures}
     return facts | settings | changes
@@ -296,8 +297,14 @@ def generated(name, seed, **changes):
 def test_a_generator_stands_beside_its_tokenizer_of_the_same_seeds(tokenizers, floor):
     runs = evidence.by_row([result("entropy", seed, [10.0], 127.0, 1080.0) for seed in tokenizers])
     table = evidence.generators_table([generated("dq-transformer", seed) for seed in (0, 1)], runs)
-    row = f"| 130.0 | 1,234 | 50 ± 0 | 600.0 | 30.5 ± 0.5 | {floor} | 0.250 | 2 of 3 |"
+    row = f"| 130.0 | 1,234 | 50 ± 0 | 600.0 | 30.5 ± 0.5 | {floor} | 0.55 ± 0.05 | 0.25 | 0.250 | 2 of 3 |"
     assert f"| dq-transformer | entropy {row}" in table and "raster-256" not in table
+
+
+def test_a_generator_of_before_precision_was_measured_has_a_dash_for_it():
+    runs = [generated("dq-transformer", seed) for seed in (0, 1)]
+    del runs[1]["held_out"]["precision-EffLite0"]
+    assert "| 30.5 ± 0.5 | – | – | 0.25 | 0.250 | 2 of 3 |" in evidence.generators_table(runs, {})
 
 
 @pytest.mark.parametrize("name", ["dq-transformer", "raster-256"])
