@@ -236,6 +236,8 @@ def test_reconstruct_at_any_share_and_with_what_is_painted(visit, pipe, emoji):
     for _ in range(5):  # the editor may have sent a picture of before the last dab: once more at the same places
         with suppress(AssertionError):
             expect(more).to_be_visible(timeout=10_000)
+            page.wait_for_timeout(2_000)  # nor is such a picture still on its way
+            expect(more).to_be_visible(timeout=100)
             break
         for place in places:
             click(page, *place_of(page, *place))
