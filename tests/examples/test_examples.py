@@ -35,6 +35,7 @@ from dq_hf.data.codes import load_codes
 from dq_hf.modeling.quantization_dq import DQQuantizer
 from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.scripts.arguments import EncodeArguments, GeneratorArguments, TokenizerArguments
+from dq_hf.training.generator import BestLoss
 from dq_hf.training.options import FREE, REFUSED, TAKEN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -445,6 +446,30 @@ def test_the_model_with_the_smallest_held_out_loss_is_kept(unconditional):
     assert (unconditional / "model" / "samples.png").read_bytes() == sample
 
 
+def test_the_card_is_of_the_model_where_the_one_before_is_gone(place, unconditional):
+    run = place / "bereft"
+    shutil.copytree(unconditional, run)
+    shutil.rmtree(run / "model")
+    command = f"{STAGE_2} --output_dir bereft --vae plain/model --codes codes --label_column none"
+    run_here(place, f"{command} --learning_rate 3 --max_steps 4 --save_every 1 --sample_every 1")
+    loss = rows_of(run)[-1]["test_loss"]
+    assert loss > min(row["test_loss"] for row in rows_of(run) if "test_loss" in row)
+    assert card_figures(run / "model", "held out")["loss, all terms"] == f"{loss:.4g}"
+    assert card_figures(run / "model")["step of the smallest held-out loss, which is this model"] == "4"
+
+
+def test_losses_on_other_held_out_images_do_not_count(caplog):
+    before = BestLoss(["codes", "test", 10])
+    assert before.improve(2.0, 5) and not before.improve(3.0, 6) and not before.improve(2.0, 7)
+    same, other = BestLoss(["codes", "test", 10]), BestLoss(["codes", "hard", 10])
+    same.load_state_dict(before.state_dict())
+    assert (same.value, same.step) == (2.0, 5) and not same.improve(2.5, 8)
+    assert not caplog.text
+    other.load_state_dict(before.state_dict())
+    assert "the held-out images are not those of before" in caplog.text
+    assert other.improve(2.5, 8) and other.step == 8
+
+
 def test_the_card_of_stage_2_tells_the_logged_figures(generator, place):
     rows = rows_of(generator)
     common = {"step", "loss", "content_loss", "position_loss", "coarse_position_loss", "fine_position_loss"}
@@ -762,6 +787,7 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
         ("--log_every must be 1 or more, got 0", "--log_every 0"),
         ("--keep_checkpoints must be 1 or more, got 0", "--keep_checkpoints 0"),
         ("--learning_rate must be 0 or more, got nan", "--learning_rate nan"),
+        ("--seed must be below 4294967296, as numpy demands, got 4294967296", "--seed 4294967296"),
         (r"--fine_ratios must lie in \[0, 1\], got 0.5 1.5", "--fine_ratios 0.5 1.5"),
         ("--router must be one of entropy, feature, gain, random, got best", "--router best"),
         ("--disc_norm must be one of batch, group, none, got layer", "--disc_norm layer"),

@@ -91,7 +91,8 @@ def train(args):
     average = None
     if args.ema_decay > 0:
         average = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True)
-    best = BestLoss()
+    held_out = args.test_split[0]
+    best = BestLoss([args.codes or args.data, held_out, len(test_sets[held_out])])
     facts = {"vae": codes_fingerprint(vae)}  # another tokenizer with the same codes will do
     if text is not None:
         facts["text_encoder"] = f"{args.text_encoder}, whose vocabulary is {text.fingerprint}"
@@ -132,16 +133,17 @@ def train(args):
                 }
                 run.report(metrics)
                 whole = whole_model(accelerator, model)
-                improved = best.improve(metrics[args.test_split[0]]["test_loss"])
+                improved = best.improve(metrics[held_out]["test_loss"], run.step)
                 if accelerator.is_main_process:
                     joint = joint_model(vae, whole, text)
-                    draw_samples(joint, text, names, test_sets[args.test_split[0]], args, run.picture())
+                    draw_samples(joint, text, names, test_sets[held_out], args, run.picture())
                     if improved:
                         run.save_model(joint)
         run.save_when_due()
 
     if accelerator.is_main_process and not run.stopped:
-        publish(run, len(names), text, test_sets, vae)
+        sources = {"vae": vae} | ({} if start is None else {"transformer": start})
+        publish(run, len(names), text, test_sets, best.step, sources)
     run.end()
 
 
@@ -258,11 +260,11 @@ def draw_samples(joint, text, names, test_set, args, picture):
         image_grid(images, columns=8).save(picture)
 
 
-def publish(run, num_classes, text, test_sets, vae):
-    """Put the card of what was measured into the model's folder, and push it if asked to."""
+def publish(run, num_classes, text, test_sets, step, sources):
+    """Put the card of what was measured at the kept model's step into its folder, and push it if asked to."""
     args, figures = run.options, [f"test_{name}" for name in LOSSES[:3]]
     prompts = "; ".join(prompts_of(test_sets[args.test_split[0]], args)[1]) if text is not None else None
-    measured = min((row for row in run.log.read() if "test_loss" in row), key=lambda row: row["test_loss"])
+    measured = next(row for row in run.log.read() if row["step"] == step and "test_loss" in row)
     run.publish(
         DQConfig.from_pretrained(run.dir / "model"),
         measured=measured,  # of the model that was kept
@@ -278,9 +280,9 @@ def publish(run, num_classes, text, test_sets, vae):
         training={
             "tokenizer": args.vae,
             "text encoder": args.text_encoder,
-            "step of the smallest held-out loss, which is this model": measured["step"],
+            "step of the smallest held-out loss, which is this model": step,
         },
-        sources={"vae": vae},
+        sources=sources,
     )
 
 

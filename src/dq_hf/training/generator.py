@@ -1,5 +1,6 @@
 """A generator in training: its parameters, a batch as its arguments, its held-out losses, and all of its weights."""
 
+import logging
 import math
 
 import torch
@@ -9,6 +10,8 @@ from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from .losses import LOSSES, named_losses, summed_losses
 from .text import GeneratorWithText
+
+logger = logging.getLogger(__name__)
 
 
 def parameter_groups(model, weight_decay):
@@ -20,22 +23,32 @@ def parameter_groups(model, weight_decay):
 
 
 class BestLoss:
-    """The smallest held-out loss so far, kept in the checkpoints."""
+    """The smallest held-out loss so far and its step, kept in the checkpoints.
 
-    def __init__(self):
-        self.value = math.inf
+    Args:
+        measured_on: what tells the held-out images from others; losses on others do not count.
+    """
 
-    def improve(self, loss):
+    def __init__(self, measured_on):
+        self.value, self.step = math.inf, None
+        self.measured_on = measured_on
+
+    def improve(self, loss, step):
         """Whether `loss` is the smallest so far; it is remembered."""
         improved = loss < self.value
-        self.value = min(loss, self.value)
+        if improved:
+            self.value, self.step = loss, step
         return improved
 
     def state_dict(self):
-        return {"value": self.value}
+        return {"value": self.value, "step": self.step, "measured_on": self.measured_on}
 
     def load_state_dict(self, state):
-        self.value = state["value"]
+        self.step = state.get("step")
+        if state.get("measured_on") == self.measured_on:
+            self.value = state["value"]
+        else:
+            logger.warning("the held-out images are not those of before: the smallest loss is looked for anew")
 
 
 @torch.no_grad()

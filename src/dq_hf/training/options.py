@@ -121,6 +121,8 @@ class RunOptions:
         require(self, 1, "max_test_images", "batch_size", "gradient_accumulation_steps", "max_steps")
         require(self, 1, "log_every", "save_every", "keep_checkpoints", "sample_every")
         require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed", "save_minutes")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below {2**32}, as numpy demands, got {self.seed}")
         require_one_of(self, "crop", ("center", "random"))
         require_above_0(self, "max_grad_norm")
         require_share(self, "max_broken_share")
