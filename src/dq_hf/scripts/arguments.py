@@ -47,7 +47,9 @@ class TokenizerArguments(RunOptions):
     """Options of `RunOptions`, and those of the tokenizer and its objective."""
 
     start_from: str | None = option(
-        None, "Folder or Hub id of a DQVAEModel to go on from; its sizes and thresholds stay."
+        None,
+        "Folder or Hub id of a DQVAEModel to go on from; its sizes stay, and its thresholds unless the router is a feature "
+        "router.",
     )
     decoder_only: bool = option(
         False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
@@ -66,7 +68,7 @@ class TokenizerArguments(RunOptions):
     fine_ratios: list[float] | None = size_option(
         TOKENIZER_SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
     )
-    calibration_images: int = option(4096, "Training images on which the entropy router is set to its budget.")
+    calibration_images: int = option(4096, "Training images on which the router is set to its budget.")
     block_out_channels: list[int] | None = size_option(
         TOKENIZER_SIZES["block_out_channels"],
         "Widths of the encoder, one for each halving down to the coarsest granularity.",

@@ -79,8 +79,9 @@ def calibrate(vae, batches, shares):
 class Calibration:
     """The thresholds of a model in training, and the shares of regions that they give on training images.
 
-    A router that does not learn is calibrated once, when a run begins; both are kept in the checkpoints, so that a run
-    that goes on codes as it began. One that learns is calibrated anew wherever it is measured.
+    A new router that does not learn is calibrated once, when a run begins; both are kept in the checkpoints, so that a run
+    that goes on codes as it began. A feature router, which draws its choice in training, is calibrated anew wherever it is
+    measured.
 
     Args:
         options: of the run: calibration_images, batch_size, seed, streaming, decoder_only, and the sizes.
@@ -111,7 +112,7 @@ class Calibration:
 
     def follow(self):
         """Calibrate a router that learns; the figures to log, if it was."""
-        if not self.vae.router.uses_features or self.options.decoder_only:
+        if self.vae.config.router != "feature" or self.options.decoder_only:
             return {}
         self.run()
         return self.figures()
@@ -155,7 +156,7 @@ def warn_of_shares(achieved, wanted, where):
         logger.warning(
             f"shares of regions on {where}: {', '.join(f'{share:.3f}' for share in achieved)} instead of "
             f"{', '.join(f'{share:.3f}' for share in wanted)}; the images that the router was calibrated on are fewer, "
-            "plainer or of another kind"
+            "plainer or of another kind, or the encoder has changed since"
         )
 
 
