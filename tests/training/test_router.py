@@ -63,6 +63,20 @@ def test_nothing_but_the_router_changes(start):
     assert trained == {name for name, _ in vae.named_parameters() if not name.startswith("router.")}
 
 
+def test_what_is_frozen_and_the_dtype_stay():
+    vae = make_vae().to(torch.bfloat16)
+    vae.encoder.requires_grad_(False)
+    learned = learn_router(vae, [batch.double() for batch in batches(2)], steps=2)
+    assert learned.dtype == torch.bfloat16 and learned.router.thresholds.dtype == torch.float32
+    trained = {name for name, parameter in learned.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in vae.named_parameters() if parameter.requires_grad}
+
+
+def test_widths_that_the_norms_groups_do_not_fit_are_no_obstacle():
+    vae = make_vae(z_channels=6, router_norm_num_groups=4)  # which an entropy router does not use
+    assert learn_router(vae, batches(1), steps=1).config.router_norm_num_groups == 2
+
+
 def test_a_router_learns_the_gains():
     """Of few images, by heart: a random tokenizer's gains have no rule."""
     vae, batch = make_vae(z_channels=16), images(8)
@@ -101,3 +115,8 @@ def test_a_router_is_the_same_for_the_same_seed():
 def test_a_router_that_cannot_be_learned(sizes, steps, message):
     with pytest.raises(ValueError, match=message):
         learn_router(make_vae(**sizes), batches(3), steps)
+
+
+def test_a_router_that_diverges_is_an_error():
+    with pytest.raises(ValueError, match="not finite after 30 steps; use a learning_rate below 1e[+]30"):
+        learn_router(make_vae(), batches(30), steps=30, learning_rate=1e30)

@@ -194,7 +194,7 @@ def train(args):
     if accelerator.is_main_process and not run.stopped:
         with averaged_weights(vae, average):
             run.save_model(plain_vae, processor)
-        publish(run, None if args.streaming else len(train_set), calibration.shares)
+        publish(run, None if args.streaming else len(train_set), calibration.shares, start)
     run.end()
 
 
@@ -283,7 +283,7 @@ def evaluate(accelerator, model, loader, processor, picture):
     return figures | dict(list(zip(names, torch.cat(shares).mean(0).tolist()))[1:])
 
 
-def publish(run, num_images, shares):
+def publish(run, num_images, shares, start):
     """Put the card of what was measured into the model's folder, and push it if asked to."""
     args = run.options
     run.publish(
@@ -299,6 +299,7 @@ def publish(run, num_images, shares):
             "perceptual loss": args.perceptual if args.perceptual_weight > 0 else None,
             "only the decoder was trained": args.decoder_only or None,
         },
+        sources=None if start is None else {"": start},
     )
 
 

@@ -1,5 +1,7 @@
 """A router that learns, from a trained tokenizer, where finer codes help."""
 
+import math
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -27,7 +29,8 @@ def learn_router(vae, batches, steps, learning_rate=3e-3):
         a new `DQVAEModel` on the same device, in evaluation mode.
 
     Raises:
-        ValueError: one granularity, no steps, too few batches, or images that `encode` would refuse.
+        ValueError: one granularity, no steps, too few batches, images that `encode` would refuse, or a learning rate
+            with which the router diverges.
     """
     if len(vae.config.granularities) == 1:
         raise ValueError("a tokenizer with one granularity has nothing to route")
@@ -41,7 +44,7 @@ def learn_router(vae, batches, steps, learning_rate=3e-3):
         pixel_values = next(batches, None)
         if pixel_values is None:
             raise ValueError(f"{steps} steps need as many batches, got {step}")
-        pixel_values = pixel_values.to(vae.device)
+        pixel_values = pixel_values.to(vae.device, torch.float32)
         gains = region_gains(learner, pixel_values)
         predicted = router.predict(learner.encoder(pixel_values))
         error = nn.functional.mse_loss(predicted, gains.sign() * gains.abs().sqrt())
@@ -49,17 +52,27 @@ def learn_router(vae, batches, steps, learning_rate=3e-3):
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-    learner.requires_grad_(True)
+    if not error.isfinite():
+        raise ValueError(
+            f"the router's error is not finite after {steps} steps; use a learning_rate below {learning_rate}"
+        )
     router.requires_grad_(False)
-    return learner
+    trained = dict(vae.named_parameters())
+    for name, parameter in learner.named_parameters():
+        if not name.startswith("router."):
+            parameter.requires_grad_(trained[name].requires_grad)
+    return learner.to(vae.dtype)
 
 
 def with_gain_router(vae):
-    """A copy of a tokenizer, frozen and in evaluation mode, whose router is a new, random `GainRouter`."""
-    entries = vae.config.to_dict() | {"router": "gain", "entropy_thresholds": None}
-    copy = DQVAEModel(DQVAEConfig.from_dict(entries)).to(vae.device)
+    """A copy of a tokenizer, float32, frozen and in evaluation mode, whose router is a new, random `GainRouter`."""
+    config = vae.config.to_dict() | {"router": "gain", "entropy_thresholds": None}
+    if config["router_norm_num_groups"] is not None:  # another router need not have had any that fit
+        config["router_norm_num_groups"] = math.gcd(config["router_norm_num_groups"], config["z_channels"])
+    copy = DQVAEModel(DQVAEConfig.from_dict(config)).to(vae.device)
     weights = {name: value for name, value in vae.state_dict().items() if not name.startswith("router.")}
     copy.load_state_dict(weights, strict=False)
+    copy.source_card = vae.source_card
     return copy.eval().requires_grad_(False)
 
 
