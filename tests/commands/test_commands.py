@@ -170,7 +170,7 @@ def text_model(models):
 
 def test_generate_takes_prompts_in_turn(run, place, text_model):
     prompts = ["a red heart", "", "sun"]
-    (place / "prompts.txt").write_text("\n".join(prompts), "utf-8")
+    (place / "prompts.txt").write_text("\n".join(prompts), "utf-8-sig")  # as Windows writes it
     options = ["--model", text_model, "--negative-prompt", "blue", "--guidance-scale", 2, "--seed", 5, "-n", 4]
     run("generate", *options, "--prompts-file", "prompts.txt", "--output", "a.png", "--batch-size", 3)
     given = [argument for prompt in prompts for argument in ("--prompt", prompt)]
@@ -190,7 +190,7 @@ def test_generate_refuses_prompts_that_cannot_be(refused, place, text_model):
         ("model", ["--prompt", "sun"], "prompt is for a model with text; this one takes class_labels"),
         (text_model, ["--class-label", "sun"], "takes a prompt: it has no classes"),
         (text_model, ["--prompts-file", "empty.txt"], "at least one line"),
-        (text_model, ["--prompts-file", "bytes.txt"], "must be text in UTF-8"),
+        (text_model, ["--prompts-file", "bytes.txt"], "must be a text in UTF-8"),
         (text_model, ["--prompts-file", "none.txt"], "none.txt"),
     ):
         assert message in refused("generate", "--model", model, "--output", "grid.png", *options)
@@ -623,6 +623,8 @@ def test_train_router_writes_a_tokenizer_whose_router_is_new_and_keeps_its_budge
     run, place, models, photographs, kind
 ):
     shutil.copytree(models / "vae", place / "vae")
+    for folder in {"vae", kind}:
+        (place / folder / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Old\n")
     options = ["--model", kind, "--data", "photographs", "--batch-size", 4, "--steps", 3]
     printed = run("train-router", *options, "--fine-ratio", 0.25, "--output", "new")
     lines = [line.split() for line in printed.out.splitlines()]
@@ -633,6 +635,8 @@ def test_train_router_writes_a_tokenizer_whose_router_is_new_and_keeps_its_budge
     assert learned.router.thresholds.item() == pytest.approx(float(lines[0][1]), abs=1e-6)
     for name, value in before.state_dict().items():
         assert name.startswith("router.") or torch.equal(learned.state_dict()[name], value)
+    card = (place / "new" / "README.md").read_text()
+    assert "no longer those of" in card and "Licence: cc-by-4.0" in card
     assert run("train-router", *options, "--fine-ratio", 0.25, "--output", "again").out == printed.out.replace(
         "new", "again"
     )
@@ -701,6 +705,16 @@ def test_draw_router_draws_the_scores_that_it_goes_by(run, place, router, name):
     expected = [float(value) for value in (scores.min(), scores.max(), scores.mean())]
     assert list(map(float, figures)) == pytest.approx(expected, abs=0.002)
     assert printed[1].split() == ["codes", str(codes)]
+
+
+def test_draw_router_leaves_thresholds_that_no_score_reaches_out_of_the_scale(run, place):
+    vae = make_vae(router="gain")
+    vae.save_pretrained("tokenizer")
+    run("draw", "router", "half.png", "0.png", "--model", "tokenizer", "--fine-ratio", 0)
+    vae.router.set_thresholds([2e6])  # as after a calibration to a share of 0
+    vae.save_pretrained("none")
+    run("draw", "router", "half.png", "none.png", "--model", "none")
+    assert np.array_equal(pixels(Image.open("none.png")), pixels(Image.open("0.png")))
 
 
 def test_draw_router_of_an_entropy_router_says_nats(run, place):

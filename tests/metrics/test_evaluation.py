@@ -24,7 +24,7 @@ from dq_hf.commands.main import main
 from dq_hf.metrics.generation import evaluate_generation, label_cycle
 from dq_hf.metrics.likelihood import evaluate_likelihood
 from dq_hf.metrics.reconstruction import evaluate_reconstruction
-from dq_hf.metrics.references import ReferenceImages, write_report
+from dq_hf.metrics.references import ReferenceImages, reference_labels, write_report
 from dq_hf.networks.extractors import EfficientNetLite0Extractor
 from dq_hf.networks.perceptual import EfficientNetLitePerceptualLoss
 
@@ -228,7 +228,7 @@ def test_the_reconstruction_command_prints_and_writes_the_same(place, tmp_path, 
         (["--num-images", "1"], "at least 2 images are needed, got 1"),
         (["--extractor", "vgg"], "extractor must be auto or one of"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--fine-ratio", "2"], "fine_ratio"),
+        (["--fine-ratio", "2"], "--fine-ratio"),
     ],
 )
 def test_a_refused_evaluation_leaves_no_report(place, tmp_path, capfd, monkeypatch, options, message):
@@ -279,6 +279,14 @@ def test_labels_are_those_of_the_real_images_mixed(place, pipe, generation, tmp_
     assert report["protocol"]["num_images"] == 10 and report["protocol"]["class_labels"] == "reference"
     expected = pipe(class_labels=labels, generator=torch.Generator().manual_seed(0)).images
     assert list(pictures(tmp_path / "samples").values()) == [np.array(image).tolist() for image in expected]
+
+
+@pytest.mark.parametrize("hidden", [-1, None])
+def test_hidden_labels_are_refused(pipe, hidden):
+    kinds = datasets.Features({"label": datasets.ClassLabel(names=list(NAMES.values()))})
+    rows = datasets.Dataset.from_dict({"label": [0, hidden, 1]}, features=kinds)
+    with pytest.raises(ValueError, match=f"1 of 3 real images have a label that is no class, such as {hidden} "):
+        reference_labels(pipe.transformer.config, rows, "label")
 
 
 def test_unknown_labels_and_too_few_images_are_refused_before_any_is_made(place, generation, tmp_path):

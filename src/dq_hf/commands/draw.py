@@ -103,6 +103,7 @@ def run_router(args):
     import torch
 
     from ..pictures import draw_scores, import_figure
+    from ..training.calibration import LARGEST_SCORE
 
     import_figure()  # if it cannot be drawn, say so before the work
     vae, processor, pixel_values = open_image(args)
@@ -110,8 +111,8 @@ def run_router(args):
         encoded = vae.encode(pixel_values, fine_ratio=fine_ratio(args))
         scores = vae.region_scores(pixel_values)[0].cpu()
     thresholds = vae.router.thresholds.tolist() if args.fine_ratio is None else ()
-    if not all(map(math.isfinite, thresholds)):  # a feature router that is not calibrated decides without them
-        thresholds = ()
+    # Others have all scores on one side, or are those of a feature router that is not calibrated.
+    thresholds = [value for value in thresholds if abs(value) < LARGEST_SCORE]
     image, name = processor.post_process(pixel_values)[0], vae.router.score_name
     save_image(draw_scores(image, scores, name, encoded.grain_map[0].cpu(), thresholds), args.output)
     low, mean, high = (float(value) for value in (scores.min(), scores.mean(), scores.max()))

@@ -150,11 +150,15 @@ def run_reconstruction(args):
 
     from ..loading import load_tokenizer
     from ..metrics.reconstruction import evaluate_reconstruction
+    from ..modeling.grain_map_dq import check_shares
 
+    vae = load_tokenizer(args.model)
+    if args.fine_ratio is not None:
+        check_shares("--fine-ratio", args.fine_ratio, len(vae.config.granularities))
     finish_report(
         args,
         evaluate_reconstruction(
-            load_tokenizer(args.model),
+            vae,
             model_name(args.model),
             args.data,
             args.split,

@@ -239,11 +239,13 @@ def check_generation(args):
 
 def read_prompts(path):
     """The lines of a text file; OSError or ValueError if there are none, or it is no text in UTF-8."""
+    from ..data.image_folders import lines_of
+
     try:
-        prompts = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts-file {path} must be text in UTF-8: {error}") from error
-    if not prompts:
+        prompts = lines_of(path)
+    except ValueError as error:
+        raise ValueError(f"--prompts-file {error}") from error
+    if prompts == [""]:
         raise ValueError(f"--prompts-file {path} must hold at least one line, it is empty")
     return prompts
 

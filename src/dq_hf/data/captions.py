@@ -43,7 +43,7 @@ def all_captions(dataset, column, max_missing_share=0.0):
     if not captions or num_missing > max_missing_share * len(dataset):
         raise ValueError(
             f"at most {max_missing_share:.2%} of the images may have no caption in column {column!r}, got {num_missing} "
-            f"of {len(dataset)}; write or remove them, or allow a larger share"
+            f"of {len(dataset)}; write them, or remove these images"
         )
     if num_missing:
         logger.warning("%d of %d images have no caption: they count as images of no text", num_missing, len(dataset))

@@ -94,15 +94,20 @@ def reference_labels(config, dataset, label_column):
     """The real images' class ids in a model's configuration, a list.
 
     Raises:
-        ValueError: no labels, or names that the model does not have.
+        ValueError: no labels, hidden ones, or names that the model does not have.
     """
     remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
     if not isinstance((dataset.features or {}).get(label_column), ClassLabel):
         raise ValueError(f"the real images have no class labels in a column {label_column!r}; {remedy}")
-    names = class_names(dataset, label_column)
+    names, labels = class_names(dataset, label_column), dataset[:][label_column]
+    if wrong := [label for label in labels if label is None or label < 0]:
+        raise ValueError(
+            f"{len(wrong)} of {len(labels)} real images have a label that is no class, such as {wrong[0]} (-1 stands for a "
+            f"hidden one); {remedy}"
+        )
     if unknown := [name for name in names if name not in config.label2id]:
         raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
-    return [config.label2id[names[label]] for label in dataset[:][label_column]]
+    return [config.label2id[names[label]] for label in labels]
 
 
 def reference_captions(config, dataset, caption_column, seed):
