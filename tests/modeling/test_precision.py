@@ -98,6 +98,14 @@ def test_what_does_not_fit_into_memory_is_offloaded_and_changes_nothing(
     assert torch.equal(sample(offloaded).codes, samples.codes)
 
 
+def test_diffusers_distributes_a_pipeline(tmp_path):
+    pipe = DQPipeline(make_vae(), make_transformer())
+    pipe.save_pretrained(tmp_path)
+    balanced = DQPipeline.from_pretrained(tmp_path, device_map="balanced")
+    drawn = [each(generator=seeded()).codes for each in (pipe, balanced)]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("part", ["vae", "transformer"])
 def test_a_model_wholly_on_disk_gives_the_same(folder, images, expected, tmp_path, part):
     model_class = {"vae": DQVAEModel, "transformer": DQTransformerForImageGeneration}[part]

@@ -31,6 +31,7 @@ class ConfigHubMixin:
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, but no file is an error (`OSError`), not the default configuration."""
         place = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        kwargs.pop("user_agent", None)  # diffusers gives it, for device_map="balanced"
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kwargs["_place"] = place  # for messages
         if not config_dict:
