@@ -1037,6 +1037,12 @@ def test_text_options_that_cannot_work_are_refused(place, codes, worded, message
     assert re.search(message, refusal(place, f"{TEXT} --output_dir no-text {arguments}"))
 
 
+def test_captions_that_are_not_used_are_told(place, captioned, caplog):
+    command = f"{STAGE_2} --output_dir wordless --vae plain/model --codes {captioned.name} --label_column none"
+    run_here(place, f"{command} --max_steps 1 --save_every 1 --sample_every 1")
+    assert "has captions that are not used: for a model with text give --caption_column captions" in caplog.text
+
+
 def test_images_without_captions_are_counted_and_a_share_of_them_is_refused(place, captioned, caplog):
     shutil.copytree(place / "captions", place / "blanks")
     lines = (place / "blanks" / "test" / "metadata.jsonl").read_text().splitlines()

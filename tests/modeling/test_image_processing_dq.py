@@ -193,7 +193,7 @@ def test_images_of_several_sizes_make_one_batch_only_by_resizing(processor):
     [
         ([], ValueError, "at least one image, got an empty list"),
         (RGB[None][:0], ValueError, "at least one image"),
-        ("photo.png", TypeError, "must be a PIL image, a numpy array or a torch tensor, got str"),
+        ("photo.png", TypeError, "numpy array or a torch tensor, got str; open it: PIL.Image.open..photo.png"),
         ([RGB, None], TypeError, "got NoneType"),
         ([1, 2], TypeError, "got int"),
         (Image.new("I", (2, 2)), ValueError, "mode 'I' has no fixed range"),

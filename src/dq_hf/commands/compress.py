@@ -31,7 +31,7 @@ def register(commands):
         "--prior",
         choices=("static", "generator"),
         default="static",
-        help="Code by how often each code is used, in milliseconds, or by the generator's probabilities: about a third "
+        help="Code by how often each code is used, in milliseconds, or by the generator's probabilities: two fifths "
         "shorter, takes seconds, for images of the generator's size only (default static).",
     )
     command.add_argument("--class-label", help="With the generator: the image's class, a name or an id.")

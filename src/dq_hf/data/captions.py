@@ -23,12 +23,13 @@ def captions_of(value):
     return [str(text).strip() for text in texts if text is not None and text.strip()]
 
 
-def all_captions(dataset, column, max_missing_share=0.0):
+def all_captions(dataset, column, max_missing_share=None):
     """The distinct captions of a data set, in the order in which they come.
 
     Args:
         column: of the captions, as in `captions_of`.
-        max_missing_share: share of rows without a caption, in [0, 1], above which it is an error.
+        max_missing_share: share of rows without a caption, in [0, 1], above which it is an error, as the option
+            `--max_uncaptioned_share` has it; None: all need one.
 
     Raises:
         ValueError: no such column, too many rows without a caption, or none with one.
@@ -40,10 +41,12 @@ def all_captions(dataset, column, max_missing_share=0.0):
         texts = captions_of(value)
         captions |= dict.fromkeys(texts)
         num_missing += not texts
-    if not captions or num_missing > max_missing_share * len(dataset):
+    share = max_missing_share or 0.0
+    if not captions or num_missing > share * len(dataset):
+        more = "" if max_missing_share is None else ", or raise --max_uncaptioned_share"
         raise ValueError(
-            f"at most {max_missing_share:.2%} of the images may have no caption in column {column!r}, got {num_missing} "
-            f"of {len(dataset)}; write them, or remove these images"
+            f"at most {share:.2%} of the images may have no caption in column {column!r}, got {num_missing} "
+            f"of {len(dataset)}; write them, or remove these images{more}"
         )
     if num_missing:
         logger.warning("%d of %d images have no caption: they count as images of no text", num_missing, len(dataset))

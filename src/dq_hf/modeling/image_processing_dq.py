@@ -1,6 +1,7 @@
 """Images to `pixel_values` and back."""
 
 import math
+import os
 
 import numpy as np
 import torch
@@ -226,7 +227,11 @@ def to_tensor(image, data_format=None):
     if isinstance(image, Image.Image):
         return pil_to_tensor(image)
     if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}")
+        file = isinstance(image, (str, os.PathLike))
+        remedy = f"; open it: PIL.Image.open({str(image)!r})" if file else ""
+        raise TypeError(
+            f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}{remedy}"
+        )
     is_array = isinstance(image, np.ndarray)
     tensor = torch.as_tensor(np.ascontiguousarray(image) if is_array else image)  # torch has no negative strides
     tensor = channels_first(tensor, data_format or find_channels(tensor, FORMATS[is_array]))

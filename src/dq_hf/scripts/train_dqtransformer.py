@@ -20,6 +20,7 @@ the smallest held-out loss so far, with a model card at the end; `DQPipeline` an
 `docs/training.md` says what the logged curves look like when all is well.
 """
 
+import logging
 import math
 from itertools import chain
 
@@ -58,6 +59,7 @@ from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run
 from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, make_text
 
+logger = logging.getLogger(__name__)
 NUM_PROMPTS = 16  # of a picture of samples
 
 
@@ -161,6 +163,10 @@ def load_sets(run, vae):
         }
     args.label_column, names = find_labels({args.train_split: train_set} | test_sets, args.label_column)
     if args.caption_column is None:
+        if args.codes is not None and CAPTIONS in train_set.column_names:
+            logger.warning(
+                "--codes has captions that are not used: for a model with text give --caption_column captions"
+            )
         return train_set, test_sets, names, None
     if args.codes is not None and CAPTIONS not in train_set.column_names:
         raise ValueError(f"--codes {args.codes} has no captions; encode the images again with --caption_column")
