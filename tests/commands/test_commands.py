@@ -793,6 +793,8 @@ def test_edit_draws_again_what_the_mask_touches(place, run):
     output = pipe(**arguments, generator=torch.Generator().manual_seed(3))
     assert (np.asarray(Image.open("edited.png")) == np.asarray(output.images[0])).all()
     assert said == f"edited.png: 1 of 4 regions drawn again, {int((4**output.grain_maps).sum())} codes\n"
+    run("edit", "noise.png", "resized.png", "--mask", "noise.png", *options[2:], "--resize")
+    assert Image.open("resized.png").size == (8, 8)
     several = ["-n", "2", "--num-candidates", "3", "--no-overlay", "--temperature", "0.5", "--lookahead", "4"]
     run("edit", "image.png", "edited.png", *options, *several, "--force")
     output = pipe(
@@ -811,8 +813,12 @@ def test_edit_draws_again_what_the_mask_touches(place, run):
         (["--mask", "missing.png", "--class-label", "moon"], "missing.png does not exist"),
         (["--mask", "text.png", "--class-label", "moon"], "text.png is damaged, or no image"),
         (["--mask", "noise.png"], "say which by --class-label"),
-        (["--mask", "black.png", "--class-label", "moon"], "touches no region"),
-        (["--mask", "small.png", "--class-label", "moon"], "must have the image's size, 24x16 pixels; got 8x8"),
+        (["--mask", "noise.png", "--class-label", "moon"], "edits images of 8x8 pixels, got 24x16; give --resize"),
+        (["--mask", "black.png", "--class-label", "moon", "--resize"], "touches no region"),
+        (
+            ["--mask", "small.png", "--class-label", "moon", "--resize"],
+            "must have the image's size, 24x16 pixels; got 8x8",
+        ),
         (
             ["--mask", "noise.png", "--class-label", "moon", "--num-candidates", "0"],
             "--num-candidates must be at least 1",

@@ -97,10 +97,6 @@ IMPOSSIBLE = [
     *((dict(router="feature", router_norm_num_groups=n), f"router_norm_num_groups {n}") for n in (0, 3)),
     *((dict(entropy_thresholds=values), ASCENDING.format(1)) for values in ([], [1.0, 2.0], [math.nan])),
     (dict(granularities=[4, 2, 1], entropy_thresholds=[2.0, 1.0]), ASCENDING.format(2)),
-    (
-        dict(router="random", entropy_thresholds=[1.0]),
-        'those of router "entropy", got router .random.; leave them out',
-    ),
     (dict(budget_targets=[]), r"budget_targets needs 1 share\(s\)"),
     (dict(budget_targets=[1.5]), r"budget_targets must lie in \[0, 1\]"),
     (dict(granularities=[4, 2, 1], budget_targets=[0.6, 0.6]), "budget_targets .* a sum of at most 1"),

@@ -6,6 +6,7 @@ from .options import (
     add_command,
     add_force_option,
     add_generation_options,
+    add_resize_option,
     check_at_least_one,
     check_device,
     check_generation,
@@ -30,6 +31,7 @@ def register(commands):
         metavar="MASK.png",
         help="Draw again what is white here, widened to whole regions; an image of the same size.",
     )
+    add_resize_option(command)
     add_generation_options(command, num_images=1)
     command.add_argument(
         "--num-candidates",
@@ -64,6 +66,12 @@ def run(args):
     config = pipe.transformer.config
     if config.num_classes and args.class_label is None:
         raise ValueError("this model draws images of a class: say which by --class-label")
+    height, width = pipe.vae.config.image_height_width
+    if image.size != (width, height) and not args.resize:
+        raise ValueError(
+            f"this model edits images of {width}x{height} pixels, got {image.width}x{image.height}; give --resize, or "
+            "resize image and mask"
+        )
     inputs = chosen_inputs(args, config, range(args.num_images))
     output = pipe(
         image=image,

@@ -288,6 +288,11 @@ def add_encoding_options(command):
     command.add_argument("output", type=Path, metavar="OUT.png", help="Write this image.")
     add_model_options(command)
     add_fine_ratio_option(command)
+    add_resize_option(command)
+
+
+def add_resize_option(command):
+    """Whether an image of another size than the model's is to be made fit."""
     command.add_argument(
         "--resize", action="store_true", help="Scale and crop the image to the size that the model was trained with."
     )

@@ -188,11 +188,6 @@ class DQVAEConfig(DQPreTrainedConfig):
         if self.router in ("feature", "gain") and groups is not None and (groups < 1 or self.z_channels % groups):
             raise ValueError(f"z_channels {self.z_channels} must be a multiple of router_norm_num_groups {groups}")
         if self.entropy_thresholds is not None:
-            if self.router != "entropy":
-                raise ValueError(
-                    f'entropy_thresholds are those of router "entropy", got router {self.router!r}; leave them out, and use '
-                    "`vae.router.set_thresholds` or `dq-hf calibrate`"
-                )
             check_thresholds("entropy_thresholds", self.entropy_thresholds, len(self.granularities))
         check_shares("budget_targets", self.budget_targets, len(self.granularities))
 

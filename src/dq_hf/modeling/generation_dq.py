@@ -197,7 +197,9 @@ class DQSamplingMixin:
             state = StreamState(self.layout, condition.labels, is_fixed)
         else:
             if len(known) not in (1, batch):
-                raise ValueError(f"grain_map must be of one image or of each of {batch} images, got {len(known)}")
+                raise ValueError(
+                    f"grain_map, or the images to edit, must be one or one for each of {batch} images, got {len(known)}"
+                )
             state = KnownState(self.layout, condition.labels, known.rows(batch, num_candidates), is_fixed)
         steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config, lookahead)
         if num_candidates == 1:
