@@ -267,7 +267,7 @@ def test_grain_maps_are_arrays_of_any_strides_lists_or_tensors(models):
         (
             lambda codes, grain_map: dict(grain_map=grain_map.repeat(3, 1, 1), num_images=2),
             ValueError,
-            "of each of 2 images, got 3",
+            "one for each of 2 images, got 3",
         ),
         (
             lambda codes, grain_map: dict(grain_map=grain_map + 1, fine_ratio=0.5),
