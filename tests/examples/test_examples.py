@@ -468,6 +468,9 @@ def test_losses_on_other_held_out_images_do_not_count(caplog):
     other.load_state_dict(before.state_dict())
     assert "the held-out images are not those of before" in caplog.text
     assert other.improve(2.5, 8) and other.step == 8
+    older = BestLoss(["codes", "test", 10])
+    older.load_state_dict({"value": 2.0})
+    assert older.value == 2.0 and older.step is None
 
 
 def test_the_card_of_stage_2_tells_the_logged_figures(generator, place):

@@ -270,7 +270,9 @@ def publish(run, num_classes, text, test_sets, step, sources):
     """Put the card of what was measured at the kept model's step into its folder, and push it if asked to."""
     args, figures = run.options, [f"test_{name}" for name in LOSSES[:3]]
     prompts = "; ".join(prompts_of(test_sets[args.test_split[0]], args)[1]) if text is not None else None
-    measured = next(row for row in run.log.read() if row["step"] == step and "test_loss" in row)
+    # Older checkpoints do not tell the step.
+    rows = (row for row in run.log.read() if "test_loss" in row and step in (None, row["step"]))
+    measured = min(rows, key=lambda row: row["test_loss"])
     run.publish(
         DQConfig.from_pretrained(run.dir / "model"),
         measured=measured,  # of the model that was kept
@@ -286,7 +288,7 @@ def publish(run, num_classes, text, test_sets, step, sources):
         training={
             "tokenizer": args.vae,
             "text encoder": args.text_encoder,
-            "step of the smallest held-out loss, which is this model": step,
+            "step of the smallest held-out loss, which is this model": measured["step"],
         },
         sources=sources,
     )

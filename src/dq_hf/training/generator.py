@@ -45,7 +45,7 @@ class BestLoss:
 
     def load_state_dict(self, state):
         self.step = state.get("step")
-        if state.get("measured_on") == self.measured_on:
+        if state.get("measured_on", self.measured_on) == self.measured_on:  # older checkpoints do not say
             self.value = state["value"]
         else:
             logger.warning("the held-out images are not those of before: the smallest loss is looked for anew")
