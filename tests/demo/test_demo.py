@@ -28,8 +28,7 @@ from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline
 from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
-from dq_hf.demo import views
-from dq_hf.demo.components import picture as picture_box
+from dq_hf.demo.components import served
 from dq_hf.demo.page import launch, make_page
 from dq_hf.demo.views import (
     edit_painted,
@@ -149,12 +148,25 @@ def test_frames_show_the_codes_that_came_so_far_in_the_order_in_which_they_came(
     assert (pixels(frames[-1].image) == pixels(directly(pipe, 2, 3))).all()
 
 
-def test_equal_pictures_are_shown_from_files_of_their_own():
-    """Or one visitor reads a file while it is written for another."""
-    component, image = picture_box("Sample"), Image.new("RGB", (8, 8), (1, 2, 3))
-    one, other = (Path(component.postprocess(views.enlarged(image)).path) for _ in range(2))
-    assert one != other
-    assert (pixels(Image.open(one)) == pixels(Image.open(other))).all()
+def test_a_file_that_a_visitor_may_be_reading_is_not_written_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    image = Image.new("RGB", (8, 8), (1, 2, 3))
+    path = Path(served(image))
+    assert (pixels(Image.open(path)) == pixels(image)).all()
+    path.write_bytes(b"")
+    assert served(image) == str(path) and path.read_bytes() == b""
+
+
+def test_no_component_writes_a_picture_itself(address, photo, monkeypatch):
+    """Or it writes over a file of equal content, which another visitor may be reading."""
+    monkeypatch.setattr(gr.processing_utils, "save_pil_to_cache", None)
+    client = visitor(address)
+    assert len(client.predict(1, 7, *SAMPLING.values(), api_name="/sample")) == 5
+    assert client.predict(handle_file(photo), api_name="/open")["background"]
+    assert client.predict(None, True, 0.5, api_name="/reconstruct")[0]
+    client.predict(handle_file(photo), api_name="/open_to_edit")
+    layer = handle_file(save(photo.parent / "layer.png", painted_over((1, 2))))
+    assert client.predict(EMPTY | {"layers": [layer]}, 1, 7, 1.5, 2, api_name="/edit")[0]
 
 
 def test_about_as_many_frames_as_asked(loaded):

@@ -2,19 +2,24 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 
 from ..modeling.configuration_dqtransformer import DQTransformerConfig
+from ..modeling.image_processing_dq import DQImageProcessor
 from .views import (
     MAX_PROMPT,
     MAX_SEED,
-    blank_editor,
     check_class,
     check_number,
     check_painting,
     check_prompt,
     check_whole,
+    enlarged,
     read_upload,
     to_pixel_values,
     view_scale,
@@ -31,6 +36,17 @@ def told():
         yield
     except (OSError, ValueError, TypeError) as error:
         raise gr.Error(str(error), print_exception=False) from error
+
+
+def served(image):
+    """Path of an image's file for the browser.
+
+    Components that get an image write its file themselves, over one of equal content that a browser may be reading.
+    """
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "image.png"
+        image.save(path)
+        return save_file_to_cache(path, get_upload_folder())
 
 
 def picture(label, **options):
@@ -66,6 +82,12 @@ def paint_editor(label, config, **options):
         elem_classes="pixels",
         **options,
     )
+
+
+def blank_editor(pixel_values):
+    """Value of the editor: the image, with nothing painted."""
+    path = served(enlarged(DQImageProcessor().post_process(pixel_values)[0]))
+    return {"background": path, "layers": [], "composite": path}
 
 
 def open_painting(editor, painting):

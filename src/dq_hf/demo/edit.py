@@ -3,7 +3,7 @@
 import gradio as gr
 
 from ..pipelines.inpaint import DQInpaintPipeline
-from .components import ImageSource, add_condition, open_painting, paint_editor, picture, told
+from .components import ImageSource, add_condition, open_painting, paint_editor, picture, served, told
 from .views import check_whole, edit_painted
 
 HINT = (
@@ -47,7 +47,7 @@ def add_edit_tab(pipe, turn, sample):
             if values is None:
                 raise ValueError("there is no image; upload one, or take a sample")
             view = edit_painted(inpaint, values, painting, num_candidates=int(num_candidates), **arguments)
-        return view.coding, view.image, view.figures
+        return served(view.coding), served(view.image), view.figures
 
     outputs = [coding, image, figures]
     button.click(

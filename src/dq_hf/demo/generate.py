@@ -5,14 +5,21 @@ import numpy as np
 import torch
 
 from ..pictures import image_grid
-from .components import PRIVATE, add_condition, open_painting, paint_editor, picture, told
-from .views import (
+from .components import (
+    PRIVATE,
+    add_condition,
     blank_editor,
+    open_painting,
+    paint_editor,
+    picture,
+    served,
+    told,
+)
+from .views import (
     check_number,
     cost_cells,
     enlarged,
     markdown_table,
-    marked,
     painted_detail,
     sample_frames,
 )
@@ -49,13 +56,18 @@ def add_generate_tab(pipe, turn):
             erase = gr.Button("Erase what is painted", visible=is_variable)
         with gr.Column(scale=4):
             with gr.Row():
-                blank = blank_editor(torch.ones(1, 3, *pipe.vae.config.image_height_width))  # white
-                editor = paint_editor("Detail", pipe.vae.config, value=blank, min_width=220, visible=is_variable)
+                white = torch.ones(1, 3, *pipe.vae.config.image_height_width)
+                editor = paint_editor(
+                    "Detail", pipe.vae.config, value=blank_editor(white), min_width=220, visible=is_variable
+                )
                 image = picture("Sample")
                 coding = picture("Grain map: a frame for each code")
                 order = picture("Coding order: dark first, bright last")
             figures = gr.Markdown("Press *Sample*: codes are drawn from coarse to fine.", elem_classes="figures")
             strip = picture("From coarse to fine", height=200)
+
+    def pictures(frame):
+        return [served(image) for image in (enlarged(frame.image), frame.coding, frame.order)]
 
     def run_sample(label, seed, guidance, temperature, position_temperature, top_p, painting, prompt=None):
         with told():
@@ -68,11 +80,11 @@ def add_generate_tab(pipe, turn):
             for frame in sample_frames(pipe, grain_map=grain_map, **arguments, **options):
                 frames.append(frame)
                 text = f"Element {frame.num_steps} of at most {config.longest_stream} …"
-                yield enlarged(frame.image), frame.coding, frame.order, text, gr.skip(), gr.skip()
+                yield *pictures(frame), text, gr.skip(), gr.skip()
             chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, NUM_STRIP_FRAMES).round().astype(int)]
-            film = marked(image_grid([enlarged(frame.image, STRIP_SIDE) for frame in chosen], NUM_STRIP_FRAMES))
+            film = image_grid([enlarged(frame.image, STRIP_SIDE) for frame in chosen], NUM_STRIP_FRAMES)
             text = markdown_table([cost_cells(frame.grain_map, pipe.vae.config)])
-            yield enlarged(frame.image), frame.coding, frame.order, text, film, frame.image
+            yield *pictures(frame), text, served(film), frame.image
 
     button.click(
         run_sample,
@@ -83,5 +95,5 @@ def add_generate_tab(pipe, turn):
         show_progress_on=figures,
         **turn,
     )
-    erase.click(lambda: blank, None, editor, queue=False, show_progress="hidden", **PRIVATE)
+    erase.click(lambda: blank_editor(white), None, editor, queue=False, show_progress="hidden", **PRIVATE)
     return sample

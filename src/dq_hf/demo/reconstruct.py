@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from .components import PRIVATE, ImageSource, open_painting, paint_editor, picture, told
+from .components import PRIVATE, ImageSource, open_painting, paint_editor, picture, served, told
 from .views import check_number, reconstruct_painted
 
 NO_IMAGE = "Drop an image into the box, or take the sample of the other tab."
@@ -51,7 +51,7 @@ def add_reconstruct_tab(vae, turn, sample):
             if values is None:
                 return None, None, NO_IMAGE
             view = reconstruct_painted(vae, values, painting, None if by_router else list(shares))
-        return view.coding, view.image, view.figures
+        return served(view.coding), served(view.image), view.figures
 
     def run_shares(values, painting, *shares):
         return run_reconstruct(values, painting, False, *shares)

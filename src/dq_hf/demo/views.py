@@ -2,7 +2,6 @@
 send.
 """
 
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +123,8 @@ def draw_frame(image, fine_grain_map, grain_map, order, num_steps):
     num_granularities = (len(fine_grain_map) // len(grain_map)).bit_length()
     return Frame(
         image=grey_out(image, present),
-        coding=marked(draw_codes(image, fine_grain_map.where(present, NO_CODE_YET), num_granularities, scale)),
-        order=marked(grey_out(draw_order(order, (image.width * scale, image.height * scale)), present)),
+        coding=draw_codes(image, fine_grain_map.where(present, NO_CODE_YET), num_granularities, scale),
+        order=grey_out(draw_order(order, (image.width * scale, image.height * scale)), present),
         grain_map=grain_map.cpu(),
         num_steps=num_steps,
     )
@@ -160,7 +159,7 @@ def reconstruct_painted(vae, pixel_values, painting=None, shares=None):
         table.append(cells)
     original, image = DQImageProcessor().post_process(torch.cat([pixel_values, decoded]))
     return View(
-        coding=marked(draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size))),
+        coding=draw_grain_map(original, encoded.grain_map[0].cpu(), view_scale(original.size)),
         image=enlarged(image),
         figures=markdown_table(table),
     )
@@ -194,7 +193,7 @@ def edit_painted(inpaint, pixel_values, painting, class_label, seed, prompt=None
     image, grain_map = output.images[0], output.grain_maps[0].cpu()
     cells = {"regions drawn again": f"{int(painted.sum())} of {painted.numel()}", **cost_cells(grain_map, config)}
     return View(
-        coding=marked(draw_grain_map(image, grain_map, view_scale(image.size))),
+        coding=draw_grain_map(image, grain_map, view_scale(image.size)),
         image=enlarged(image),
         figures=markdown_table([cells]),
     )
@@ -308,12 +307,6 @@ def to_pixel_values(vae, picture):
     return DQImageProcessor.for_model(vae.config)(picture)["pixel_values"].to(vae.device)
 
 
-def blank_editor(pixel_values):
-    """Value of the editor: the image, with nothing painted."""
-    image = enlarged(DQImageProcessor().post_process(pixel_values)[0])
-    return {"background": image, "layers": [], "composite": image}
-
-
 def painted_regions(painting, grid):
     """Bool (h, w): the regions of which the editor's value has at least `PAINTED_SHARE` painted."""
     painted = np.zeros(grid, dtype=bool)
@@ -341,14 +334,4 @@ def view_scale(size, side=VIEW_SIDE):
 
 def enlarged(image, side=VIEW_SIDE):
     """The image at about this longer side, pixel by pixel."""
-    return marked(enlarge(image, view_scale(image.size, side)))
-
-
-def marked(image):
-    """The image, with a mark of its own in its metadata.
-
-    gradio keeps pictures in files named by their bytes, and writes equal ones into one file again, also while another
-    visitor reads it; the mark makes them different.
-    """
-    image.info["shown"] = uuid.uuid4().hex
-    return image
+    return enlarge(image, view_scale(image.size, side))
