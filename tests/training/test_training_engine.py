@@ -1,6 +1,7 @@
 """The training scripts when things go wrong, and on two processes: nothing is lost, and nothing comes out otherwise."""
 
 import faulthandler
+import gc
 import io
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ import psutil
 import pytest
 import torch
 import transformers.modeling_utils
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -32,9 +33,11 @@ from conftest import make_vae
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from dq_hf.modeling.layers_dqtransformer import DQTransformerLayer
 from dq_hf.modeling.quantization_dq import DQQuantizer
+from dq_hf.training.run import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Processes of their own: a server imports the libraries once, and each run of a script is a fork of it.
@@ -407,17 +410,30 @@ def test_trouble_is_told_and_leaves_the_last_good_checkpoint(place, wholes, stag
 
 def keep_state():
     """At the end of the script, write all that its process holds to `state-<rank>`."""
-    end_training = Accelerator.end_training
+    end_run = Run.end
 
-    def end(accelerator):
+    def end(run):
+        accelerator = run.accelerator
         modules = [accelerator.unwrap_model(model) for model in accelerator._models]
         parts = [*modules, *accelerator._optimizers, *accelerator._custom_objects]
         file = io.BytesIO()
         torch.save([part.state_dict() for part in parts], file)
         Path(f"state-{accelerator.process_index}").write_bytes(file.getvalue())
-        end_training(accelerator)
+        end_run(run)
 
-    Accelerator.end_training = end
+    Run.end = end
+
+
+def no_model_outlives_the_group():
+    """Its destructor could wait for ever."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroyed():
+        left = sum(type(each) is DistributedDataParallel for each in gc.get_objects())
+        print(f"{left} models left")
+        destroy()
+
+    torch.distributed.destroy_process_group = destroyed
 
 
 def assert_two_that_agree(folder):
@@ -496,8 +512,9 @@ def test_two_processes_agree_whatever_is_drawn_and_after_a_stop(place):
     """Each draws its own routes and dropouts; codes die and are restarted."""
     whole, folder = place / "random-whole", place / "random-stopped"
     command = f"{WHOLE[1]} --batch_size 2"
-    run_well(whole, command, keep_state, processes=2)
+    run_well(whole, command, keep_state, no_model_outlives_the_group, processes=2)
     assert_two_that_agree(whole)
+    assert (whole / "out-0.txt").read_text().splitlines()[-1] == "0 models left"
     assert any(row.get("codebook_usage", 1) < 1 for row in rows_of(whole))
     started = start(folder, command, processes=2)
     wait_for_step(folder, 1)
@@ -575,17 +592,17 @@ def share_out():
 
 def check_shares():
     """At the end of the script, that the process held half of each layer's weights."""
-    end_training = Accelerator.end_training
+    end_run = Run.end
 
-    def end(accelerator):
-        assert accelerator.distributed_type == DistributedType.FSDP
-        layers = [layer for layer in accelerator._models[0].modules() if isinstance(layer, DQTransformerLayer)]
+    def end(run):
+        assert run.accelerator.distributed_type == DistributedType.FSDP
+        layers = [layer for layer in run.accelerator._models[0].modules() if isinstance(layer, DQTransformerLayer)]
         assert len(layers) == 2 and all(isinstance(layer, FSDPModule) for layer in layers)
         for weight in (parameter for layer in layers for parameter in layer.parameters()):
             assert 2 * weight.to_local().numel() == weight.numel()
-        end_training(accelerator)
+        end_run(run)
 
-    Accelerator.end_training = end
+    Run.end = end
 
 
 def test_shared_out_weights_train_as_one_process_and_are_saved_whole(place, done):

@@ -95,7 +95,6 @@ def encode(args):
         hold.unlink()
         held.close()
         print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
-    accelerator.end_training()
 
 
 def encode_split(args, vae, dataset, name, schema, show):

@@ -1,6 +1,7 @@
 """Options of the training scripts: those that both stages have, their ranges, and what a resumed run makes of a change."""
 
 import ast
+import gc
 import importlib.util
 import math
 import sys
@@ -8,6 +9,7 @@ from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -233,3 +235,15 @@ def run_script(script, options, module, arguments=None):
     except (OSError, ValueError, TypeError, ImportError, CheckpointError, NotFiniteError) as error:
         tqdm.write(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)  # below progress bars
         sys.exit(1)
+    leave_process_group()
+
+
+def leave_process_group():
+    """Once nothing of a script is left.
+
+    The destructor of a DDP model that outlives its process group holds Python's lock, while it waits for gloo's threads, which
+    may need the lock (pytorch/pytorch#56297).
+    """
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -334,7 +334,8 @@ class Run:
     def end(self):
         """Wait for all processes, and end trackers and the hold on the folder."""
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.lock is not None:
             self.lock.close()
 
