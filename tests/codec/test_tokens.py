@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_vae, seeded
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,7 +81,6 @@ def test_whatever_is_drawn_from_what_is_allowed_is_an_image(num_granularities, s
         ([1, 5, 2, 11, 3], "token 11 at place 3"),
         ([1, 4, 4, 2, 4, 2], "token 2 at place 5"),
         ([1, 4, 2, 38], "token 38"),
-        ([1, 4, 2, 11, 3, 3], "token 3 at place 5"),
     ],
 )
 def test_what_is_no_image_is_named(ids, message):
@@ -88,7 +88,26 @@ def test_what_is_no_image_is_named(ids, message):
         DQTokens(CONFIGS[2]).from_tokens(torch.tensor([ids]))
 
 
+@pytest.mark.parametrize("rest", [[], [0, 0], [3, 3], [1, 4, 11, 99]])
+def test_what_follows_the_end_is_not_read(rest):
+    (image,) = DQTokens(CONFIGS[2]).from_tokens(torch.tensor([[1, 4, 2, 11, 3, *rest]]))
+    assert image.grain_map.tolist() == [[[0]]]
+
+
+def test_a_table_of_images_of_several_sizes_is_taken_as_its_rows_are():
+    tokens = DQTokens(CONFIGS[2])
+    rows = [
+        {"codes": torch.zeros(2 * h, 2 * w).long().tolist(), "grain_map": torch.zeros(h, w).long().tolist()}
+        for h, w in ((2, 3), (1, 2))
+    ]
+    for table in (Dataset.from_list(rows), tuple(rows), iter(rows)):
+        assert torch.equal(tokens.to_tokens(table)["input_ids"], tokens.to_tokens(rows)["input_ids"])
+
+
 def test_other_inputs_are_refused():
+    for other in (5, [5], torch.zeros(2, 2), Dataset.from_list([{"codes": [[0]]}])[:1]):
+        with pytest.raises(TypeError, match="codes and grain_map"):
+            DQTokens(CONFIGS[2]).to_tokens(other)
     with pytest.raises(TypeError, match="codes and grain_map"):
         DQTokens(CONFIGS[2]).to_tokens({"codes": torch.zeros(1, 8, 8)})
     with pytest.raises(ValueError, match="at least one"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 
 import datasets
 import pytest
@@ -239,3 +240,51 @@ def test_damaged_metadata_are_named(tmp_path, text):
     (tmp_path / "train" / "metadata.jsonl").write_text(text)
     with pytest.raises(ValueError, match="metadata.jsonl must have rows with a column file_name"):
         load_images(tmp_path, "train")
+
+
+def test_columns_of_several_files_of_metadata_come_together_and_none_is_lost(tmp_path):
+    write(tmp_path, ["train/a.png", "train/b.png"])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/a.png", "kind": "cat"}')
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\na.png,a cat")
+    (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "b.png", "size": 3}')
+    rows = [{name: row[name] for name in ("kind", "text", "size")} for row in load_images(tmp_path, "train")]
+    assert rows == [dict(kind="cat", text="a cat", size=None), dict(kind=None, text=None, size=3)]
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,another")
+    with pytest.raises(ValueError, match="two files of metadata have the column 'text' of .*a.png; leave it in one"):
+        load_images(tmp_path, "train")
+
+
+def test_splits_in_capitals_are_splits(tmp_path):
+    write(tmp_path, ["Train/cat/a.png", "TEST/dog/b.png"])
+    for split in ("train", "test"):
+        dataset = load_images(tmp_path, split)
+        assert len(dataset) == 1 and dataset.features["label"].names == ["cat", "dog"]
+
+
+def test_images_that_the_folders_of_splits_leave_out_are_told(tmp_path, caplog):
+    write(tmp_path / "classes", ["car/a.png", "plane/b.png", "train/c.png"])
+    write(tmp_path / "beside", ["train/a.png", "test/b.png", "c.png", "d.png"])
+    write(tmp_path / "right", ["train/a.png", "test/b.png", "others/c.png"])
+    for name in ("classes", "beside", "right"):
+        load_images(tmp_path / name, "train")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "taken for splits, because train is one's name: car, plane, train; if they are classes, put them" in first
+    assert "2 image(s) beside the splits" in second and "such as c.png" in second
+
+
+def test_a_table_that_makes_it_no_folder_of_images_is_named(tmp_path):
+    write(tmp_path, ["train/0.png"])
+    (tmp_path / "train/0.txt").write_text("a cat")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(tmp_path / "train/0.txt", "0.txt")
+    with pytest.raises(ValueError, match="no column 'image'.* because of .*all.zip: move that away"):
+        load_images(tmp_path, "train")
+
+
+def test_damaged_tables_are_named(tmp_path):
+    datasets.Dataset.from_dict({"image": [b"x" * 1000] * 50}).to_parquet(tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:80] = bytes(255 - byte for byte in data[4:80])
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match="a.parquet is damaged: "):
+        load_images(tmp_path / "a.parquet", "train")

@@ -1,5 +1,7 @@
 """Editing: what the mask does not touch stays, whatever kinds of images and masks are given, and clear refusals."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dq_hf import DQForImageGeneration, DQInpaintPipeline, DQPipeline
+from dq_hf.modeling.image_processing_dq import covering_size
+from dq_hf.pipelines.masks import masked_regions
 
 KINDS = {
     "two": (dict(image_size=16), {}),
@@ -187,6 +191,23 @@ def test_masks_follow_their_image_through_scaling_and_cropping(pipe, size, place
             pipe.prepare_images(image, mask)
     else:
         assert pipe.prepare_images(image, mask)[1][0].nonzero().tolist() == [list(region) for region in regions]
+
+
+@given(st.integers(16, 70), st.integers(16, 70), st.integers(0, 10**6))
+@settings(max_examples=100)
+def test_a_pixel_of_a_mask_touches_the_regions_that_it_overlaps(height, width, place):
+    """Against exact fractions."""
+    row, column = divmod(place % (height * width), width)
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[row, column] = True
+    covering, start = covering_size(mask.shape, 16, 16)
+
+    def touched(at, axis):
+        first, last = (Fraction((at + end) * covering[axis], mask.shape[axis]) - start[axis] for end in (0, 1))
+        return {region for region in range(4) if first < 4 * (region + 1) and last > 4 * region}
+
+    expected = {(i, j) for i in touched(row, 0) for j in touched(column, 1)}
+    assert set(map(tuple, masked_regions(mask, (16, 16), (4, 4)).nonzero().tolist())) == expected
 
 
 def test_several_images_masks_labels_and_numbers_of_images(pipes, image):

@@ -14,9 +14,10 @@ from conftest import (
 )
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
-from transformers import pipeline
+from transformers import BertForMaskedLM, pipeline
 
 from dq_hf import DQForImageGeneration, DQPipeline
+from dq_hf.modeling.text_dq import encode_tokens
 
 CLASSES = dict(num_classes=3, id2label={0: "sun", 1: "moon", 2: "star"}, class_dropout=0.2)
 SMALL = dict(grid_sizes=[[2, 2], [4, 4]])
@@ -100,6 +101,8 @@ def test_images_of_each_prompt_come_one_after_the_other(classes):
         (dict(prompt="sun", prompt_embeds=torch.ones(1, 2, 8)), ValueError, "prompt or prompt_embeds, not both"),
         (dict(prompt_attention_mask=torch.ones(1, 2)), ValueError, "prompt_attention_mask is of prompt_embeds"),
         (dict(prompt_embeds=torch.ones(1, 2, 9)), ValueError, r"^prompt_embeds must have shape \(B, T, 8\)"),
+        (dict(prompt_embeds=torch.full((1, 2, 8), torch.nan)), ValueError, "must be finite"),
+        (dict(prompt="sun", negative_prompt_embeds=torch.full((1, 2, 8), torch.inf)), ValueError, "must be finite"),
         (dict(prompt_embeds=torch.ones(1, 2, 8).int()), TypeError, "prompt_embeds must be a float tensor"),
         (
             dict(negative_prompt_embeds=torch.ones(1, 2, 8), negative_prompt_attention_mask=torch.ones(2, 2)),
@@ -114,6 +117,38 @@ def test_images_of_each_prompt_come_one_after_the_other(classes):
 def test_bad_inputs_are_refused(pipe, arguments, error, message):
     with pytest.raises(error, match=message):
         pipe(**arguments)
+
+
+def test_what_is_hidden_by_the_mask_may_be_anything(pipe):
+    states = torch.ones(1, 2, 8)
+    mask = torch.tensor([[1, 0]])
+    expected = pipe(prompt_embeds=states, prompt_attention_mask=mask, generator=seeded()).codes
+    states[:, 1] = torch.nan
+    assert torch.equal(pipe(prompt_embeds=states, prompt_attention_mask=mask, generator=seeded()).codes, expected)
+
+
+def test_one_class_is_that_of_all_prompts():
+    model = make_model(**CLASSES)
+    prompts = ["sun", "a red heart"]
+    expected = model.generate([1, 1], prompt=prompts, generator=seeded()).codes
+    assert torch.equal(model.generate(1, prompt=prompts, generator=seeded()).codes, expected)
+    with pytest.raises(ValueError, match="^negative_encoder_hidden_states must be of one .* of 3 images, got 2"):
+        model.generate(0, 3, prompt="sun", negative_prompt=prompts, guidance_scale=2.0)
+
+
+def test_the_task_takes_what_other_models_are_loaded_with(model, tmp_path):
+    model.save_pretrained(tmp_path, variant="fp16")
+    task = pipeline("dq-generation", model=str(tmp_path), model_kwargs=dict(variant="fp16", use_safetensors=True))
+    expected = pipeline("dq-generation", model=model)("sun", seed=0)
+    assert torch.equal(torch.as_tensor(task("sun", seed=0)["codes"]), torch.as_tensor(expected["codes"]))
+    with pytest.raises(ValueError, match="no field 'varient'"):
+        pipeline("dq-generation", model=str(tmp_path), model_kwargs=dict(varient="fp16"))
+
+
+def test_an_encoder_with_another_output_says_what_to_give(model):
+    encoder = BertForMaskedLM(make_text_encoder("bert").config)
+    with pytest.raises(ValueError, match="BertForMaskedLM gives no states of a text; give the encoder alone"):
+        encode_tokens(encoder, torch.ones(1, 2, dtype=torch.long))
 
 
 def test_a_model_without_text_says_what_it_takes():

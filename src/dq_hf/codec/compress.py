@@ -73,19 +73,22 @@ def compress(
         header = Header(fingerprint(model, prior), height, width, prior.flag, model_id, *condition)
         return write_file(header, prior.encode(codes, grain_map), codes, grain_map)
 
-    with evaluation_mode(vae):
-        if max_bytes is not None:
-            codes, grain_map = finest_that_fits(
-                vae, pixel_values, max_bytes, chosen.least_bits, lambda *grids: len(write(chosen, *grids))
-            )
-        else:
-            encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
-            codes, grain_map = encoded.codes[0], encoded.grain_map[0]
-    file = write(chosen, codes, grain_map)
+    def file_of(prior):
+        with evaluation_mode(vae):
+            if max_bytes is not None:
+                grids = finest_that_fits(
+                    vae, pixel_values, max_bytes, prior.least_bits, lambda *grids: len(write(prior, *grids))
+                )
+            else:
+                encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+                grids = encoded.codes[0], encoded.grain_map[0]
+        return write(prior, *grids)
+
+    file = file_of(chosen)
     if chosen is static or decode(chosen, file) is not None:
         return file
     logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
-    return write(static, codes, grain_map)
+    return file_of(static)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Images as sequences of integers for any sequence model, and back: the tokenizer alone, no class, any size."""
 
+from collections.abc import Iterable
+
 import torch
 from transformers import BatchEncoding
 
@@ -38,19 +40,16 @@ class DQTokens:
         """A padded batch for a model of transformers, a `BatchEncoding` of long tensors.
 
         Args:
-            encoded: what `DQVAEModel.encode` gave, or a list of such, of any sizes; or rows with "codes" (H, W) and
-                "grain_map" (h, w), as `dq-hf encode --output` writes them.
+            encoded: what `DQVAEModel.encode` gave, or several such, of any sizes; or rows with "codes" (H, W) and
+                "grain_map" (h, w), as `dq-hf encode --output` writes them and `load_rows` reads them.
 
         Returns:
             input_ids (B, L); attention_mask (B, L), 0 where there is padding; not folded also granularities (B, L) of codes
             and grain map, and positions (B, L, 2): row and column on the finest grid of the first cell of what a token
             stands for. Both are 0 for special tokens.
         """
-        images = [
-            image
-            for each in (encoded if isinstance(encoded, (list, tuple)) else [encoded])
-            for image in zip(*grids_of(each))
-        ]
+        is_one = hasattr(encoded, "keys") or not isinstance(encoded, Iterable)
+        images = [image for each in ([encoded] if is_one else encoded) for image in zip(*grids_of(each))]
         if not images:
             raise ValueError("encoded must hold at least one image, got none")
         columns = [self._columns(codes, grain_map) for codes, grain_map in images]
@@ -152,6 +151,7 @@ class DQTokens:
 
     def _image(self, ids, number):
         """Codes and grain map of one sequence."""
+        ids = ids[: ids.index(END) + 1] if END in ids else ids
         try:
             *_, (_, rows) = self._read(ids)
         except ValueError as error:
@@ -177,7 +177,7 @@ def grids_of(encoded):
     """Codes (B, H, W) and grain maps (B, h, w) of one output or row; TypeError where they are missing."""
     try:
         grids = [torch.as_tensor(encoded[name]).long().cpu() for name in ("codes", "grain_map")]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise TypeError(
             "encoded must have codes and grain_map, as DQVAEModel.encode gives them, or be a list of such"
         ) from error

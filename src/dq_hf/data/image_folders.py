@@ -63,6 +63,13 @@ def is_image_folder(folder):
     return bool(kinds & IMAGES) and not kinds & TABLES and not lists_files
 
 
+def table_beside_images(folder):
+    """A file because of which a folder with images does not count as one; None: there is none."""
+    files = [path for path in files_of(folder) if path.name not in METADATA]
+    has_images = any(path.suffix.lower() in IMAGES for path in files)
+    return next((path for path in files if has_images and path.suffix.lower() in TABLES), None)
+
+
 def image_names(folder):
     """Paths, from a folder, of all images in it and in its folders, in order; ValueError as `check_names`."""
     paths = [path.relative_to(folder).as_posix() for path in files_of(folder) if path.suffix.lower() in IMAGES]
@@ -110,9 +117,21 @@ def load_image_folder(folder, split, streaming=False):
 
 
 def split_folders(folder):
-    """{split: its folder}, by the folders at the top alone; of a folder without splits {"train": itself}."""
-    tops = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")}
-    return tops if set(tops) & {name for names in SPLITS.values() for name in names} else {"train": folder}
+    """{split: its folder}, by the folders at the top alone, in capitals or not; of one without splits {"train": itself}."""
+    names = {name for names in SPLITS.values() for name in names}
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    tops = {path.name: path for path in entries if path.is_dir()}
+    found = {name for name in tops if name.lower() in names}
+    if not found:
+        return {"train": folder}
+    if len(found) == 1 < len(tops):
+        logger.warning_once(
+            f"all folders in {folder} are taken for splits, because {', '.join(found)} is one's name: {', '.join(tops)}; "
+            f"if they are classes, put them into {folder / 'train'}"
+        )
+    if lost := [path.name for path in entries if path.suffix.lower() in IMAGES]:
+        logger.warning_once(f"{len(lost)} image(s) beside the splits in {folder} are not read, such as {lost[0]}")
+    return {name.lower() if name in found and name.lower() not in tops else name: path for name, path in tops.items()}
 
 
 def rows_of(folder, places, split):
@@ -132,7 +151,7 @@ def rows_of(folder, places, split):
             f"the metadata in {folder} name no file of its splits ({', '.join(places)}), but {next(iter(above))}; "
             "file_name must be the path from there, such as train/0.png"
         )
-    known = above | metadata_of(own)
+    known = joined([above, metadata_of(own)])
     paths = sorted({path for path in own if path.suffix.lower() in IMAGES} | known.keys())
     paths = [path for path in paths if path.is_relative_to(places[split])]
     rows = [{"image": {"path": str(path), "bytes": None}} for path in paths]
@@ -167,9 +186,10 @@ def metadata_of(files):
     """{path of an image: its further columns}, of all files of metadata among these.
 
     Raises:
-        ValueError: one that is damaged, has no column `file_name`, several rows of an image, or a column `image`.
+        ValueError: one that is damaged, has no column `file_name`, several rows of an image, or a column `image`; a column
+            that two have.
     """
-    known = {}
+    found = []
     for file in files:
         if file.name not in METADATA:
             continue
@@ -189,7 +209,19 @@ def metadata_of(files):
                 f"{file} has several rows of {twice}; give an image one row, and several captions as a list "
                 "(metadata.jsonl or .parquet)"
             )
-        known |= dict(zip(paths, columns))
+        found.append(dict(zip(paths, columns)))
+    return joined(found)
+
+
+def joined(tables):
+    """{path of an image: its columns} of several such; ValueError where two give the same column of an image."""
+    known = {}
+    for path, columns in (item for table in tables for item in table.items()):
+        if twice := known.setdefault(path, {}).keys() & columns.keys():
+            raise ValueError(
+                f"two files of metadata have the column {min(twice)!r} of {path}; leave it in one of them"
+            )
+        known[path] |= columns
     return known
 
 

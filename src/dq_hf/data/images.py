@@ -11,7 +11,7 @@ import datasets
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .image_folders import is_image_folder, load_image_folder
+from .image_folders import is_image_folder, load_image_folder, table_beside_images
 
 logger = logging.getLogger(__name__)
 SHARD = re.compile(r"-\d+-of-\d+$")  # end of the name of a split's part
@@ -28,18 +28,23 @@ def load_images(data, split, image_column="image", streaming=False):
         streaming: read the rows as they are needed, in order, instead of storing them; a `datasets.IterableDataset`.
 
     Raises:
-        ValueError: no such split or column; the message lists what there is.
+        ValueError: no such split or column, and the message lists what there is; damaged files.
         OSError: there is neither such a path nor such a data set.
     """
     path = Path(data)
     if path.is_dir() and is_image_folder(path):
         dataset = load_image_folder(path, split, streaming)
     else:
-        splits = load_splits(data, streaming)
+        try:
+            splits = load_splits(data, streaming)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{data} is damaged: {error.__cause__ or error}") from error
         if split not in splits:
             raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
         dataset = splits[split]
-    check_column(dataset, image_column, data)
+    table = table_beside_images(path) if path.is_dir() else None
+    reason = "" if table is None else f"; it is not read as a folder of images because of {table}: move that away"
+    check_column(dataset, image_column, data, reason)
     if dataset.features is None:
         return dataset
     return dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -88,11 +93,11 @@ def as_pattern(path):
     return glob.escape(str(Path(path).absolute()))
 
 
-def check_column(dataset, column, name="the data set"):
-    """Raise ValueError if a data set has no such column."""
+def check_column(dataset, column, name="the data set", reason=""):
+    """Raise ValueError if a data set has no such column, for a reason that the message names."""
     columns = dataset.column_names or list(next(iter(dataset), {}))  # some streams tell their columns only by a row
     if column not in columns:
-        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}{reason}")
 
 
 def class_names(dataset, label_column):

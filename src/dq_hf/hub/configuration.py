@@ -15,6 +15,10 @@ LIBRARY_KEYS = frozenset(
     "_experts_implementation _experts_implementation_internal output_attentions tie_word_embeddings "
     "quantization_config custom_pipelines".split()
 )
+LOADING_ARGUMENTS = frozenset(  # of models; `transformers.pipeline` gives them to configurations, too
+    "variant use_safetensors weights_only low_cpu_mem_usage device_map max_memory offload_folder offload_buffers "
+    "ignore_mismatched_sizes key_mapping tp_plan distributed_config".split()
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -46,7 +50,7 @@ class ConfigHubMixin:
             config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
             config.validate()
             if not return_unused_kwargs:
-                config.refuse_unknown(unused)
+                config.refuse_unknown(unused.keys() - LOADING_ARGUMENTS)
         except Exception as error:  # transformers reads fields of its own before anyone has checked them
             kind = TypeError if isinstance(error, TypeError) else ValueError
             problem = str(error) if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: {error}"

@@ -168,7 +168,7 @@ def claim_folder(folder, protocol):
     differing = sorted(key for key in {*protocol, *found} if protocol.get(key) != found.get(key))
     if differing:
         details = "; ".join(f"{key} was {found.get(key)}, now {protocol.get(key)}" for key in differing)
-        raise ValueError(f"{folder} holds samples made in another way: {details}; give another folder, or remove it")
+        raise ValueError(f"{folder} is for samples made in another way: {details}; give another folder, or remove it")
 
 
 def sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling):

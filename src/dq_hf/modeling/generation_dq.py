@@ -174,6 +174,10 @@ class DQSamplingMixin:
                 negative_encoder_hidden_states,
                 negative_encoder_attention_mask,
             )
+        if condition.prefix is not None and not all(
+            prefix.isfinite().all() for prefix in (condition.prefix, condition.null_prefix)
+        ):
+            raise ValueError("encoder_hidden_states must be finite, negative ones too; got NaN or infinite values")
         options = SamplingOptions.of(options)
         if not do_sample:
             options = options.greedy()

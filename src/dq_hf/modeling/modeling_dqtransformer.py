@@ -333,13 +333,15 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             self.text_prefix.empty()[None] if states is None else self.text_prefix(states, mask)
             for states, mask in texts
         ]
-        if class_labels is None and batch is None:
-            batch = max(map(len, prefixes))
+        num_texts = max(map(len, prefixes))
+        if batch is None and (class_labels is None or num_texts > 1):
+            batch = num_texts
         condition = class_condition(class_labels, batch, self.config, self.input_device)
-        if any(len(prefix) not in (1, len(condition)) for prefix in prefixes):
-            raise ValueError(
-                f"encoder_hidden_states must be of one text or of one for each of {len(condition)} images, got {len(prefixes[0])}"
-            )
+        for name, prefix in zip(("encoder_hidden_states", "negative_encoder_hidden_states"), prefixes):
+            if len(prefix) not in (1, len(condition)):
+                raise ValueError(
+                    f"{name} must be of one text or of one for each of {len(condition)} images, got {len(prefix)}"
+                )
         prefix, null_prefix = (prefix.expand(len(condition), -1, -1) for prefix in prefixes)
         return replace(condition, prefix=prefix, null_prefix=null_prefix)
 

@@ -64,7 +64,10 @@ class SamplingOptions:
     def of(cls, options):
         """Options from a dictionary; TypeError at a name that is none."""
         if unknown := sorted(set(options) - set(OPTION_NAMES)):
-            raise TypeError(f"unknown argument(s) {', '.join(unknown)}; sampling has {', '.join(OPTION_NAMES)}")
+            raise TypeError(
+                f"unknown argument(s) {', '.join(unknown)}; beside those in the signature there are "
+                f"{', '.join(OPTION_NAMES)}"
+            )
         return cls(**options)
 
     def over(self, defaults):

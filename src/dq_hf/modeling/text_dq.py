@@ -89,7 +89,10 @@ def encode_tokens(text_encoder, input_ids, attention_mask=None):
     attention_mask = check_indices("attention_mask", attention_mask, input_ids.shape, 2, device)
     read = attention_mask.clone()
     read[:, 0] |= attention_mask.sum(1) == 0  # attention over nothing is not a number
-    states = text_encoder(input_ids=input_ids, attention_mask=read).last_hidden_state
+    output = text_encoder(input_ids=input_ids, attention_mask=read)
+    if "last_hidden_state" not in output:
+        raise ValueError(f"{type(text_encoder).__name__} gives no states of a text; {USE_ENCODER}")
+    states = output.last_hidden_state
     return states.masked_fill(attention_mask[..., None] == 0, 0), attention_mask
 
 

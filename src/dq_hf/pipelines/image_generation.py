@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sized
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
@@ -89,6 +90,9 @@ class DQGenerationPipeline(Pipeline):
         SamplingOptions.of({name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS})
         if not isinstance(kwargs.get("negative_prompt"), (str, type(None))):
             raise TypeError(f"negative_prompt must be one text for all images, got {kwargs['negative_prompt']!r}")
+        grain_map = kwargs.get("grain_map")
+        if np.ndim(grain_map) > 2 and len(grain_map) > 1:
+            raise ValueError(f"grain_map must be one map (h, w) for all images, got {len(grain_map)}")
         return {}, kwargs, {}
 
     def preprocess(self, item, seeds):

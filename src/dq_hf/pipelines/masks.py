@@ -1,7 +1,5 @@
 """Masks, as users give them, and the regions that they touch."""
 
-import math
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -80,8 +78,12 @@ def masked_regions(mask, size, grid):
         grid: (h, w) regions.
     """
     covering, start = covering_size(mask.shape, *size)
-    part = [
-        slice(math.floor(first * given / scaled), math.ceil((first + side) * given / scaled))
-        for first, side, given, scaled in zip(start, size, mask.shape, covering)
-    ]
-    return torch.nn.functional.adaptive_max_pool2d(mask[part[0], part[1]][None].float(), tuple(grid))[0] > 0
+
+    def parts(axis):
+        """Of each row or column of regions the slice of the mask that it touches."""
+        given, scaled, side = mask.shape[axis], covering[axis], size[axis] // grid[axis]
+        for first in range(start[axis], start[axis] + size[axis], side):
+            yield slice(first * given // scaled, -(-(first + side) * given // scaled))
+
+    rows = torch.stack([mask[part].any(0) for part in parts(0)])
+    return torch.stack([rows[:, part].any(1) for part in parts(1)], 1)
