@@ -249,6 +249,7 @@ def test_columns_of_several_files_of_metadata_come_together_and_none_is_lost(tmp
     (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "b.png", "size": 3}')
     rows = [{name: row[name] for name in ("kind", "text", "size")} for row in load_images(tmp_path, "train")]
     assert rows == [dict(kind="cat", text="a cat", size=None), dict(kind=None, text=None, size=3)]
+    assert load_images(tmp_path / "train", "train")["text"][:] == ["a cat", None]  # a folder without splits
     (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,another")
     with pytest.raises(ValueError, match="two files of metadata have the column 'text' of .*a.png; leave it in one"):
         load_images(tmp_path, "train")

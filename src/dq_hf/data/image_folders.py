@@ -151,7 +151,7 @@ def rows_of(folder, places, split):
             f"the metadata in {folder} name no file of its splits ({', '.join(places)}), but {next(iter(above))}; "
             "file_name must be the path from there, such as train/0.png"
         )
-    known = joined([above, metadata_of(own)])
+    known = joined([above, metadata_of(path for path in own if path not in top)])
     paths = sorted({path for path in own if path.suffix.lower() in IMAGES} | known.keys())
     paths = [path for path in paths if path.is_relative_to(places[split])]
     rows = [{"image": {"path": str(path), "bytes": None}} for path in paths]

@@ -9,7 +9,6 @@ from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -244,6 +243,8 @@ def leave_process_group():
     The destructor of a DDP model that outlives its process group holds Python's lock, while it waits for gloo's threads, which
     may need the lock (pytorch/pytorch#56297).
     """
+    import torch
+
     gc.collect()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
