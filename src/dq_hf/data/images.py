@@ -42,9 +42,13 @@ def load_images(data, split, image_column="image", streaming=False):
         if split not in splits:
             raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
         dataset = splits[split]
-    table = table_beside_images(path) if path.is_dir() else None
-    reason = "" if table is None else f"; it is not read as a folder of images because of {table}: move that away"
-    check_column(dataset, image_column, data, reason)
+    try:
+        check_column(dataset, image_column, data)
+    except ValueError as error:
+        table = table_beside_images(path) if path.is_dir() else None
+        if table is None:
+            raise
+        raise ValueError(f"{error}; it is not read as a folder of images because of {table}: move that away") from None
     if dataset.features is None:
         return dataset
     return dataset.cast_column(image_column, datasets.Image(decode=False))
@@ -93,11 +97,11 @@ def as_pattern(path):
     return glob.escape(str(Path(path).absolute()))
 
 
-def check_column(dataset, column, name="the data set", reason=""):
-    """Raise ValueError if a data set has no such column, for a reason that the message names."""
+def check_column(dataset, column, name="the data set"):
+    """Raise ValueError if a data set has no such column."""
     columns = dataset.column_names or list(next(iter(dataset), {}))  # some streams tell their columns only by a row
     if column not in columns:
-        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}{reason}")
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
 
 
 def class_names(dataset, label_column):
