@@ -18,9 +18,10 @@ from dq_hf.hub.card import split_card
 PROMPT = "a red heart"
 
 
-def make_model(kind="t5", **overrides):
+def make_model(kind="t5", tokenizer=True, **overrides):
     parts = make_vae(image_size=8), make_transformer(grid_sizes=[[2, 2], [4, 4]], **TEXT, **overrides)
-    return DQForImageGeneration.from_models(*parts, make_text_encoder(kind), make_text_tokenizer()).eval()
+    tokenizer = make_text_tokenizer() if tokenizer else None
+    return DQForImageGeneration.from_models(*parts, make_text_encoder(kind), tokenizer).eval()
 
 
 PUSH = """
@@ -35,15 +36,19 @@ DQForImageGeneration.from_pretrained("user/words").save_pretrained("pulled")
 LOAD = """
 pipeline("dq-generation", model="user/words", trust_remote_code=True)("a red heart", seed=3)["image"].save("c.png")
 pipeline("dq-generation", model="model", trust_remote_code=True)("a red heart", seed=3)["image"].save("d.png")
+for source in ("user/no-tokenizer", "no-tokenizer"):
+    assert AutoModel.from_pretrained(source, trust_remote_code=True).tokenizer is None
 """
-IMPORTS = "import torch\nfrom transformers import pipeline\n"
+IMPORTS = "import torch\nfrom transformers import AutoModel, pipeline\n"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     make_model().save_pretrained(place / "model", export_code=True)
+    make_model(tokenizer=False).save_pretrained(place / "no-tokenizer", export_code=True)
     with HubServer() as hub:
+        hub.add("user/no-tokenizer", place / "no-tokenizer")
         run_client(hub, "import dq_hf\n" + IMPORTS + PUSH, cwd=place)
         (place / "files.json").write_text(json.dumps(sorted(hub.files("user/words"))))
         run_client(hub, BLOCK + IMPORTS + LOAD, cwd=place)

@@ -8,7 +8,7 @@ import diffusers
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 from .configuration_dq import DQConfig
 from .generation_dq import evaluation_mode
@@ -134,6 +134,8 @@ def load_text_tokenizer(source, root, place):
         source, place = folder, {}
     else:
         place = place | {"subfolder": str(root / TOKENIZER_FOLDER)}
+        if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **place) is None:
+            return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
     except OSError:
