@@ -527,6 +527,16 @@ def test_an_element_is_the_same_with_the_cache_and_from_the_whole_prefix(models)
         state.append(generated.positions[:, i], generated.contents[:, i])
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"lookahead": 4}, {"guidance_scale": 2.0}])
+@pytest.mark.parametrize("head", ["position_head", "content_head"])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(head, options):
+    model = make_transformer(grid_sizes=[[2, 2], [4, 4]], num_classes=3, class_dropout=0.1)
+    for parameter in getattr(model, head).parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(ValueError, match="logits are not finite.* load it with dtype=torch.bfloat16 or torch.float32"):
+        model.generate([0, 2], generator=seeded(0), **options)
+
+
 def test_threads_that_sample_from_a_model_in_training_mode_do_not_disturb_each_other():
     model = make_transformer(grid_sizes=[[2, 2], [4, 4]], residual_dropout=0.5)
     expected = model.generate(num_images=2, generator=seeded(0))

@@ -7,7 +7,7 @@ import torch
 from .sequence_dq import DQStream
 
 # What a `StreamState` has of every image.
-ROWS = ("labels", "taken", "codes", "fine_grain_map", "granularity", "start_is_next", "finished", "lengths")
+ROWS = ("labels", "taken", "codes", "fine_grain_map", "granularity", "start_is_next", "finished", "finite", "lengths")
 
 
 class StreamState:
@@ -48,6 +48,7 @@ class StreamState:
         self.granularity = torch.zeros_like(labels)  # of the next element
         self.start_is_next = torch.ones_like(labels, dtype=torch.bool)
         self.finished = torch.zeros_like(self.start_is_next)
+        self.finite = ~self.finished  # whether all logits so far were
         self.lengths = torch.zeros_like(labels)
         # Contents, positions and granularities (3, B, L) of all elements; with a column for what comes after the end.
         padding = torch.stack([self.lengths + token for token in layout.padding])
@@ -93,6 +94,11 @@ class StreamState:
 
     def steer(self, logits):
         """Position logits (B, V), changed by what is known of the stream; here nothing is."""
+        return logits
+
+    def watch(self, logits):
+        """The logits (B, ..., V), once `finite` knows of them."""
+        self.finite &= logits.isfinite().flatten(1).all(1)
         return logits
 
     def append(self, positions, contents):

@@ -154,7 +154,7 @@ class DQSamplingMixin:
                 position_top_p, guidance_scale, fine_positions.
 
         Raises:
-            TypeError, ValueError: arguments of another type or range.
+            TypeError, ValueError: arguments of another type or range, or weights whose logits are not finite.
         """
         check_count("num_images", num_images)
         check_count("num_candidates", num_candidates)

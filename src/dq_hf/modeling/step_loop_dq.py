@@ -43,7 +43,7 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
     if compiled:
         compiled_step = torch.compile(step, **compile_config.to_dict())
     for i in range(1, most_elements):
-        if (state.finished if compiled else state.positions_are_fixed()).all():  # waits for the device
+        if is_over(state.finished if compiled else state.positions_are_fixed(), state):
             break
         step(model, state, places[i - 1 : i], source, source.inputs(i), stacks, hidden, guidance_scale)
         step = compiled_step  # the first step is not compiled: it makes the caches' buffers
@@ -52,6 +52,17 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
         yield from fixed_steps(
             model, state, source, stacks, condition.prefix_length, hidden, guidance_scale, lookahead
         )
+
+
+def is_over(done, state):
+    """Whether all images are done, (B,) bool; waits for the device. ValueError at logits that were not finite."""
+    done, finite = torch.stack([done.all(), state.finite.all()]).tolist()
+    if not finite:
+        raise ValueError(
+            "the model's logits are not finite, so nothing can be drawn from them: its weights are NaN, or too large for their "
+            "dtype; load it with dtype=torch.bfloat16 or torch.float32"
+        )
+    return done
 
 
 def append_next(model, state, place, source, inputs, stacks, hidden, guidance_scale):
@@ -74,7 +85,7 @@ def next_element(model, elements, places, state, source, inputs, stacks=None, hi
     contents, positions, granularities = elements
     position_stack, content_stack = stacks or (model.position_transformer, model.content_transformer)
     hidden_states = position_stack(model.embed(*with_twin(model, hidden, *elements), places))
-    logits = guide(model.position_head(hidden_states[:, -1]), guidance_scale)
+    logits = state.watch(guide(model.position_head(hidden_states[:, -1]), guidance_scale))
     next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
 
     contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
@@ -82,7 +93,7 @@ def next_element(model, elements, places, state, source, inputs, stacks=None, hi
     granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
     _, positions, granularities = with_twin(model, hidden, contents, positions, granularities)
     hidden_states = hidden_states + model.embed_positions(positions, granularities)
-    logits = guide(model.content_head(content_stack(hidden_states)[:, -1]), guidance_scale)
+    logits = state.watch(guide(model.content_head(content_stack(hidden_states)[:, -1]), guidance_scale))
     allowed = state.allowed_contents(next_positions)
     return next_positions, source.choose(CONTENT, logits, allowed, inputs)
 
@@ -100,7 +111,7 @@ def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidan
     if lookahead > 1:  # each image reads those of its own place
         inputs = [source.inputs(rest.first + target) for target in range(rest.length)]
         inputs = None if inputs[0] is None else torch.stack(inputs, dim=2)  # (2, B, length)
-    while not rest.only_ends():  # waits for the device
+    while not is_over(rest.has_all_codes, state):
         targets = rest.targets
         guesses, positions, next_positions = rest.elements(targets)
         any_start = rest.num_passes == 0  # later ones have codes before their targets
@@ -116,7 +127,7 @@ def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidan
         hidden_states = position_stack(model.embed(*elements, places, finest=True), window=window)
         hidden_states = hidden_states + model.embed_positions(following, elements[2], finest=True)
         hidden_states = content_stack(hidden_states, window=window)
-        logits = guide(model.content_head(hidden_states).flatten(0, 1), guidance_scale)
+        logits = state.watch(guide(model.content_head(hidden_states), guidance_scale)).flatten(0, 1)
         allowed = state.allowed_contents(next_positions).flatten(0, 1)
         rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
         yield state
@@ -138,7 +149,7 @@ def with_twin(model, hidden, contents, positions, granularities, any_start=True)
 
 
 def guide(logits, scale):
-    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, V) of both conditions to (B, V). Scale 1: as they are."""
+    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, ..., V) of both conditions to (B, ..., V). Scale 1: as they are."""
     if scale == 1:
         return logits
     conditional, unconditional = logits.float().chunk(2)
@@ -190,9 +201,10 @@ class FixedPart:
         before = [column.gather(1, targets) for column in (self.contents, self.positions)]
         return *before, self.positions.gather(1, targets + 1)
 
-    def only_ends(self):
-        """Whether all codes have come."""
-        return bool((self.done >= self.num_codes).all())
+    @property
+    def has_all_codes(self):
+        """Of which images all codes have come, (B,) bool."""
+        return self.done >= self.num_codes
 
     def accept(self, targets, guesses, chosen):
         """Write what a pass has chosen for its targets (B, L) given guesses (B, L), as far as these were right."""
