@@ -2,7 +2,7 @@
 
     python benchmarks/dynamic_vs_fixed/evidence.py          # brings docs/evidence-tables.md up to date; seconds
 
-Conditions without a finished run have no row, and without a finished generator there is no table of generators.
+Conditions without a finished run have no row, and a folder without tokenizers, or generators, no table of them.
 
 The fair opponent of a tokenizer with 127 codes on average is none with 64 and none with 256: it is the fixed-length curve
 at 127 codes, linear in the logarithm of the number of codes (or bits) between its measured points.
@@ -84,26 +84,25 @@ def main(args):
         tokenizers = [result for result in results if result["condition"] in CONDITIONS]
         generators = [result for result in results if result["condition"] in GENERATORS]
         runs = by_row(tokenizers)
-        plot = Path(args.images_dir, f"dynamic_vs_fixed-{folder.name}.png")
-        plot_curves(runs, plot, measured_rates(runs), MEASURES)
         if folder.name == HEADLINE:
             plot_curves(runs, Path(args.images_dir, "dynamic_vs_fixed.png"), ["codes"], PER_IMAGE)
-        parts = [
-            f"{describe(tokenizers, groups)}",
-            rates_table(runs),
-            claim_table(runs, groups),
-            f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})",
-        ]
-        write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(parts))
+        if tokenizers:
+            plot = Path(args.images_dir, f"dynamic_vs_fixed-{folder.name}.png")
+            plot_curves(runs, plot, measured_rates(runs), MEASURES)
+            parts = [
+                f"{describe(tokenizers, groups)}",
+                rates_table(runs),
+                claim_table(runs, groups),
+                f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})",
+            ]
+            write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(parts))
         if generators:
-            write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators, runs))
+            write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators))
 
 
 def describe(results, groups):
     """What all runs have in common, in a sentence; `ValueError` as of `check_comparable`."""
     check_comparable(results, ("data_sha256", "steps", "batch_size", "learning_rate"))
-    if not results:
-        return "No run is finished yet."
     versions = sorted({f"torch {result['versions']['torch']}" for result in results})
     return (
         f"{results[0]['steps']} steps of {results[0]['batch_size']} images; {len(groups)} held-out images in "
@@ -258,11 +257,10 @@ def bootstrap(differences, groups, num_resamples=NUM_RESAMPLES, seed=0):
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
-def generators_table(results, runs):
+def generators_table(results):
     """What every generator reaches in the same time, means over the seeds and their range.
 
-    "–" stands for a tokenizer without results of the same seeds, and for what an older run did not measure. `ValueError` as of
-    `check_comparable`.
+    "–" stands for what an older run did not measure. `ValueError` as of `check_comparable`.
     """
     check_comparable(results, ("data_sha256", "seconds", "batch_size", "learning_rate", "samples"))
     head = [
@@ -282,26 +280,25 @@ def generators_table(results, runs):
         values = [result for result in results if result["condition"] == name]
         if not values:
             continue
-        floor = runs.get((tokenizer, "own"), {})
-        whole = all(result["seed"] in floor for result in values)
         columns = [
             ([result["held_out"]["elements"] for result in values], ".1f"),
             ([result["num_parameters"] for result in values], ",.0f"),
             ([result["steps"] for result in values], ",.0f"),
             ([np.mean(result["held_out"]["nats"]) for result in values], ".1f"),
-            ([result["held_out"]["FD-EffLite0"] for result in values], ".1f"),
-            ([floor[result["seed"]]["frechet"] for result in values] if whole else [], ".1f"),
-            *((share_of_samples(values, name), ".2f") for name in ("precision", "recall")),
+            (measured(values, "FD"), ".1f"),
+            (measured(values, "tokenizer-FD"), ".1f"),
+            (measured(values, "precision"), ".2f"),
+            (measured(values, "recall"), ".2f"),
             ([result["held_out"]["seconds_per_sample"] for result in values], ".3f"),
         ]
         lines.append([name, tokenizer, *(spread(*column) for column in columns), f"{len(values)} of {NUM_SEEDS}"])
     return markdown(lines)
 
 
-def share_of_samples(results, name):
-    """Precision or recall of generators; none if one was run before they were measured."""
-    shares = [result["held_out"].get(f"{name}-EffLite0") for result in results]
-    return [] if None in shares else shares
+def measured(results, name):
+    """A figure of generators by EfficientNet-Lite0; none if one was run before it was measured."""
+    figures = [result["held_out"].get(f"{name}-EffLite0") for result in results]
+    return [] if None in figures else figures
 
 
 def spread(values, form):

@@ -13,6 +13,7 @@ same settings only. `pilot.py` is how the learning rates and the number of steps
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -53,7 +54,9 @@ class Arguments:
     steps: int = field(default=6000, metadata={"help": "optimizer steps of a tokenizer"})
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of a tokenizer"})
     device: str = field(default="cpu", metadata={"help": "where models are trained and measured"})
-    seconds: float = field(default=120.0, metadata={"help": "CPU time of training a generator"})
+    seconds: float = field(
+        default=120.0, metadata={"help": "time of training a generator, counted by stage_2.SECONDS_A_STEP"}
+    )
     samples: int = field(default=384, metadata={"help": "images that a generator samples"})
     images: int | None = field(default=None, metadata={"help": "the first images of each split only; none: all"})
     smoke: bool = field(default=False, metadata={"help": "everything tiny, from the start, in <work_dir>/smoke"})
@@ -136,7 +139,8 @@ def run_generator(args, data, images, name, seed):
 
     def train():
         vae, codes, grain_maps = parts()
-        return stage_2.train(codes, grain_maps, vae.config.codebook_size, seed, args.seconds)
+        steps = math.ceil(args.seconds / stage_2.SECONDS_A_STEP[name])
+        return stage_2.train(codes, grain_maps, vae.config.codebook_size, seed, steps)
 
     def make(facts):
         vae, codes, grain_maps = parts()
