@@ -132,11 +132,11 @@ def make_batch(name, model, args):
     if name == "tokenizer":
         height, width = model.config.image_height_width
         return {"pixel_values": torch.rand(args.train_batch, 3, height, width, device=args.device) * 2 - 1}
-    coarse, fine = model.config.grid_sizes
-    shape = dict(device=args.device)
+    regions = args.train_batch, *model.config.grid_sizes[0]
+    codes = torch.randint(model.config.codebook_size, regions, device=args.device)
     return {
-        "codes": torch.randint(model.config.codebook_size, (args.train_batch, *fine), **shape),
-        "grain_map": torch.randint(2, (args.train_batch, *coarse), **shape),
+        "codes": codes.repeat_interleave(2, 1).repeat_interleave(2, 2),  # one in each region, as coarse ones have
+        "grain_map": torch.randint(2, regions, device=args.device),
     }
 
 

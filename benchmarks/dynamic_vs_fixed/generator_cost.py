@@ -2,7 +2,7 @@
 
     python benchmarks/dynamic_vs_fixed/generator_cost.py
 
-On real grain maps (the entropy router's need no training) with random codes.
+On the grain maps that a trained tokenizer gives, too, for the entropy router learns nothing; the codes are untrained.
 """
 
 import statistics
@@ -47,7 +47,6 @@ def training(tokenizer, images):
     if condition.router == "entropy":
         calibrate(vae, images.split(256), condition.shares)
     codes, grain_maps = stage_2.encode(vae, images)
-    codes = torch.randint(vae.config.codebook_size, codes.shape)
     model = stage_2.make_model(codes, grain_maps, vae.config.codebook_size).train()
     optimizer = torch.optim.AdamW(model.parameters(), stage_2.LEARNING_RATE)
     for rows in stage_2.batches_of_similar_length(grain_maps, seed=0):

@@ -124,6 +124,14 @@ def test_the_generator_prior_of_three_granularities_and_of_no_class():
     assert len(read_file(data)[1]) <= 1.02 * bits / 8 + 2
 
 
+def test_a_generator_whose_logits_are_not_finite_writes_nothing():
+    transformer = make_transformer()
+    torch.nn.init.constant_(transformer.content_head.projection.weight, torch.nan)
+    model = DQForImageGeneration.from_models(used(make_vae()), transformer).eval()
+    with pytest.raises(ValueError, match="logits are not finite"):
+        compress(model, picture(5), prior="generator")
+
+
 def test_a_tokenizer_alone_reads_what_a_pipeline_wrote_with_the_static_prior(vae, model):
     data = compress(DQPipeline(vae=vae, transformer=model.transformer), picture(1))
     assert data == compress(vae, picture(1)) == compress(model, np.array(picture(1)))

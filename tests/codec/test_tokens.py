@@ -112,3 +112,14 @@ def test_other_inputs_are_refused():
         DQTokens(CONFIGS[2]).to_tokens({"codes": torch.zeros(1, 8, 8)})
     with pytest.raises(ValueError, match="at least one"):
         DQTokens(CONFIGS[2]).to_tokens([])
+    codes, grain_map = torch.zeros(1, 2, 2).long(), torch.zeros(1, 1, 1).long()
+    for change, error, message in (
+        ({"codes": torch.zeros(1, 4, 4).long()}, ValueError, r"codes must have shape \(1, 2, 2\)"),
+        ({"codes": torch.zeros(2, 2, 2).long()}, ValueError, r"codes must have shape \(1, 2, 2\)"),
+        ({"codes": codes + 16}, ValueError, "codes must lie in 0 ... 15"),
+        ({"codes": codes + 0.5}, TypeError, "codes must be a tensor of integers"),
+        ({"grain_map": grain_map + 2}, ValueError, "grain_map must lie in 0 ... 1"),
+        ({"codes": torch.arange(4).view(1, 2, 2)}, ValueError, "codes differ within a cell"),
+    ):
+        with pytest.raises(error, match=message):
+            DQTokens(CONFIGS[2]).to_tokens({"codes": codes, "grain_map": grain_map} | change)

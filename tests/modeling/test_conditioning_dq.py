@@ -173,6 +173,15 @@ def test_training_hides_texts_and_all_of_the_prefix_learns():
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_what_stands_in_a_slot_without_a_token_reaches_no_gradient():
+    model = make_transformer(**TEXT)
+    codes, grain_map = images(model, 1)
+    states, mask = torch.ones(1, 3, SIZE), torch.tensor([[1, 1, 0]])
+    states[0, 2] = torch.nan
+    model(codes, grain_map, None, states, mask).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.text_prefix.parameters())
+
+
 def test_saved_and_loaded_again_it_is_the_same_model(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = DQTransformerForImageGeneration.from_pretrained(tmp_path)
@@ -191,6 +200,7 @@ def test_saved_and_loaded_again_it_is_the_same_model(model, tmp_path):
         (torch.ones(1, LENGTH + 1, SIZE), None, ValueError, "T at most text_length 5"),
         (torch.ones(1, 2, SIZE), torch.ones(1, 3), ValueError, "encoder_attention_mask must have shape"),
         (torch.ones(2, 2, SIZE), None, ValueError, "one text or of one for each of 3 images"),
+        (None, torch.ones(3, 2), ValueError, "encoder_attention_mask is of encoder_hidden_states: give both"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(states, mask, error, message):

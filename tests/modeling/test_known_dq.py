@@ -77,6 +77,15 @@ def test_a_prescribed_grain_map_is_that_of_the_image(models, kind, seed):
     assert torch.equal(one_for_all.codes[0], drawn.codes[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_on_the_way_are_whole_also_with_candidates(models, kind):
+    model = models[kind]
+    _, grain_map = random_images(model.config, 2, 0)
+    for state in model.generate_steps(grain_map=grain_map, num_candidates=3, generator=seeded(0)):
+        assert len(state.allowed_positions()) == len(state.known) == len(state.codes) == 2
+    assert torch.equal(state.grids()[1], state.known.grain_map.view_as(grain_map))
+
+
 @pytest.mark.parametrize("kind", [name for name in KINDS if name != "one granularity"])
 @settings(max_examples=6)
 @given(seed=SEEDS, share=st.floats(0, 1), known_share=st.floats(0, 1), greedy=st.booleans())

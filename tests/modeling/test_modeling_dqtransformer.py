@@ -8,7 +8,7 @@ from slow_sampling import SlowTransformer
 from transformers import CompileConfig
 
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, Replay, own_generators, uniform_numbers
+from dq_hf.modeling.generation_dq import Draw, Replay, evaluation_mode, own_generators, uniform_numbers
 from dq_hf.modeling.sampling_options_dq import SamplingOptions
 from dq_hf.modeling.step_loop_dq import CONTENT, POSITION, next_element
 
@@ -546,6 +546,38 @@ def test_threads_that_sample_from_a_model_in_training_mode_do_not_disturb_each_o
     for result in results:
         assert_same_images(result, expected)
     assert model.training and all(module.training for module in model.modules())
+
+
+def test_whoever_stops_asking_for_steps_leaves_the_model_in_its_mode():
+    model = make_transformer(grid_sizes=[[2, 2], [4, 4]], residual_dropout=0.5)
+    expected = model.generate(generator=seeded(0))
+    model.train()
+    steps = model.generate_steps(generator=seeded(0))
+    next(steps)
+    assert model.training and all(module.training for module in model.modules())
+    assert_same_images(model.generate(generator=seeded(0)), expected)
+    model.eval()
+    steps.close()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_mode_that_is_changed_while_another_samples_does_not_reach_its_images():
+    model = make_transformer(residual_dropout=0.5).eval()
+    with evaluation_mode(model):
+        model.train()
+        with evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+@torch.no_grad()
+def test_codes_that_do_not_belong_to_the_grain_map_are_refused(models):
+    model = models["unconditional"]
+    codes, grain_map, _ = toy_batch(model)
+    codes = codes.roll(1, 2)
+    for door in (model, model.log_prob, model.pack):
+        with pytest.raises(ValueError, match="codes differ within a cell of grain_map's granularity"):
+            door(codes, grain_map)
 
 
 def test_a_model_without_a_hidden_condition_has_no_twin(models):

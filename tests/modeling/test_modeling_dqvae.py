@@ -471,6 +471,16 @@ BAD_QUANTIZED = [
 ]
 
 
+@pytest.mark.parametrize("part", ["encoder", "quant_conv"])
+def test_features_that_are_not_finite_have_no_codes(part):
+    model = make_vae()
+    for parameter in getattr(model, part).parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    for method in (model.encode, model):
+        with pytest.raises(ValueError, match="not finite.* load it with dtype=torch.bfloat16 or torch.float32"):
+            method(IMAGES)
+
+
 @pytest.mark.parametrize(("images", "error", "message"), BAD_IMAGES)
 def test_encode_refuses_bad_images(tiny_vae, images, error, message):
     for method in (tiny_vae.encode, tiny_vae):

@@ -144,6 +144,16 @@ def test_training_reaches_the_text_encoder_and_losses_are_those_of_its_states(ki
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
+def test_a_mask_must_be_that_of_the_texts_that_are_given():
+    model = make_model()
+    pixel_values = torch.zeros(1, 3, 8, 8)
+    input_ids, mask = tokenize(model.tokenizer, PROMPTS[:1], LENGTH)
+    with pytest.raises(ValueError, match="that of input_ids is attention_mask"):
+        model(pixel_values, input_ids=input_ids, encoder_attention_mask=mask)
+    with pytest.raises(ValueError, match="attention_mask is of input_ids: give both"):
+        model(pixel_values, attention_mask=mask)
+
+
 def test_texts_for_a_model_without_them_are_refused():
     class_model = DQForImageGeneration.from_models(make_vae(), make_transformer(num_classes=3))
     with pytest.raises(ValueError, match=r"prompt is for a model with text; this one takes class_labels .* 0 ... 2"):

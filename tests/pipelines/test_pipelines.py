@@ -538,4 +538,9 @@ def test_the_interfaces_of_a_diffusers_pipeline(pipe):
     there = stopped.codes >= 0
     assert 0 < there.sum() < there.numel() and torch.equal(stopped.codes[there], whole.codes[there])
     assert stopped.images.shape == whole.images.shape
+    side = whole.codes.shape[1] // whole.grain_maps.shape[1]
+    expected = whole.grain_maps.where(there[:, ::side, ::side], -1)
+    assert torch.equal(stopped.grain_maps, expected)
+    stopped = pipe(class_labels=[0], generator=seeded(6), output_type="codes", callback_on_step_end=stop_early)
+    assert torch.equal(stopped.images, stopped.codes) and (stopped.codes < 0).any()
     assert pipe(class_labels=[0], generator=seeded(6)).codes.equal(whole.codes)  # and the next call is whole again

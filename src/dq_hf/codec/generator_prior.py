@@ -12,6 +12,7 @@ import copy
 import torch
 
 from ..modeling.constraints_dq import StreamState
+from ..modeling.step_loop_dq import check_finite
 from ..modeling.text_dq import encode_prompts
 from .container import GENERATOR
 from .entropy_coder import EntropyDecoder, EntropyEncoder
@@ -38,6 +39,7 @@ class Decode:
 
 def frequencies(logits):
     """Whole numbers from 1 to 2^20, (V,) numpy, of logits (V,) float64."""
+    check_finite(logits.isfinite().all())
     return torch.round((logits - logits.max()).exp() * MOST_FREQUENT).mul(UNIT).clamp(min=1).numpy()
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from transformers import BatchEncoding
 
-from ..modeling.grain_map_dq import expand_grain_map
+from ..modeling.grain_map_dq import check_cells, expand_grain_map
 from ..modeling.modeling_dqvae import DQVAEEncoderOutput
+from ..modeling.modeling_utils_dq import check_indices
 from .static_prior import first_cells
 
 PAD, START, ROW, END = range(4)
@@ -47,9 +48,12 @@ class DQTokens:
             input_ids (B, L); attention_mask (B, L), 0 where there is padding; not folded also granularities (B, L) of codes
             and grain map, and positions (B, L, 2): row and column on the finest grid of the first cell of what a token
             stands for. Both are 0 for special tokens.
+
+        Raises:
+            TypeError, ValueError: no codes or grain map, or of another type, shape or range, or that do not belong together.
         """
         is_one = hasattr(encoded, "keys") or not isinstance(encoded, Iterable)
-        images = [image for each in ([encoded] if is_one else encoded) for image in zip(*grids_of(each))]
+        images = [image for each in ([encoded] if is_one else encoded) for image in zip(*self._grids(each))]
         if not images:
             raise ValueError("encoded must hold at least one image, got none")
         columns = [self._columns(codes, grain_map) for codes, grain_map in images]
@@ -82,6 +86,16 @@ class DQTokens:
         """
         *_, (allowed, _) = self._read(torch.as_tensor(tokens).tolist(), shape)
         return [token for part in allowed for token in part]
+
+    def _grids(self, encoded):
+        """Codes (B, H, W) and grain maps (B, h, w) of one output or row, checked."""
+        codes, grain_map = grids_of(encoded)
+        grain_map = check_indices("grain_map", grain_map, (None, None, None), self.num_granularities, "cpu")
+        batch, *regions = grain_map.shape
+        grid = [side * 2 ** (self.num_granularities - 1) for side in regions]
+        codes = check_indices("codes", codes, (batch, *grid), self.codebook_size, "cpu")
+        check_cells(codes, grain_map, self.num_granularities)
+        return codes, grain_map
 
     def _columns(self, codes, grain_map):
         """Columns of one image: ids (L,), ones (L,), granularities (L,), positions (L, 2)."""
@@ -176,7 +190,7 @@ class DQTokens:
 def grids_of(encoded):
     """Codes (B, H, W) and grain maps (B, h, w) of one output or row; TypeError where they are missing."""
     try:
-        grids = [torch.as_tensor(encoded[name]).long().cpu() for name in ("codes", "grain_map")]
+        grids = [torch.as_tensor(encoded[name]) for name in ("codes", "grain_map")]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise TypeError(
             "encoded must have codes and grain_map, as DQVAEModel.encode gives them, or be a list of such"

@@ -138,6 +138,7 @@ class TextPrefix(nn.Module):
         missing = self.length - hidden_states.shape[1]
         hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing))
         mask = nn.functional.pad(attention_mask.to(hidden_states.device), (0, missing))[..., None] > 0
+        hidden_states = hidden_states.where(mask, 0)  # else what is not finite there would reach the gradients
         return torch.where(mask, self.projection(self.norm(hidden_states)), self.empty())
 
     def empty(self):

@@ -136,6 +136,7 @@ class StreamState:
         chosen = copy.copy(self)
         for name in ROWS:
             setattr(chosen, name, getattr(self, name)[rows])
+        chosen.ascending = None if self.ascending is None else self.ascending[rows]
         chosen.elements = self.elements[:, rows]
         chosen.last = tuple(column[rows] for column in self.last)
         return chosen

@@ -213,8 +213,13 @@ class DQSamplingMixin:
     @torch.no_grad()
     def run_steps(self, *arguments):
         """`generation_steps`, in evaluation mode and without gradients, neither of which reaches the caller."""
-        with evaluation_mode(self):
-            yield from generation_steps(self, *arguments)
+        steps = generation_steps(self, *arguments)
+        while True:
+            with evaluation_mode(self):  # not while the caller has the state, who may never ask for the next
+                state = next(steps, None)
+            if state is None:
+                return
+            yield state
 
     @torch.no_grad()
     def keep_candidates(self, steps, condition, uniforms):
@@ -276,11 +281,12 @@ def evaluation_mode(model):
     Threads that sample from one model in training mode do not disturb each other.
     """
     with _MODES:
-        holders, training = model.__dict__.get("_evaluation_mode", (0, None))
-        if holders == 0:
-            training = [module for module in model.modules() if module.training]
+        holders, training = model.__dict__.get("_evaluation_mode", (0, []))
+        if more := [
+            module for module in model.modules() if module.training
+        ]:  # of a holder's time: set by someone else
             model.eval()
-        model.__dict__["_evaluation_mode"] = (holders + 1, training)
+        model.__dict__["_evaluation_mode"] = (holders + 1, training + more)
     try:
         yield
     finally:

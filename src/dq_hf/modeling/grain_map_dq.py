@@ -107,6 +107,13 @@ def top_left_cells(fine_grain_map, num_granularities):
     return (rows - rows % side) * width + columns - columns % side
 
 
+def check_cells(codes, grain_map, num_granularities):
+    """Raise ValueError unless codes (B, H, W) are those of the grain maps (B, h, w): one in each cell."""
+    cells = top_left_cells(expand_grain_map(grain_map, num_granularities), num_granularities).flatten(1)
+    if (codes.flatten(1) != codes.flatten(1).gather(1, cells)).any():
+        raise ValueError("codes differ within a cell of grain_map's granularity; encode the image with this grain_map")
+
+
 def count_codes(grain_map):
     """Codes of each image, (B,) long: 4^g for a region of granularity g."""
     return (4**grain_map).flatten(1).sum(1)

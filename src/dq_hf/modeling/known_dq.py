@@ -3,13 +3,13 @@
 Editing gives the codes and the grain map of what stays, steering a grain map or a share of fine regions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from .constraints_dq import StreamState
-from .grain_map_dq import check_shares, expand_grain_map, share_counts, top_left_cells
+from .grain_map_dq import check_cells, check_shares, expand_grain_map, share_counts
 from .modeling_utils_dq import check_indices
 
 UNKNOWN = -1  # in codes and grain maps: the model decides
@@ -75,14 +75,10 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
     if len(codes) not in (1, len(grain_map)):
         raise ValueError(f"codes must be of one image or of each of {len(grain_map)} grain maps, got {len(codes)}")
     codes = codes.expand(len(grain_map), -1, -1)
-    fine_grain_map = expand_grain_map(grain_map, num_granularities)
-    if ((codes != UNKNOWN) & (fine_grain_map == UNKNOWN)).any():
+    if ((codes != UNKNOWN) & (expand_grain_map(grain_map, num_granularities) == UNKNOWN)).any():
         raise ValueError("codes are known only with their granularities: grain_map is -1 where codes are not")
-    cells = top_left_cells(fine_grain_map.clamp(min=0), num_granularities).flatten(1)
-    codes = codes.flatten(1)
-    if (codes != codes.gather(1, cells)).any():
-        raise ValueError("codes differ within a cell of grain_map's granularity; encode the image with this grain_map")
-    grain_map = grain_map.flatten(1)
+    check_cells(codes, grain_map.clamp(min=0), num_granularities)
+    codes, grain_map = codes.flatten(1), grain_map.flatten(1)
     if fine_ratio is None:
         return Known(codes, grain_map)
     shares = check_shares("fine_ratio", fine_ratio, num_granularities)
@@ -125,6 +121,12 @@ class KnownState(StreamState):
         super().__init__(layout, labels, fixed_fine_positions, ascending=known.anything)
         self.known = known
         self.order = self.tables.rank.argsort(1)  # (K, F): cells in the training order
+
+    def select(self, rows):
+        """As in `StreamState`."""
+        chosen = super().select(rows)
+        chosen.known = replace(self.known, codes=self.known.codes[rows], grain_map=self.known.grain_map[rows])
+        return chosen
 
     def allowed_positions(self):
         """As in `StreamState`, of those what agrees with what is known."""

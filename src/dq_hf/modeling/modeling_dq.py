@@ -261,7 +261,13 @@ class DQForImageGeneration(HubMixin, ComposedModel):
                 raise ValueError("give input_ids or encoder_hidden_states, not both")
             if self.text_encoder is None:
                 raise ValueError("input_ids need a text encoder, and this model has none: give encoder_hidden_states")
+            if encoder_attention_mask is not None:
+                raise ValueError(
+                    "encoder_attention_mask is of encoder_hidden_states; that of input_ids is attention_mask"
+                )
             encoder_hidden_states, encoder_attention_mask = encode_tokens(self.text_encoder, input_ids, attention_mask)
+        elif attention_mask is not None:
+            raise ValueError("attention_mask is of input_ids: give both; that of the states is encoder_attention_mask")
         outputs = dict(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )

@@ -16,6 +16,7 @@ from .conditioning_dq import Condition, TextPrefix, class_condition
 from .configuration_dqtransformer import DQTransformerConfig
 from .constraints_dq import StreamState
 from .generation_dq import DQSamplingMixin
+from .grain_map_dq import check_cells
 from .hub_dq import HubMixin
 from .known_dq import KnownState
 from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights, precise
@@ -285,6 +286,8 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         grain_map = check_indices(
             "grain_map", grain_map, (batch, *self.config.grid_sizes[0]), len(self.config.grid_sizes), device
         )
+        if not torch.compiler.is_compiling():
+            check_cells(codes, grain_map, len(self.config.grid_sizes))
         return codes, grain_map
 
     def unpack(self, contents, positions, lengths):
@@ -329,6 +332,10 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
                     "this model was trained without text (text_length None): leave out encoder_hidden_states"
                 )
             return class_condition(class_labels, batch, self.config, self.input_device)
+        if any(states is None and mask is not None for states, mask in texts):
+            raise ValueError(
+                "encoder_attention_mask is of encoder_hidden_states: give both; likewise the negative ones"
+            )
         prefixes = [
             self.text_prefix.empty()[None] if states is None else self.text_prefix(states, mask)
             for states, mask in texts

@@ -236,7 +236,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
             return_dict: False gives a tuple, as in transformers and diffusers.
 
         Raises:
-            TypeError, ValueError: an input of another type, shape or range.
+            TypeError, ValueError: an input of another type, shape or range, or weights whose features are not finite.
         """
         pixel_values = self._check_pixel_values(pixel_values)
         num_granularities = len(self.config.granularities)
@@ -256,7 +256,13 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
         cell_weights = self.cell_weights(fine_grain_map)
         top_left = top_left_cells(fine_grain_map, num_granularities)
         learn = self.quant_conv.weight.requires_grad  # else the codebook would leave the vectors that it stands for
-        quantizer_output = self.quantizer(self.quant_conv(hidden_states), cell_weights, top_left, learn)
+        vectors = self.quant_conv(hidden_states)
+        if not (self.training or torch.compiler.is_compiling() or torch.isfinite(vectors).all()):
+            raise ValueError(
+                "the encoder's features are not finite, so they have no codes: its weights are NaN, or too large for their "
+                "dtype; load it with dtype=torch.bfloat16 or torch.float32"
+            )
+        quantizer_output = self.quantizer(vectors, cell_weights, top_left, learn)
         output = DQVAEEncoderOutput(
             codes=quantizer_output.codes,
             grain_map=routed.grain_map,

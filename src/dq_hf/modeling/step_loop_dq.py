@@ -57,12 +57,17 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
 def is_over(done, state):
     """Whether all images are done, (B,) bool; waits for the device. ValueError at logits that were not finite."""
     done, finite = torch.stack([done.all(), state.finite.all()]).tolist()
+    check_finite(finite)
+    return done
+
+
+def check_finite(finite):
+    """Raise ValueError unless a model's logits were finite."""
     if not finite:
         raise ValueError(
-            "the model's logits are not finite, so nothing can be drawn from them: its weights are NaN, or too large for their "
-            "dtype; load it with dtype=torch.bfloat16 or torch.float32"
+            "the model's logits are not finite, so they say nothing of what comes: its weights are NaN, or too large for "
+            "their dtype; load it with dtype=torch.bfloat16 or torch.float32"
         )
-    return done
 
 
 def append_next(model, state, place, source, inputs, stacks, hidden, guidance_scale):

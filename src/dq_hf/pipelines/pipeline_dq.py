@@ -124,8 +124,8 @@ class DQPipeline(DiffusionPipeline):
             output_type: "pil", "np", "pt" or "codes" (nothing is decoded).
             return_dict: False gives a tuple (images, codes, grain_maps) instead of a `DQPipelineOutput`.
             callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every pass (with
-                lookahead 1, every element of the streams). It may look, and stop by `pipeline._interrupt = True`: codes that are still to come are then
-                -1, and the image is decoded with zeros in their place. Tensors that it returns must be those that it got.
+                lookahead 1, every element of the streams). It may look, and stop by `pipeline._interrupt = True`: codes and
+                granularities that are still to come are then -1, and the image is decoded with zeros in their place. Tensors that it returns must be those that it got.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
                 the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,). A
                 `PipelineCallback` of diffusers says by itself what it gets.
@@ -273,17 +273,18 @@ class DQPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, state, output_type="pil") -> DQPipelineOutput:
-        """The images of a `StreamState`, as far as it has come; codes that are still to come are -1."""
+        """The images of a `StreamState`, as far as it has come; where nothing has come yet, codes and grain map are -1."""
         codes, grain_map = state.grids()
         taken = state.taken.view_as(codes) if self.interrupt else None
-        images = codes
         if output_type != "codes":
             bring_to_device(self.vae)
             with evaluation_mode(self.vae):
                 sample = self.vae.decode_each(codes, taken).sample
             images = self.image_processor.post_process(sample, output_type)
-        codes = codes if taken is None else codes.where(taken, -1)
-        return DQPipelineOutput(images=images, codes=codes, grain_maps=grain_map)
+        if taken is not None:
+            side = codes.shape[1] // grain_map.shape[1]
+            codes, grain_map = codes.where(taken, -1), grain_map.where(taken[:, ::side, ::side], -1)
+        return DQPipelineOutput(images=codes if output_type == "codes" else images, codes=codes, grain_maps=grain_map)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the folder that `DQForImageGeneration.save_pretrained` saves: one folder serves both libraries."""
