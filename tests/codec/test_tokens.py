@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_vae, seeded
+from conftest import make_transformer, make_vae, seeded
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dq_hf import DQForImageGeneration
 from dq_hf.codec import DQTokens
 from dq_hf.modeling.grain_map_dq import expand_grain_map, top_left_cells
 from dq_hf.modeling.modeling_dqvae import DQVAEEncoderOutput
@@ -92,6 +93,18 @@ def test_what_is_no_image_is_named(ids, message):
 def test_what_follows_the_end_is_not_read(rest):
     (image,) = DQTokens(CONFIGS[2]).from_tokens(torch.tensor([[1, 4, 2, 11, 3, *rest]]))
     assert image.grain_map.tolist() == [[[0]]]
+
+
+def test_sequences_of_different_lengths_are_taken():
+    tokens = DQTokens(CONFIGS[2])
+    short, long = [1, 4, 2, 11, 3], [1, 5, 2, 22, 23, 24, 25, 3]
+    assert [image.grain_map.item() for image in tokens.from_tokens([short, torch.tensor(long)])] == [0, 1]
+    assert [image.grain_map.item() for image in tokens.from_tokens(short)] == [0]
+
+
+def test_the_configuration_of_a_whole_model_has_the_tokenizers():
+    whole = DQForImageGeneration.from_models(make_vae(), make_transformer())
+    assert DQTokens(whole.config).vocab_size == DQTokens(CONFIGS[2]).vocab_size
 
 
 def test_a_table_of_images_of_several_sizes_is_taken_as_its_rows_are():

@@ -181,6 +181,9 @@ def test_generate_takes_prompts_in_turn(run, place, text_model):
     expected = [pixels(image).tolist() for image in images]
     assert cells("a.png", 2, 4) == cells("b.png", 2, 4) == expected
     run("draw", "order", *options, *given, "--seconds", 0.2, "order.gif")
+    (place / "prompts.txt").write_text("sun\n" * 18)
+    run("generate", "--model", text_model, "--prompts-file", "prompts.txt", "--output-dir", "many")  # each of them
+    assert len(list((place / "many").iterdir())) == 18
 
 
 def test_generate_refuses_prompts_that_cannot_be(refused, place, text_model):
@@ -250,6 +253,7 @@ def test_force_overwrites(run, place):
         (["--seed", "18446744073709551616"], "seed must lie in 0 ... 18446744073709551615, got 18446744073709551616"),
         (["--seed", "-1"], "seed must lie in 0 ... 18446744073709551615, got -1"),
         (["-n", "0"], "--num-images must be at least 1, got 0"),
+        (["-n", "1", "--class-label", "sun", "moon"], "-n must be at least 2, for each prompt and class, got 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--lookahead", "0"], "--lookahead must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be 1e-06 or more"),

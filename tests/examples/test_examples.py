@@ -537,11 +537,14 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
         assert re.search(message, refusal(place, f"{STAGE_2} --vae plain/model --output_dir never-begun {arguments}"))
 
 
-def test_a_cache_of_one_split_is_trained_and_measured_on(place, plain):
+def test_a_cache_of_one_split_is_trained_and_measured_on(place, plain, caplog):
     run_here(place, "encode_dataset.py --vae plain/model --data folders --output_dir one-split --test_split none")
     command = f"{STAGE_2} --vae plain/model --codes one-split --test_split train --output_dir one-split-run"
     run_here(place, f"{command} --max_steps 1 --sample_every 1")
     assert math.isfinite(rows_of(place / "one-split-run")[-1]["test_loss"])
+    assert "--test_split has the training split train: its figures are of images that the model learns" in caplog.text
+    card = (place / "one-split-run" / "model" / "README.md").read_text()
+    assert "| training images, split `train` |" in card and "measured on training images of" in card
 
 
 @pytest.mark.parametrize(

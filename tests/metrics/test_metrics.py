@@ -3,6 +3,7 @@
 import math
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import evaluate
@@ -12,6 +13,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 from conftest import in_two_processes
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from slow_metrics import slow_frechet_distance
 
@@ -99,6 +101,24 @@ def test_psnr_is_that_of_scikit_image(images):
     black = torch.full((1, 3, 16, 16), -1.0)
     assert psnr(black, -black).item() == 0
     assert psnr(black, black + 0.2).item() == pytest.approx(20, abs=1e-5)  # a tenth of the peak
+
+
+def test_lists_of_pil_images_are_taken(images):
+    pictures = [[Image.fromarray(each.permute(1, 2, 0).numpy()) for each in batch] for batch in images]
+    assert torch.allclose(psnr(*pictures), psnr(*images))
+    with pytest.raises(ValueError, match="images must have one size, got 8x8, 16x16"):
+        psnr([Image.new("RGB", (8, 8)), Image.new("RGB", (16, 16))], images[1][:2])
+
+
+def test_images_that_seem_to_lie_in_0_to_1_are_told(images):
+    unit = [batch.float() / 255 for batch in images]
+    with pytest.warns(
+        UserWarning, match=r"read as \[-1, 1\], and no value of these is below 0: .* give uint8 or 2 \* x - 1"
+    ):
+        psnr(*unit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        psnr(*map(as_floats, images))
 
 
 def test_ssim_is_that_of_scikit_image(images):

@@ -1,4 +1,5 @@
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -112,6 +113,14 @@ def test_guided_sampling_equals_the_slow_version(models, scale):
     assert_same_as_slow(model, drawn, own_seeds(4, 3), True, guidance_scale=scale)
     greedy = model.generate([0, 1, 2], guidance_scale=scale, do_sample=False, fine_positions="free")
     assert_same_as_slow(model, greedy, [None] * 3, False, guidance_scale=scale)
+
+
+def test_a_guidance_scale_that_weakens_the_class_is_told(models):
+    with pytest.warns(UserWarning, match="guidance_scale 0 weakens class and text, .* 1 means no guidance"):
+        models["guidance"].generate([0], guidance_scale=0, generator=seeded(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models["guidance"].generate([0], guidance_scale=1, generator=seeded(0))
 
 
 class Watched(Replay):

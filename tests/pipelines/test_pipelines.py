@@ -414,6 +414,7 @@ def test_numbers_of_numpy_are_numbers(pipe, task):
         (dict(seed=[0, -1]), ValueError, "seed must lie in 0 ... 18446744073709551615, got -1"),
         (dict(seed=[1]), ValueError, "list of 2, one for each image; got 1"),
         (dict(sead=1), TypeError, "unknown argument.* sead"),
+        (dict(fine_ration=0.5), TypeError, "unknown argument.* fine_ration; did you mean fine_ratio?"),
         (dict(grain_map=torch.zeros(2, 4, 4)), ValueError, "grain_map must be one map .* for all images, got 2"),
         (dict(num_images=3), TypeError, "unknown argument.* num_images"),
         (dict(num_workers=-1), ValueError, "num_workers must be a whole number of at least 0, got -1"),

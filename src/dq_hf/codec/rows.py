@@ -12,7 +12,7 @@ from ..data.codes import row_features
 from ..data.fingerprint import decoding_fingerprint
 from ..data.images import as_pattern
 from ..modeling.image_processing_dq import DQImageProcessor
-from .compress import pad_to_regions
+from .compress import pad_to_regions, parts
 
 BATCH_PIXELS = 2**20  # encoded together: 16 images of 256x256; a larger image is encoded alone
 
@@ -41,7 +41,7 @@ def load_rows(path, vae):
 
     Args:
         path: of the Parquet file.
-        vae: the `DQVAEModel` that is to decode them; one with another encoder may, too.
+        vae: the `DQVAEModel` that is to decode them, or a model with one; one with another encoder may, too.
 
     Raises:
         OSError: no such file.
@@ -55,7 +55,7 @@ def load_rows(path, vae):
             f"{path} is damaged, or no table that names its model ({error}); encode the images again with dq-hf encode "
             "--output"
         ) from error
-    own = decoding_fingerprint(vae)
+    own = decoding_fingerprint(parts(vae)[0])
     if theirs != own:
         raise ValueError(f"{path} holds the codes of another model: fingerprint {theirs}, {name}, got one with {own}")
     return datasets.Dataset.from_parquet(as_pattern(path))

@@ -1,6 +1,7 @@
 """Images as sequences of integers for any sequence model, and back: the tokenizer alone, no class, any size."""
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from transformers import BatchEncoding
@@ -24,13 +25,14 @@ class DQTokens:
     them.
 
     Args:
-        config: `DQVAEConfig`.
+        config: `DQVAEConfig`, or the `DQConfig` of a whole model.
         folded: False: granularity and position apart.
     """
 
     pad_token_id, bos_token_id, eos_token_id = PAD, START, END
 
     def __init__(self, config, folded=True):
+        config = getattr(config, "vae_config", config)
         self.num_granularities = len(config.granularities)
         self.codebook_size = config.codebook_size
         self.folded = folded
@@ -65,14 +67,19 @@ class DQTokens:
         """The images of sequences, a list with codes (1, H, W) and grain map (1, h, w) of each; the inverse of `to_tokens`.
 
         Args:
-            tokens: a batch of `to_tokens`, or `input_ids` (B, L), or those of one image (L,), as `generate` gives them.
-                What follows END is not read.
+            tokens: a batch of `to_tokens`, or `input_ids` (B, L), or those of one image (L,), as `generate` gives them, or a
+                list of sequences of any lengths. What follows END is not read.
 
         Raises:
             ValueError: a sequence that is no image; the message names the sequence and the place.
         """
-        ids = torch.as_tensor(tokens["input_ids"] if hasattr(tokens, "keys") else tokens)
-        return [self._image(row.tolist(), number) for number, row in enumerate(ids.view(-1, ids.shape[-1]))]
+        ids = tokens["input_ids"] if hasattr(tokens, "keys") else tokens
+        if not isinstance(ids, (list, tuple)):
+            ids = torch.as_tensor(ids)
+            ids = ids.view(-1, ids.shape[-1]) if ids.dim() > 0 else [ids]
+        elif all(isinstance(token, Integral) for token in ids):
+            ids = [ids]
+        return [self._image(torch.as_tensor(row).flatten().tolist(), number) for number, row in enumerate(ids)]
 
     def allowed(self, tokens, shape=None):
         """Which tokens may follow, a list: with it as `prefix_allowed_tokens_fn`, all that `generate` samples are images.

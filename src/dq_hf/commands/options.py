@@ -19,7 +19,7 @@ SAMPLING_HELP = {
     "position_temperature": "Draw positions at this temperature, above 0.",
     "position_top_k": "Draw positions from this many of the most likely.",
     "position_top_p": "Draw positions from the most likely that together have this probability.",
-    "guidance_scale": "Strengthen class and prompt by classifier-free guidance, above 1; 1 means none.",
+    "guidance_scale": "Strengthen class and prompt by classifier-free guidance, above 1; 1 means none, and less weakens them.",
 }
 
 
@@ -194,9 +194,9 @@ def add_generation_options(command, num_images):
         "-n",
         "--num-images",
         type=int,
-        default=num_images,
-        help="Generate this many images (default %(default)s).",
+        help=f"Generate this many images (default {num_images}, or one for each prompt and class that is given, if more).",
     )
+    command.set_defaults(default_num_images=num_images)
     command.add_argument(
         "--seed",
         type=int,
@@ -230,11 +230,16 @@ def add_sampling_options(command):
 
 def check_generation(args):
     """Raise ValueError if the number of images, the seed, the lookahead or a sampling option cannot be."""
-    check_at_least_one(num_images=args.num_images, lookahead=args.lookahead)
-    check_seed(args.seed)
-    chosen_sampling(args)
     if args.prompts_file is not None:
         args.prompt = read_prompts(args.prompts_file)
+    num_inputs = max(len(args.prompt or ()), len(args.class_label or ()))
+    if args.num_images is None:
+        args.num_images = max(args.default_num_images, num_inputs)
+    check_at_least_one(num_images=args.num_images, lookahead=args.lookahead)
+    if args.num_images < num_inputs:
+        raise ValueError(f"-n must be at least {num_inputs}, for each prompt and class, got {args.num_images}")
+    check_seed(args.seed)
+    chosen_sampling(args)
 
 
 def read_prompts(path):
@@ -304,7 +309,15 @@ def add_fine_ratio_option(command, text=None):
         "Code this share of the regions finely, from 0 to 1, one share for each granularity but the coarsest (default: the "
         "router decides)."
     )
-    command.add_argument("--fine-ratio", type=float, nargs="+", help=text)
+    command.add_argument("--fine-ratio", type=share, nargs="+", help=text)
+
+
+def share(text):
+    """A number of the command line; what is none may be the name of a file that follows."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; put this option behind the files") from None
 
 
 def fine_ratio(args):

@@ -17,7 +17,7 @@ from .images import as_pattern
 
 INDEX_FILE = "codes.json"
 CAPTIONS = "captions"  # column
-AGAIN = "encode the images again with encode_dataset.py"
+AGAIN = "encode the images again with dq-hf encode --output_dir"
 GROUP_BYTES = 2**23  # of a Parquet file's rows that are held in memory and written together
 
 

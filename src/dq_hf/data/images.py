@@ -40,7 +40,7 @@ def load_images(data, split, image_column="image", streaming=False):
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{data} is damaged: {error.__cause__ or error}") from error
         if split not in splits:
-            raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}")
+            raise ValueError(f"{data} has no split {split!r}; it has {', '.join(splits)}; name another split")
         dataset = splits[split]
     try:
         check_column(dataset, image_column, data)

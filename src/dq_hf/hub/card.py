@@ -216,6 +216,7 @@ def write_model_card(
     repository=None,
     dataset=None,
     test_split=None,
+    held_out=True,
     metrics=None,
     losses=None,
     findings=None,
@@ -236,7 +237,8 @@ def write_model_card(
         repository: "user/name", for the code that shows how to load the model.
         dataset: images that it was trained on: a local folder, or a Hub id, which the header then names.
         test_split: where `metrics` were measured.
-        metrics: {name: value} on held-out images; `TERMS` gives names of the scripts a text and a unit.
+        held_out: False: that split is among the images that it was trained on.
+        metrics: {name: value} on its images; `TERMS` gives names of the scripts a text and a unit.
         losses: {name: value} of the last training steps, likewise.
         findings: Markdown, what else was measured.
         data, training: {text: value} for the tables of these sections, values that are None are left out; or Markdown.
@@ -246,7 +248,7 @@ def write_model_card(
         captions: {file: text} for the pictures, instead of those in `PICTURES`.
     """
     folder, kind = Path(folder), KINDS[config.model_type]
-    held_out = f"held out, split `{test_split}`" if test_split else "held out"
+    measured_on = ("held out" if held_out else "training images") + (f", split `{test_split}`" if test_split else "")
     captions = PICTURES | (captions or {})
     pictures = [
         f"![{Path(file).stem}]({file})\n\n{text}" for file, text in captions.items() if (folder / file).is_file()
@@ -259,10 +261,12 @@ def write_model_card(
         summary or kind["summary"],
         table(model_facts(config)),
         *section("Use", kind["usage"](config, repository or UNNAMED, folder)),
-        *section("Measured", figures(metrics, held_out), figures(losses, "end of the training"), findings, *pictures),
+        *section(
+            "Measured", figures(metrics, measured_on), figures(losses, "end of the training"), findings, *pictures
+        ),
         *section("Data", *data),
         *section("Training", training, command and f"```\n{command}\n```"),
-        *section("Limits", limits, *known_limits(config, dataset if metrics else None)),
+        *section("Limits", limits, *known_limits(config, dataset if metrics else None, held_out)),
         *origins,
         *section("Citation", CITATION),
         MARK,

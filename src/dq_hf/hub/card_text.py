@@ -59,7 +59,7 @@ def model_facts(config):
     return facts
 
 
-def known_limits(config, measured_on):
+def known_limits(config, measured_on, held_out=True):
     """Sentences that follow from the configuration and from what was measured."""
     vae, generator = tokenizer_of(config), generator_of(config)
     if vae:
@@ -73,7 +73,8 @@ def known_limits(config, measured_on):
     elif generator:
         yield "Its codes mean something only to the tokenizer that it was trained with."
     if measured_on:
-        yield f"The figures were measured on held-out images of {measured_on}; for other images they are not known."
+        images = "held-out" if held_out else "training"
+        yield f"The figures were measured on {images} images of {measured_on}; for other images they are not known."
 
 
 def tokenizer_of(config):

@@ -141,7 +141,9 @@ def weight_files(folder, variant=None):
         pickles = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{kind}"))
         if pickles:
             raise OSError(PICKLES.format(folder, shorten(pickles)))
-        raise FileNotFoundError(f"{folder} has no file named {single.name}; save or download the model again")
+        variants = sorted(path.name.split(".")[1].split("-")[0] for path in folder.glob("model.*.safetensors"))
+        remedy = f"give variant={variants[0]!r}" if variants and not infix else "save or download the model again"
+        raise FileNotFoundError(f"{folder} has no file named {single.name}; {remedy}")
     content = read_json_object(index)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards or not isinstance(content.get("metadata"), dict):

@@ -1,5 +1,6 @@
 """What all metrics share: images in batches, sums instead of images, one result for all processes."""
 
+import warnings
 from abc import ABC, abstractmethod
 from functools import reduce
 from operator import add
@@ -8,6 +9,9 @@ import datasets
 import evaluate
 import torch
 import torch.distributed as dist
+from PIL import Image
+
+from ..modeling.image_processing_dq import to_tensor
 
 
 class StreamingMetric(evaluate.Metric, ABC):
@@ -99,15 +103,21 @@ def unit_images(images):
     """Images as float tensors (B, 3, H, W) in [0, 1].
 
     Args:
-        images: a tensor or array, float in [-1, 1] (`pixel_values`) or uint8.
+        images: a tensor or array, float in [-1, 1] (`pixel_values`) or uint8, or a list of PIL images of one size.
 
     Raises:
         TypeError, ValueError: another type, shape or range.
     """
+    if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
+        if len(sizes := {image.size for image in images}) > 1:
+            raise ValueError(f"images must have one size, got {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}")
+        return torch.stack([to_tensor(image) for image in images])
     try:
         images = torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"images must be a tensor or array (B, 3, H, W), got {type(images).__name__}") from None
+        raise TypeError(
+            f"images must be a tensor or array (B, 3, H, W), got {type(images).__name__}; or a list of PIL images"
+        ) from None
     if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"images must have shape (B, 3, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:
@@ -115,6 +125,11 @@ def unit_images(images):
     if not images.is_floating_point():
         raise TypeError(f"images must be float in [-1, 1] or uint8, got {images.dtype}")
     low, high = images.aminmax()
+    if 0 <= low < high:
+        warnings.warn(
+            "float images are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give uint8 or 2 * x - 1",
+            stacklevel=2,
+        )
     if not (low >= -1.001 and high <= 1.001):  # false for NaN too; the margin is bfloat16 rounding
         raise ValueError(
             f"float images must be finite and lie in [-1, 1], got {float(low):.4g} ... {float(high):.4g}; clamp what a "

@@ -4,7 +4,9 @@
 `Greedy` or `Replay`. All else that samples or watches sampling is a caller of it.
 """
 
+import inspect
 import threading
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -178,7 +180,7 @@ class DQSamplingMixin:
             prefix.isfinite().all() for prefix in (condition.prefix, condition.null_prefix)
         ):
             raise ValueError("encoder_hidden_states must be finite, negative ones too; got NaN or infinite values")
-        options = SamplingOptions.of(options)
+        options = SamplingOptions.of(options, others=inspect.signature(self.generate_steps).parameters)
         if not do_sample:
             options = options.greedy()
         options = options.over(
@@ -188,6 +190,11 @@ class DQSamplingMixin:
                 if do_sample or name == "guidance_scale"
             }
         ).over({"guidance_scale": 1.0})
+        if options.guidance_scale < 1:
+            warnings.warn(
+                f"guidance_scale {options.guidance_scale} weakens class and text, and 0 ignores them; 1 means no guidance",
+                stacklevel=2,
+            )
         if options.guidance_scale != 1:
             condition.hidden()  # or an error, before the work
         self.check_passes(compile_config, lookahead)

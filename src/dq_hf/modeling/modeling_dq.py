@@ -316,6 +316,9 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             class_labels, num_images, options: as in `DQTransformerForImageGeneration.generate`.
         """
         config = self.transformer.config
+        labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if any(isinstance(label, str) for label in labels):
+            raise TypeError(f"class_labels must be integers, got {class_labels!r}; give texts as prompt=...")
         texts = prompt_arguments(config, self.text_encoder, self.tokenizer, prompt, negative_prompt)
         if twice := sorted(set(texts) & set(options)):
             raise ValueError(f"give a prompt or {', '.join(twice)}, not both")

@@ -1,5 +1,6 @@
 """How positions and codes are drawn: one dataclass, which every API and command names its options by."""
 
+import difflib
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -61,13 +62,13 @@ class SamplingOptions:
             raise ValueError(f'fine_positions must be "fixed" or "free", got {self.fine_positions!r}')
 
     @classmethod
-    def of(cls, options):
-        """Options from a dictionary; TypeError at a name that is none."""
+    def of(cls, options, others=()):
+        """Options from a dictionary; TypeError at a name that is none. `others` can be given in the same call, too."""
         if unknown := sorted(set(options) - set(OPTION_NAMES)):
-            raise TypeError(
-                f"unknown argument(s) {', '.join(unknown)}; beside those in the signature there are "
-                f"{', '.join(OPTION_NAMES)}"
-            )
+            names = [*OPTION_NAMES, *(name for name in others if name != "options")]
+            close = difflib.get_close_matches(unknown[0], names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+            raise TypeError(f"unknown argument(s) {', '.join(unknown)}; {hint}")
         return cls(**options)
 
     def over(self, defaults):

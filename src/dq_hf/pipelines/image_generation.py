@@ -87,7 +87,8 @@ class DQGenerationPipeline(Pipeline):
             yield from results
 
     def _sanitize_parameters(self, **kwargs):
-        SamplingOptions.of({name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS})
+        options = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS}
+        SamplingOptions.of(options, others=GENERATE_ARGUMENTS)
         if not isinstance(kwargs.get("negative_prompt"), (str, type(None))):
             raise TypeError(f"negative_prompt must be one text for all images, got {kwargs['negative_prompt']!r}")
         grain_map = kwargs.get("grain_map")

@@ -136,6 +136,10 @@ class DQPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
+        if "num_images" in options:
+            raise TypeError(
+                "num_images is of the model's generate; here it is num_images_per_prompt, or num_images_per_label"
+            )
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self.check_inputs(output_type, tensor_inputs)
         texts = self.encode_prompt(

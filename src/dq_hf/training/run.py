@@ -99,6 +99,11 @@ class Run:
         self.begins = find_checkpoint(self.accelerator, self.dir, options.resume) is None
         if options.push_to_hub and self.accelerator.is_main_process:
             options.push_to_hub = check_push(options.push_to_hub)  # with the user's name
+        if options.train_split in options.test_split and self.accelerator.is_main_process:
+            logger.warning(
+                "--test_split has the training split %s: its figures are of images that the model learns, not held out",
+                options.train_split,
+            )
         set_seed(options.seed)
         self.progress = Progress()
         self.stopped = False
@@ -314,6 +319,7 @@ class Run:
             repository=options.push_to_hub,
             dataset=dataset,
             test_split=options.test_split[0],
+            held_out=options.test_split[0] != options.train_split,
             metrics={name: measured[name] for name in metrics},
             losses={name: trained[name] for name in losses if name in trained},
             data=data,
