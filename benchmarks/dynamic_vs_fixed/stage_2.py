@@ -20,7 +20,7 @@ SIZES = dict(
     hidden_size=128, num_attention_heads=4, num_position_layers=2, num_content_layers=4, attention_dropout=0.0
 )
 # CPU seconds of a step, by generator_cost.py: all in turn in one process. Time is counted by these and not by the clock,
-# since one machine does twice as many steps in an hour as another, and the generators of all seeds need hours.
+# since machines differ, and the generators of all seeds need hours, on whatever machine there is.
 SECONDS_A_STEP = {"dq-transformer": 0.317, "raster-256": 0.667, "raster-128": 0.292}
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3

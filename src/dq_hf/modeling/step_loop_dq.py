@@ -154,7 +154,7 @@ def with_twin(model, hidden, contents, positions, granularities, any_start=True)
 
 
 def guide(logits, scale):
-    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, ..., V) of both conditions to (B, ..., V). Scale 1: as they are."""
+    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, ..., V) of both to (B, ..., V). Scale 1: as they are."""
     if scale == 1:
         return logits
     conditional, unconditional = logits.float().chunk(2)

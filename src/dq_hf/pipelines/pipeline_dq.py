@@ -125,7 +125,8 @@ class DQPipeline(DiffusionPipeline):
             return_dict: False gives a tuple (images, codes, grain_maps) instead of a `DQPipelineOutput`.
             callback_on_step_end: called with (pipeline, step, step, {name: tensor}) after every pass (with
                 lookahead 1, every element of the streams). It may look, and stop by `pipeline._interrupt = True`: codes and
-                granularities that are still to come are then -1, and the image is decoded with zeros in their place. Tensors that it returns must be those that it got.
+                granularities that are still to come are then -1, and the image is decoded with zeros in their place.
+                Tensors that it returns must be those that it got.
             callback_on_step_end_tensor_inputs: which tensors it gets, of "codes" (B, H*W), "grain_map" (B, H*W, on
                 the fine grid), "taken" (B, H*W) bool, which cells have their code, and "lengths" (B,). A
                 `PipelineCallback` of diffusers says by itself what it gets.
