@@ -28,6 +28,7 @@ from dq_hf.data.images import (
     class_names,
     decode_image,
     drop_broken_images,
+    find_labels,
     load_images,
 )
 from dq_hf.data.streams import StreamedImages, load_train_and_test, prepare_loader
@@ -141,6 +142,29 @@ def test_missing_splits_and_columns_are_named(tmp_path, streaming):
         class_names(load_images(tmp_path, "train", streaming=streaming), "label")
     with pytest.raises(ValueError, match="'number' must hold class labels .* got Value"):
         class_names(Dataset.from_dict({"number": [1]}), "number")
+
+
+def test_a_column_of_strings_becomes_one_of_class_labels():
+    splits = {"train": ["sun", "moon", "sun"], "test": ["star"]}
+    sets = [(split, Dataset.from_dict({"kind": names})) for split, names in splits.items()]
+    column, names, (train, test) = find_labels(sets, "kind")
+    assert (column, names) == ("kind", ["moon", "star", "sun"])
+    assert class_names(train, "kind") == class_names(test, "kind") == names
+    assert (train["kind"][:], test["kind"][:]) == ([2, 0, 2], [1])
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ([["sun", "moon"], ["sun", None]], "split 'test' has 1 rows of 2 whose label is no class, such as None"),
+        ([[0, 1], [1, 0]], "'kind' must hold class labels .* or, but for a stream, strings, got Value"),
+        ([["sun"], [0]], "'kind' must hold class labels .* got Value"),
+    ],
+)
+def test_labels_that_stand_for_no_class_are_refused(splits, message):
+    sets = [(split, Dataset.from_dict({"kind": labels})) for split, labels in zip(("train", "test"), splits)]
+    with pytest.raises(ValueError, match=message):
+        find_labels(sets, "kind")
 
 
 # Broken images

@@ -559,6 +559,27 @@ def test_how_often_a_run_measures_does_not_change_what_it_learns(place, plain, c
     assert_same_weights(*(folder / "checkpoint-3" / "model.safetensors" for folder in folders))
 
 
+def test_names_of_classes_in_metadata_are_labels(place, plain, codes):
+    for split in ("train", "test"):
+        paths = sorted((place / "folders" / split).rglob("*.png"))
+        (place / "named" / split).mkdir(parents=True)
+        for path in paths:
+            shutil.copy(path, place / "named" / split / f"{path.parent.name}-{path.name}")
+        lines = [f"{path.parent.name}-{path.name},{path.parent.name}" for path in paths]
+        (place / "named" / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    run_here(
+        place, "encode_dataset.py --vae plain/model --data named --output_dir named-codes --horizontal_flips false"
+    )
+    vae = DQVAEModel.from_pretrained(place / "plain" / "model")
+    for split in ("train", "test"):
+        named, in_folders = (load_codes(place / cache, split, vae) for cache in ("named-codes", "codes"))
+        assert named.features["label"] == in_folders.features["label"]
+        assert [row["label"] for row in named] == [row["label"] for row in in_folders]
+    run_here(place, f"{STAGE_2} --vae plain/model --data named --output_dir named-run --max_steps 1")
+    model = DQForImageGeneration.from_pretrained(place / "named-run" / "model")
+    assert model.config.id2label == {0: "moon", 1: "sun"}
+
+
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_labels_are_refused_before_the_work(place, plain, hidden):
     data = place / f"hidden{hidden}"

@@ -281,6 +281,14 @@ def test_labels_are_those_of_the_real_images_mixed(place, pipe, generation, tmp_
     assert list(pictures(tmp_path / "samples").values()) == [np.array(image).tolist() for image in expected]
 
 
+def test_labels_may_be_names(pipe):
+    rows = datasets.Dataset.from_dict({"label": [*NAMES.values(), NAMES[0]]})
+    assert reference_labels(pipe.transformer.config, rows, "label") == [*NAMES, 0]
+    rows = datasets.Dataset.from_dict({"label": [NAMES[0], "cloud"]})
+    with pytest.raises(ValueError, match="no class 'cloud' as the real images do"):
+        reference_labels(pipe.transformer.config, rows, "label")
+
+
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_hidden_labels_are_refused(pipe, hidden):
     kinds = datasets.Features({"label": datasets.ClassLabel(names=list(NAMES.values()))})

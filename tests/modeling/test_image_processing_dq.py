@@ -181,9 +181,10 @@ def test_scaling_is_near_pil_bicubic_and_stays_in_range():
 
 
 def test_images_of_several_sizes_make_one_batch_only_by_resizing(processor):
-    images = [Image.new("RGB", (8, 6)), Image.new("RGB", (9, 20))]
-    with pytest.raises(ValueError, match=r"one size, got \[\(6, 8\), \(20, 9\)\]; use do_resize=True"):
-        processor(images)
+    images = [Image.new("RGB", (8, 3)), Image.new("RGB", (9, 20))]
+    for data_format in ("channels_first", "channels_last"):
+        with pytest.raises(ValueError, match=r"one size, got \[\(3, 8\), \(20, 9\)\]; use do_resize=True"):
+            processor(images, data_format=data_format)
     assert processor(images, size={"height": 4, "width": 6}, do_resize=True)["pixel_values"].shape == (2, 3, 4, 6)
     assert processor.do_resize is False and processor.size == {"height": 256, "width": 256}
 
@@ -196,6 +197,7 @@ def test_images_of_several_sizes_make_one_batch_only_by_resizing(processor):
         ("photo.png", TypeError, "numpy array or a torch tensor, got str; open it: PIL.Image.open..photo.png"),
         ([RGB, None], TypeError, "got NoneType"),
         ([1, 2], TypeError, "got int"),
+        (Image.new("RGB", (0, 5)), ValueError, "at least one pixel, got 0x5"),
         (Image.new("I", (2, 2)), ValueError, "mode 'I' has no fixed range"),
         (Image.new("F", (2, 2)), ValueError, "mode 'F' has no fixed range"),
         (RGB[0, 0], ValueError, r"shape \(height, width, channels\) or .*; got \(3,\)"),

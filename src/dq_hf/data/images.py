@@ -113,35 +113,47 @@ def class_names(dataset, label_column):
     feature = (dataset.features or {}).get(label_column)
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"label column {label_column!r} must hold class labels (datasets.ClassLabel), got {feature}; "
-            "use dataset.class_encode_column, or train without labels (--label_column none)"
+            f"label column {label_column!r} must hold class labels (datasets.ClassLabel) or, but for a stream, strings, got "
+            f"{feature}; use dataset.class_encode_column, or train without labels (--label_column none)"
         )
     return feature.names
 
 
 def find_labels(splits, label_column=None):
-    """The column with the class labels, and the names of the classes; (None, []) where there are none.
+    """The column with the class labels, the names of the classes, and the rows of each split.
+
+    A column of strings, names of classes, becomes one of class ids, in the order of the names of all splits. Without
+    labels column and names are None and [].
 
     Args:
-        splits: {name: rows}, a data set or, but for the first, a list.
+        splits: pairs of a name and rows, a data set or, but for the first, a list.
         label_column: the column; None: "label", if it has any label; "none": no classes.
 
     Raises:
         ValueError: no such column, or rows whose label is no class.
     """
-    train_set, column = next(iter(splits.values())), label_column or "label"
-    if label_column == "none" or (label_column is None and not has_labels(train_set, column)):
-        return None, []
-    names = class_names(train_set, column)
-    for split, rows in splits.items():
-        labels = labels_of(rows, column)
+    column, rows = label_column or "label", [rows for _, rows in splits]
+    if label_column == "none" or (label_column is None and not has_labels(rows[0], column)):
+        return None, [], rows
+    if all(holds_strings(part, column) for part in rows):
+        names = sorted(set().union(*(part.unique(column) for part in rows)) - {None})
+        rows = [part.cast_column(column, datasets.ClassLabel(names=names)) for part in rows]
+    names = class_names(rows[0], column)
+    for (split, _), part in zip(splits, rows):
+        labels = labels_of(part, column)
         wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
         if wrong:
             raise ValueError(
                 f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]} (-1 "
                 "stands for a hidden one); choose a split with labels, or train without classes (--label_column none)"
             )
-    return column, names
+    return column, names, rows
+
+
+def holds_strings(rows, column):
+    """Whether a data set, and no stream, has such a column of strings."""
+    kinds = (datasets.Value("string"), datasets.Value("large_string"))
+    return isinstance(rows, datasets.Dataset) and rows.features.get(column) in kinds
 
 
 def has_labels(dataset, label_column):

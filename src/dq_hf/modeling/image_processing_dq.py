@@ -114,7 +114,7 @@ class DQImageProcessor(ProcessorHubMixin, BaseImageProcessor):
             return BatchFeature({"pixel_values": tensors})
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
-            sizes = sorted({tuple(side for side in shape if side != 3) for shape in shapes})
+            sizes = sorted(shape[:2] if data_format == "channels_last" else shape[1:] for shape in shapes)
             raise ValueError(f"images of one call must have one size, got {sizes}; use do_resize=True")
         pixel_values = torch.stack(tensors)
         return BatchFeature({"pixel_values": pixel_values.cpu().numpy() if return_tensors == "np" else pixel_values})
@@ -282,6 +282,8 @@ def to_rgb(tensor):
 def pil_to_tensor(image):
     """A PIL image as (3, height, width) float32 in [0, 1], upright, transparent parts on white."""
     image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError(f"an image must have at least one pixel, got {image.width}x{image.height}")
     if image.mode in ("I", "F"):
         raise ValueError(
             f"a PIL image of mode {image.mode!r} has no fixed range of values; scale it and convert it to mode L"

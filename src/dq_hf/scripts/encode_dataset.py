@@ -71,7 +71,7 @@ def encode(args):
     vae = load_tokenizer(args.vae).to(accelerator.device)
     with accelerator.main_process_first():  # the others read what it has cached
         splits = {name: load_split(args, name) for name in [args.train_split, *args.test_split]}
-    args.label_column, names = find_labels(splits, args.label_column)
+        args.label_column, names, rows = find_labels(splits.items(), args.label_column)
     schema = code_features(vae.config, names, captions=args.caption_column is not None).arrow_schema
 
     stage = partial_of(output_dir)
@@ -79,7 +79,7 @@ def encode(args):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    for name, dataset in splits.items():
+    for name, dataset in zip(splits, rows):
         share = own_share(accelerator, dataset, args.batch_size)
         number = f"{accelerator.process_index:05d}-of-{accelerator.num_processes:05d}"
         tables = encode_split(args, vae, share, name, schema, show=accelerator.is_main_process)

@@ -161,7 +161,10 @@ def load_sets(run, vae):
         test_sets = {
             split: first_rows(load_codes(args.codes, split, vae), args.max_test_images) for split in args.test_split
         }
-    args.label_column, names = find_labels({args.train_split: train_set} | test_sets, args.label_column)
+    splits = [(args.train_split, train_set), *test_sets.items()]
+    with run.accelerator.main_process_first():  # the others read what it has cached
+        args.label_column, names, (train_set, *rows) = find_labels(splits, args.label_column)
+    test_sets = dict(zip(test_sets, rows))
     if args.caption_column is None:
         if args.codes is not None and CAPTIONS in train_set.column_names:
             logger.warning(
