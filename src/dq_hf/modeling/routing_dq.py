@@ -365,7 +365,7 @@ def fineness(router_logits):
 
 
 def budget_loss(gates, targets, gamma, all_processes=False):
-    """How far the shares of finer regions are from their targets (paper equation 7), a scalar.
+    """How far the shares of finer regions are from their targets (paper section 3.1), a scalar.
 
     For each finer granularity g, ratio_g = (codes spent if every other choice cost one code, less the minimum) /
     (the maximum less the minimum); the finest squared error counts gamma times.
