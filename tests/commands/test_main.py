@@ -59,11 +59,19 @@ for arguments in {asked}:
 """
 
 
-def test_a_misspelt_option_is_answered_by_the_command_with_the_nearest(capsys):
+@pytest.mark.parametrize(
+    ("command", "nearest"),
+    [
+        (["generate", "--class-lable", "flags", "--output", "a.png"], "--class-label"),
+        (["train-tokenizer", "--output_dir", "run", "--max_stepz", "4"], "--max_steps"),
+    ],
+)
+def test_a_misspelt_option_is_answered_by_the_command_with_the_nearest(capsys, monkeypatch, command, nearest):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which a script's command changes
     with pytest.raises(SystemExit, match="2"):
-        main(["generate", "--class-lable", "flags", "--output", "a.png"])
+        main(command)
     message = capsys.readouterr().err
-    assert message.startswith("usage: dq-hf generate") and message.endswith("did you mean --class-label?\n")
+    assert message.startswith(f"usage: dq-hf {command[0]}") and message.endswith(f"did you mean {nearest}?\n")
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -1,10 +1,9 @@
 """`dq-hf`: finds the command, runs it, and says in one line what went wrong."""
 
 import argparse
-import difflib
-import re
 import sys
 
+from ..unknown_options import refuse_unknown
 from . import (
     calibrate,
     compress,
@@ -47,7 +46,7 @@ def main(arguments=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     args, unknown = make_parser().parse_known_args(arguments)
     if unknown:
-        refuse(args.parser, unknown)
+        refuse_unknown(args.parser, unknown)
     try:
         args.run(args)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -56,14 +55,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print(f"dq-hf {args.command}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def refuse(parser, unknown):
-    """End with exit status 2 at arguments that a command does not have."""
-    known = re.findall(r"--[a-z-]+", parser.format_usage())
-    close = difflib.get_close_matches(unknown[0], known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def make_parser():

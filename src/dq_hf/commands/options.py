@@ -49,12 +49,10 @@ def add_script(commands, name, module, options, description):
 def run_script(args):
     """Run a script as if it had been started by the command's name."""
     from ..scripts import arguments
-    from ..training.options import make_parser
+    from ..training.options import make_parser, parse_options
 
     sys.argv = [f"dq-hf {args.command}", *args.arguments]
-    make_parser(
-        getattr(arguments, args.options), args.module
-    ).parse_args_into_dataclasses()  # before torch is imported
+    parse_options(make_parser(getattr(arguments, args.options), args.module))  # before torch is imported
     importlib.import_module(args.module).main()
 
 

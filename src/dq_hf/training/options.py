@@ -12,6 +12,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..unknown_options import refuse_unknown
+
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
 CROP = "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part."
 SMALL = "small"  # the text encoder that is made for a run
@@ -214,6 +216,14 @@ def make_parser(options, module):
     return HfArgumentParser(options, description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
+def parse_options(parser, arguments=None):
+    """The options that a script is given; ends with exit status 2 at what it does not have, or ValueError at a bad value."""
+    options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        refuse_unknown(parser, unknown)
+    return options
+
+
 def run_script(script, options, module, arguments=None):
     """Parse the options of a script and run it; an expected failure ends with exit status 1 and one line on stderr.
 
@@ -229,8 +239,7 @@ def run_script(script, options, module, arguments=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser(options, module)
     try:
-        (args,) = parser.parse_args_into_dataclasses(arguments)
-        script(args)
+        script(parse_options(parser, arguments))
     except (OSError, ValueError, TypeError, ImportError, CheckpointError, NotFiniteError) as error:
         tqdm.write(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)  # below progress bars
         sys.exit(1)
