@@ -9,10 +9,12 @@ import torch
 from conftest import make_transformer, make_vae, seeded
 from transformers import CompileConfig
 
-from dq_hf import DQForImageGeneration, DQImageProcessor, DQPipeline
+from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline
+from dq_hf.codec import DQTokens, compress, decompress, read_codes
 from dq_hf.metrics.psnr import psnr
 from dq_hf.modeling.conditioning_dq import class_condition
 from dq_hf.modeling.constraints_dq import StreamState
+from dq_hf.pictures import draw_generation, draw_grain_map
 
 pytestmark = pytest.mark.gpu
 
@@ -172,3 +174,30 @@ def test_everything_is_made_on_a_default_device():
 def test_metrics_take_images_where_they_are():
     values = images().to(DEVICE)
     assert psnr(values, values.clone().mul(0.9)).device.type == DEVICE.type
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_bytes=60), dict(prior="generator", class_label=1)])
+def test_files_are_written_and_read_by_a_model_on_the_device(options):
+    model, (image,) = both().to(DEVICE).eval(), DQImageProcessor().post_process(images(1))
+    data = compress(model, image, **options)
+    assert decompress(model, data).size == image.size
+    codes, grain_map = read_codes(model, data)
+    assert codes.device.type == grain_map.device.type == DEVICE.type
+
+
+def test_pictures_tokens_and_edits_of_a_model_on_the_device():
+    model, (image,) = both().to(DEVICE).eval(), DQImageProcessor().post_process(images(1))
+    encoded = model.vae.encode(images(2).to(DEVICE))
+    order = torch.arange(encoded.codes[0].numel(), device=DEVICE).view_as(encoded.codes[0]).expand_as(encoded.codes)
+    processor = DQImageProcessor.for_model(model.vae.config)
+    assert len(draw_generation(model.vae, processor, encoded.codes, encoded.grain_map, order, 2)) == 3
+    assert draw_grain_map(image, encoded.grain_map[0]).width >= image.width
+    tokens = DQTokens(model.vae.config)
+    for read, codes in zip(tokens.from_tokens(tokens.to_tokens(encoded)["input_ids"].to(DEVICE)), encoded.codes):
+        assert torch.equal(read["codes"][0], codes.cpu())
+    pipe = DQInpaintPipeline(model.vae, model.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:8] = True
+    output = pipe(class_labels=1, image=image, mask_image=mask.to(DEVICE), num_candidates=2)
+    assert output.images[0].size == image.size and output.codes.device.type == DEVICE.type

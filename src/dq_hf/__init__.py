@@ -25,8 +25,7 @@ if is_command():
     def __getattr__(name):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with quiet_imports():
-            from . import public
+        from . import public  # quietly, see `commands.main`
 
         return getattr(public, name)
 

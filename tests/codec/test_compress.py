@@ -61,7 +61,39 @@ def padded(vae, image):
     return pixel_values
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor as on a GPU: numpy cannot read it, nor what is computed from it, before `cpu`."""
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert a tensor of a device to numpy; use cpu() first")
+
+    __array__ = numpy
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 # What comes back
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_bytes=60), dict(prior="generator", class_label=1)])
+def test_a_model_on_a_device_writes_the_same_file(model, monkeypatch, options):
+    expected = compress(model, picture(0), **options)
+
+    def on_device(method):
+        def call(*args, **kwargs):
+            result = method(*args, **kwargs)
+            if isinstance(result, torch.Tensor):
+                return result.as_subclass(Elsewhere)
+            for name in ("codes", "grain_map"):
+                result[name] = result[name].as_subclass(Elsewhere)
+            return result
+
+        return call
+
+    for name in ("encode", "region_scores"):
+        monkeypatch.setattr(model.vae, name, on_device(getattr(model.vae, name)))
+    assert compress(model, picture(0), **options) == expected
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

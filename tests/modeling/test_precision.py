@@ -152,7 +152,8 @@ def toy_batch():
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_attention_implementations_give_the_same_logits_and_samples(folder, expected, attention):
     loaded = DQForImageGeneration.from_pretrained(folder, attn_implementation=attention)
-    assert loaded.transformer.config._attn_implementation == attention
+    configs = (loaded.config, *(part.config for part in (loaded.vae, loaded.transformer)))
+    assert [config._attn_implementation for config in configs] == [attention] * 3
     reference = make_transformer(num_classes=3, class_dropout=0.2)
     reference.set_attn_implementation("eager")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex attention without a C++ compiler

@@ -69,6 +69,7 @@ def compress(
         chosen = static
 
     def write(prior, codes, grain_map):
+        codes, grain_map = codes.cpu(), grain_map.cpu()
         condition = prior.class_label, prior.prompt
         header = Header(fingerprint(model, prior), height, width, prior.flag, model_id, *condition)
         return write_file(header, prior.encode(codes, grain_map), codes, grain_map)

@@ -72,7 +72,7 @@ class StaticPrior:
 
 def code_frequencies(cluster_size):
     """Cluster sizes (N,) as whole numbers from 1 to 2^16 - 1, int64; all the same where nothing was counted."""
-    sizes = cluster_size.double().nan_to_num(0, 0, 0).clamp(min=0).tolist()
+    sizes = cluster_size.cpu().double().nan_to_num(0, 0, 0).clamp(min=0).tolist()
     counts = [int(size * 2**20) for size in sizes]  # float32 times a power of two is exact
     largest = max(max(counts), 1)
     return np.array([max(1, count * MOST_FREQUENT // largest) for count in counts])

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from ..quiet import quiet_imports
 from ..unknown_options import refuse_unknown
 from . import (
     calibrate,
@@ -48,7 +49,8 @@ def main(arguments=None):
     if unknown:
         refuse_unknown(args.parser, unknown)
     try:
-        args.run(args)
+        with quiet_imports():
+            args.run(args)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"dq-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Images of any `datasets` source as `pixel_values`, with labels; the one place that decodes an image."""
+"""Images of any `datasets` source as `pixel_values`, with labels: how images of a data set are read and decoded."""
 
 import glob
 import itertools

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, whatever stops it: an error, a signal or a power cut."""
+"""Files and folders: written whole or not at all, whatever stops it (an error, a signal, a power cut), and read with care."""
 
 import hashlib
 import json

@@ -7,6 +7,7 @@ from operator import add
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -57,6 +58,8 @@ class StreamingMetric(evaluate.Metric, ABC):
             raise TypeError(
                 f"{type(self).__name__} has no input {', '.join(unknown)}; it has {', '.join(self.inputs)}"
             )
+        for images in inputs.values():
+            warn_of_unit_range(images)
         with torch.no_grad():
             self.update(**dict.fromkeys(self.inputs) | inputs)
 
@@ -125,17 +128,24 @@ def unit_images(images):
     if not images.is_floating_point():
         raise TypeError(f"images must be float in [-1, 1] or uint8, got {images.dtype}")
     low, high = images.aminmax()
-    if 0 <= low < high:
-        warnings.warn(
-            "float images are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give uint8 or 2 * x - 1",
-            stacklevel=2,
-        )
     if not (low >= -1.001 and high <= 1.001):  # false for NaN too; the margin is bfloat16 rounding
         raise ValueError(
             f"float images must be finite and lie in [-1, 1], got {float(low):.4g} ... {float(high):.4g}; clamp what a "
             "decoder gives"
         )
     return images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5
+
+
+def warn_of_unit_range(images):
+    """Warn of a batch of float images that seems to lie in [0, 1]: with a metric that is what users forget."""
+    if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
+        images = torch.as_tensor(images)
+        if images.is_floating_point() and images.numel() and 0 <= images.min() < images.max():
+            warnings.warn(
+                "float images are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give uint8 or "
+                "2 * x - 1",
+                stacklevel=3,
+            )
 
 
 def image_pairs(predictions, references):

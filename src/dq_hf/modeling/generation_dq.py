@@ -1,7 +1,7 @@
 """Sampling as users call it: where the next code goes and which it is, whatever the source of the answers (paper section 3.2).
 
 `generate_steps` is a Python generator that yields after every element. Where its symbols come from is a choice: `Draw`,
-`Greedy` or `Replay`. All else that samples or watches sampling is a caller of it.
+`Greedy` or `Replay`, or the codec's `Decode`. All else that samples or watches sampling is a caller of it.
 """
 
 import inspect

@@ -79,15 +79,14 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
         place = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if config is None:
             config = DQConfig.from_pretrained(source, **place)
-        if (attention := kwargs.pop("attn_implementation", None)) is not None:
-            config._attn_implementation = attention  # and that of its parts
+        attention = kwargs.pop("attn_implementation", None)
         root = Path(kwargs.pop("subfolder", None) or "")
         models, infos = {}, {}
         for name in PART_FOLDERS:
             listed = getattr(config, f"{name}_config")
             if listed is None:
                 continue
-            options = kwargs | {"attn_implementation": listed._attn_implementation}
+            options = kwargs | {"attn_implementation": attention or listed._attn_implementation}
             if name != "transformer":
                 options.pop("quantization_config", None)
             part_class = PARTS.get(name) or text_encoder_class(listed)
@@ -96,6 +95,8 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
                 raise ValueError(f"{source}: config.json and {name}/config.json disagree on {', '.join(different)}")
         tokenizer = None if config.text_encoder_config is None else load_text_tokenizer(source, root, place)
         model = cls.from_models(**models, tokenizer=tokenizer).eval()
+        if attention is not None:
+            model.set_attn_implementation(attention)
         if hasattr(config, "auto_map"):  # of code that came with the model
             model.config.auto_map = config.auto_map
         return (model, joined(infos)) if output_loading_info else model

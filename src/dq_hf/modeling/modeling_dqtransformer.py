@@ -80,7 +80,7 @@ class DQLogProbOutput(ModelOutput):
 class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin, PreTrainedModel):
     """The generator: Position-Transformer and Content-Transformer (arXiv 2305.11718, section 3.2).
 
-    Differs: from the paper's two granularities to any number; from the release as `sequence_dq` says.
+    Differs from the paper in any number of granularities instead of two.
     """
 
     config_class = DQTransformerConfig

@@ -141,7 +141,7 @@ class DQRouter(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """As in torch, but a checkpoint of before thresholds were weights leaves them as they are."""
+        """As in torch, but a checkpoint without thresholds, as the release's are, leaves them as they are."""
         state_dict.setdefault(f"{prefix}thresholds", self.thresholds)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -20,7 +20,7 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
         model: `DQTransformerForImageGeneration`, in evaluation mode.
         state: `StreamState` of the condition's labels, at the beginning of its streams.
         condition: `Condition`.
-        source: where the elements come from: `Draw`, `Greedy` or `Replay`.
+        source: where the elements come from: `Draw`, `Greedy` or `Replay`, or the codec's `Decode`.
         guidance_scale: as in `SamplingOptions`.
         compile_config, lookahead: as in `generate_steps`.
     """
