@@ -146,12 +146,6 @@ def draw_order(order, size):
     return Image.fromarray(colours.round().astype(np.uint8)).resize(size, Image.NEAREST)
 
 
-def decode_partial(vae, processor, codes, present):
-    """PIL images of codes (B, H, W) on their way, with zeros in place of the vectors that are not present (B, H, W)."""
-    vectors = vae.quantizer.lookup(codes) * present[:, None]
-    return processor.post_process(vae.decode(vectors).sample)
-
-
 def enlarge(image, scale):
     """Each pixel becomes scale x scale pixels."""
     return image.resize((image.width * scale, image.height * scale), Image.NEAREST)
@@ -161,7 +155,7 @@ def enlarge(image, scale):
 def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
     """An animation, a list of PIL images, each a grid of all images as far as their codes go; the last is finished.
 
-    Images on their way are those of `decode_partial`, with the codings over them; what is still to come is grey.
+    Images on their way have their codings over them; what is still to come is grey.
 
     Args:
         vae: `DQVAEModel`.
@@ -189,7 +183,7 @@ def draw_generation(vae, processor, codes, grain_maps, order, num_frames):
     frames = []
     for frame in range(1, num_frames + 1):
         present = order < frame * num_steps // num_frames
-        images = decode_partial(vae, processor, codes, present)
+        images = processor.post_process(vae.decode_each(codes, present).sample)
         maps = fine_grain_maps.where(present, NO_CODE_YET)
         frames.append(grid([draw_codes(*pair, num_granularities, scale) for pair in zip(images, maps)]))
     return [*frames, grid([enlarge(image, scale) for image in finished])]

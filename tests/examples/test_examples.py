@@ -36,7 +36,6 @@ from dq_hf.modeling.quantization_dq import DQQuantizer
 from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.scripts.arguments import EncodeArguments, GeneratorArguments, TokenizerArguments
 from dq_hf.training.generator import BestLoss
-from dq_hf.training.options import FREE, REFUSED, TAKEN
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGE_1 = "train_dqvae.py --image_size 16 --granularities 4 2 --block_out_channels 8 8 16 --norm_num_groups 4"
@@ -828,12 +827,6 @@ def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
     assert re.search(message, refused), refused
     assert not list((place / "never-begun").glob("[!.]*"))
     assert len(training_rows(plain[0])) == 3
-
-
-def test_every_option_is_taken_refused_or_free_when_a_run_is_resumed():
-    stages = [TokenizerArguments, GeneratorArguments]
-    names = {field.name for stage in stages for field in dataclasses.fields(stage)}
-    assert sorted([*TAKEN, *REFUSED, *FREE]) == sorted(names)
 
 
 @pytest.mark.parametrize("options", [TokenizerArguments, EncodeArguments, GeneratorArguments])

@@ -100,9 +100,9 @@ def read_file(data):
 DAMAGED = "this file is damaged or cut off; get it again"
 
 
-def crc(data, before=0):
+def crc(data):
     """CRC-32 in 4 bytes."""
-    return zlib.crc32(data, before).to_bytes(CHECK_BYTES, "little")
+    return zlib.crc32(data).to_bytes(CHECK_BYTES, "little")
 
 
 def checksum(data, codes, grain_map):

@@ -17,7 +17,6 @@ from ..modeling.image_processing_dq import DQImageProcessor
 from ..pictures import (
     GRAIN_COLOURS,
     NO_CODE_YET,
-    decode_partial,
     draw_codes,
     draw_grain_map,
     draw_order,
@@ -111,7 +110,7 @@ def sample_frames(pipe, class_label, seed, num_frames=NUM_FRAMES, prompt=None, *
         present = state.taken.view_as(codes)
         order = torch.where(present & (order < 0), step, order)
         if (step + 1) % every == 0:
-            image = decode_partial(pipe.vae, pipe.image_processor, codes, present)[0]
+            image = pipe.image_processor.post_process(pipe.vae.decode_each(codes, present).sample)[0]
             yield draw_frame(image, state.fine_grain_map.view_as(codes)[0], grain_map[0], order[0], step + 1)
     image = pipe.image_processor.post_process(pipe.vae.decode_each(codes).sample)[0]
     yield draw_frame(image, state.fine_grain_map.view_as(codes)[0], grain_map[0], order[0], step + 1)

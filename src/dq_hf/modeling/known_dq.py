@@ -215,11 +215,11 @@ class KnownState(StreamState):
         return begins & (wanted == granularity), begins & (wanted == UNKNOWN), room
 
 
-def log_factor(log_odds, counted, share, num_halvings=20):
+def log_factor(log_odds, counted, share):
     """Logarithm (B, 1) of the factor of odds (B, N) with which this share (B, 1) of those that are counted is to be expected."""
     low, high = torch.full_like(share, -40), torch.full_like(share, 40)
     wanted = share * counted.sum(1, keepdim=True)
-    for _ in range(num_halvings):
+    for _ in range(20):  # halvings
         middle = (low + high) / 2
         too_many = ((log_odds + middle).sigmoid() * counted).sum(1, keepdim=True) > wanted
         low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)

@@ -191,7 +191,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
     _no_split_modules = ["DQLevel", "DQMiddle"]
     _keep_in_fp32_modules_strict = {"quantizer", "router.thresholds"}
     _can_record_outputs = {"hidden_states": DQLevel}
-    _keys_to_ignore_on_load_missing = {"router.thresholds"}  # folders of before have them in the configuration
+    _keys_to_ignore_on_load_missing = {"router.thresholds"}  # the configuration may have them
 
     def __init__(self, config: DQVAEConfig):
         config.validate()

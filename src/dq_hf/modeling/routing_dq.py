@@ -68,23 +68,22 @@ class DQRouter(nn.Module):
     """Gives every region a score, and makes it as many steps finer as its score exceeds thresholds.
 
     The thresholds, a buffer (K - 1,) of ascending numbers, are saved with the weights; they stay float32 when the model is
-    cast to another dtype. A subclass has `look`, a `score_name`, the thresholds to begin with and, if it learns, a `choose`
-    of its own.
+    cast to another dtype. A subclass has `look`, a `score_name` and, if it learns, a `choose` of its own.
+
+    Args:
+        config: `DQVAEConfig`.
+        thresholds: to begin with, K - 1 numbers.
     """
 
     score_name = None  # what the score is called in pictures, with its unit if it has one
     uses_features = False  # whether `look` needs the encoder's features
     highest_score = None  # scores lie in [0, highest_score]; None: they may be any number
 
-    def __init__(self, config):
+    def __init__(self, config, thresholds):
         super().__init__()
         self.num_granularities = len(config.granularities)
-        self.initial_thresholds = self.thresholds_to_begin_with(config)
-        self.register_buffer("thresholds", torch.tensor(self.initial_thresholds, dtype=torch.float32))
-
-    def thresholds_to_begin_with(self, config):
-        """A list of K - 1 numbers."""
-        raise NotImplementedError
+        self.initial_thresholds = thresholds
+        self.register_buffer("thresholds", torch.tensor(thresholds, dtype=torch.float32))
 
     def look(self, pixel_values, features):
         """A `DQRouterOutput` of the score alone, and of what it was made of."""
@@ -156,12 +155,8 @@ class EntropyRouter(DQRouter):
     highest_score = math.log(NUM_BINS)
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, config.initial_thresholds)
         self.patch_size = config.granularities[0]
-
-    def thresholds_to_begin_with(self, config):
-        """The configuration's, in nats."""
-        return config.initial_thresholds
 
     def finish_loading(self, config):
         """As for every router; thresholds that the configuration gives go before those of the weights."""
@@ -191,7 +186,7 @@ class FeatureRouter(DQRouter):
         return self.training and any(parameter.requires_grad for parameter in self.parameters())
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, [math.inf] * (len(config.granularities) - 1))  # until it is calibrated
         self.budget_targets, self.budget_gamma = config.budget_targets, config.budget_gamma
         self.gradient = config.router_gradient
         width = self.num_granularities * config.z_channels
@@ -200,10 +195,6 @@ class FeatureRouter(DQRouter):
             self.gate = nn.Linear(width, self.num_granularities)
         else:
             self.gate = two_layers(width, width, self.num_granularities, config.router_activation)
-
-    def thresholds_to_begin_with(self, config):
-        """None yet: infinity."""
-        return [math.inf] * (self.num_granularities - 1)
 
     def finish_loading(self, config):
         """As for every router, but it may be uncalibrated."""
@@ -249,15 +240,11 @@ class GainRouter(DQRouter):
     uses_features = True
 
     def __init__(self, config):
-        super().__init__(config)
+        super().__init__(config, [0.0] * (len(config.granularities) - 1))  # fine where that is predicted to be a gain
         width = self.num_granularities * config.z_channels
         self.norms = feature_norms(config)
         self.gate = two_layers(2 * width, width, 1, config.router_activation or "silu")
         self.requires_grad_(False)
-
-    def thresholds_to_begin_with(self, config):
-        """0: regions are fine where that is predicted to be a gain."""
-        return [0.0] * (self.num_granularities - 1)
 
     def finish_loading(self, config):
         """As for every router; transformers makes new parameters of loaded weights."""
@@ -286,12 +273,9 @@ class RandomRouter(DQRouter):
     highest_score = 1.0
 
     def __init__(self, config):
-        super().__init__(config)
+        targets = config.budget_targets  # which these thresholds give on average
+        super().__init__(config, [1 - sum(targets[granularity:]) for granularity in range(len(targets))])
         self.patch_size = config.granularities[0]
-
-    def thresholds_to_begin_with(self, config):
-        """Those that give the configuration's `budget_targets` on average."""
-        return [1 - sum(config.budget_targets[granularity:]) for granularity in range(len(config.budget_targets))]
 
     def look(self, pixel_values, features):
         """Random numbers."""

@@ -273,8 +273,7 @@ def publish(run, num_classes, text, test_sets, step, sources):
     """Put the card of what was measured at the kept model's step into its folder, and push it if asked to."""
     args, figures = run.options, [f"test_{name}" for name in LOSSES[:3]]
     prompts = "; ".join(prompts_of(test_sets[args.test_split[0]], args)[1]) if text is not None else None
-    # Older checkpoints do not tell the step.
-    rows = (row for row in run.log.read() if "test_loss" in row and step in (None, row["step"]))
+    rows = (row for row in run.log.read() if "test_loss" in row and row["step"] == step)
     measured = min(rows, key=lambda row: row["test_loss"])
     run.publish(
         DQConfig.from_pretrained(run.dir / "model"),

@@ -128,8 +128,6 @@ class Calibration:
         for name, value in state["sizes"].items():
             if getattr(self.options, name) != value:
                 raise ValueError(f"--{name} was {value}, got {getattr(self.options, name)}")
-        if "thresholds" in state and not self.vae.router.uses_features:  # of before they were weights
-            self.vae.router.set_thresholds(state["thresholds"])
         self.shares = state["shares"]
 
 

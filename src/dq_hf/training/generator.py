@@ -44,8 +44,8 @@ class BestLoss:
         return {"value": self.value, "step": self.step, "measured_on": self.measured_on}
 
     def load_state_dict(self, state):
-        self.step = state.get("step")
-        if state.get("measured_on", self.measured_on) == self.measured_on:  # older checkpoints do not say
+        self.step = state["step"]
+        if state["measured_on"] == self.measured_on:
             self.value = state["value"]
         else:
             logger.warning("the held-out images are not those of before: the smallest loss is looked for anew")

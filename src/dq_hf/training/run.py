@@ -35,7 +35,7 @@ from .checkpoints import (
     together,
     writing,
 )
-from .options import REFUSED, check_data
+from .options import check_data, fixed_values
 from .progress import (
     FiniteCheck,
     Progress,
@@ -172,14 +172,14 @@ class Run:
 
         Args:
             parts: what else is in a checkpoint, in their order.
-            facts: what else must be as it was, besides the options `REFUSED`, or in place of one.
+            facts: what else must be as it was, besides the fixed options, or in place of one.
 
         Raises:
             CheckpointError: the checkpoint does not fit, or is damaged.
             ValueError: no step is left.
         """
         accelerator, options = self.accelerator, self.options
-        self.fixed = {name: value for name, value in vars(options).items() if name in REFUSED} | facts
+        self.fixed = fixed_values(options) | facts
         accelerator.register_for_checkpointing(self.progress, *parts)
         accelerator.register_save_state_pre_hook(self._save_fixed_options)
         accelerator.register_load_state_pre_hook(self._check_fixed_options)
@@ -197,8 +197,7 @@ class Run:
             (Path(folder) / OPTIONS_FILE).write_text(json.dumps(self.fixed, indent=1))
 
     def _check_fixed_options(self, models, folder):
-        file = Path(folder) / OPTIONS_FILE
-        saved = json.loads(file.read_text()) if file.exists() else {}  # checkpoints of before have none
+        saved = json.loads((Path(folder) / OPTIONS_FILE).read_text())
         for name in saved.keys() & self.fixed.keys():
             if saved[name] != self.fixed[name]:
                 raise ValueError(f"--{name} was {saved[name]}, got {self.fixed[name]}")

@@ -24,6 +24,7 @@ SMALL_SIZES = {"dim": 128, "hidden_dim": 512, "n_layers": 2, "n_heads": 4}
 MOST_WORDS = 30_000  # of its vocabulary, the most frequent ones
 HIDDEN_WORDS = 0.05  # share of the words that training hides from it, so that it learns what an unknown word is
 WRONG_CAPTIONS = "wrong_captions"  # column
+TEXTS_AT_ONCE = 64  # that are encoded beforehand
 
 
 def make_text(args, train_captions, captions, device):
@@ -138,12 +139,12 @@ class FrozenText(TrainedText):
 class PrecomputedText(FrozenText):
     """As `FrozenText`, but the states of each of these captions are computed once, and kept in memory."""
 
-    def __init__(self, tokenizer, encoder, length, captions, batch_size=64):
+    def __init__(self, tokenizer, encoder, length, captions):
         super().__init__(tokenizer, encoder, length)
         self.places = {caption: place for place, caption in enumerate(["", *captions])}
         texts, parts = list(self.places), []
-        for first in tqdm(range(0, len(texts), batch_size), desc="encode captions"):
-            arguments = super().arguments(super().collate(texts[first : first + batch_size]))
+        for first in tqdm(range(0, len(texts), TEXTS_AT_ONCE), desc="encode captions"):
+            arguments = super().arguments(super().collate(texts[first : first + TEXTS_AT_ONCE]))
             parts.append([value.cpu() for value in arguments.values()])
         self.states, self.masks = (torch.cat(part) for part in zip(*parts))
 
