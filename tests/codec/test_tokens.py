@@ -1,16 +1,20 @@
 """Images as flat sequences of integers for other models: exact, padded, of any size, and never anything but images."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_transformer, make_vae, seeded
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dq_hf import DQForImageGeneration
 from dq_hf.codec import DQTokens
+from dq_hf.codec.tokens import Sequence
 from dq_hf.modeling.grain_map_dq import expand_grain_map, top_left_cells
 from dq_hf.modeling.modeling_dqvae import DQVAEEncoderOutput
+from dq_hf.pipelines.pipeline_dq import DQPipelineOutput
 
 CONFIGS = {
     1: make_vae(granularities=[4], block_out_channels=[8, 8, 16]).config,
@@ -76,7 +80,8 @@ def test_whatever_is_drawn_from_what_is_allowed_is_an_image(num_granularities, s
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([4, 4], "place 0"),
+        ([4, 4], "no token of the start, 1"),
+        ([0, 0, 1, 9], "token 9 at place 3"),
         ([1, 4, 2, 11], "ends before"),
         ([1, 4, 2, 11, 11, 3], "token 11 at place 4"),
         ([1, 5, 2, 11, 3], "token 11 at place 3"),
@@ -100,6 +105,108 @@ def test_sequences_of_different_lengths_are_taken():
     short, long = [1, 4, 2, 11, 3], [1, 5, 2, 22, 23, 24, 25, 3]
     assert [image.grain_map.item() for image in tokens.from_tokens([short, torch.tensor(long)])] == [0, 1]
     assert [image.grain_map.item() for image in tokens.from_tokens(short)] == [0]
+
+
+def test_sequences_of_a_table_or_a_generator_are_taken():
+    tokens, rows = DQTokens(CONFIGS[2]), [[1, 4, 2, 11, 3], [1, 5, 2, 22, 23, 24, 25, 3]]
+    ragged = np.empty(2, dtype=object)
+    ragged[:] = rows
+    for sequences in (Dataset.from_dict({"input_ids": rows})["input_ids"], (row for row in rows), ragged, tuple(rows)):
+        assert [image.grain_map.item() for image in tokens.from_tokens(sequences)] == [0, 1]
+    assert len(tokens.from_tokens([torch.tensor(token) for token in rows[0]])) == 1
+
+
+def test_what_stands_before_the_start_is_not_read():
+    tokens = DQTokens(CONFIGS[2], offset=100)
+    image = random_image(2, 2, 3, 0)
+    ids = tokens.to_tokens(image)["input_ids"][0].tolist()
+    assert min(ids) == tokens.bos_token_id == 101 and max(ids) < tokens.vocab_size == 100 + 38
+    (back,) = tokens.from_tokens([0, 0, 7, 50, *ids, 0, 0])
+    assert torch.equal(back.codes, image.codes)
+    assert tokens.allowed([0, 7, 50]) == [101] and tokens.allowed([]) == [101]
+    assert tokens.allowed([0, 7, *ids[:-1]]) == tokens.allowed(ids[:-1]) == [103]
+    assert tokens.allowed([0, 7, *ids]) == tokens.allowed([*ids, 0, 50]) == [tokens.pad_token_id] == [100]
+
+
+def test_a_sequence_that_is_no_image_may_be_none():
+    tokens = DQTokens(CONFIGS[2])
+    first, second, third = tokens.from_tokens(
+        [[1, 4, 2, 11, 3], [1, 4, 2], [1, 5, 2, 22, 23, 24, 25, 3]], strict=False
+    )
+    assert second is None and (first.grain_map.item(), third.grain_map.item()) == (0, 1)
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_a_language_model_samples_images_in_a_batch(padding):
+    tokens = DQTokens(CONFIGS[2], offset=10)
+    special = dict(bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=padding)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=tokens.vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=1, **special)
+    )
+    start = torch.tensor([[0, 5], [5, 6], [5, 7], [5, 8]])
+    torch.manual_seed(1)
+    said = model.generate(
+        start,
+        attention_mask=start > 0,
+        do_sample=True,
+        max_length=64,
+        prefix_allowed_tokens_fn=lambda _, ids: tokens.allowed(ids, shape=(2, 2)),
+    )
+    lengths = {(row[2:] == tokens.eos_token_id).nonzero()[0].item() for row in said}
+    assert len(lengths) > 1  # so that some rows are padded while others go on
+    assert all(image.grain_map.shape == (1, 2, 2) for image in tokens.from_tokens(said))
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 999))
+def test_places_of_a_sequence_so_far_are_those_of_the_whole(num_granularities, rows, columns, seed):
+    tokens = DQTokens(CONFIGS[num_granularities], folded=False, offset=seed)
+    batch = tokens.to_tokens(random_image(num_granularities, rows, columns, seed))
+    for length in range(1, batch["input_ids"].shape[1] + 1):
+        so_far = tokens.places(batch["input_ids"][0, :length])
+        for name in ("granularities", "positions"):
+            assert torch.equal(so_far[name], batch[name][0, :length])
+
+
+def test_a_sequence_is_read_once(monkeypatch):
+    read, places = Sequence.read, []
+    monkeypatch.setattr(Sequence, "read", lambda self, token: (places.append(self.place), read(self, token))[1])
+    tokens = DQTokens(CONFIGS[2])
+    ids = tokens.to_tokens(random_image(2, 3, 3, 0))["input_ids"][0].tolist()
+    for length in range(1, len(ids)):
+        assert ids[length] in tokens.allowed(ids[:length], (3, 3))
+    assert places == list(range(len(ids) - 1))
+
+
+def test_codes_of_a_pipeline_are_taken():
+    image = random_image(2, 2, 2, 0)
+    output = DQPipelineOutput(images=None, codes=image.codes, grain_maps=image.grain_map)
+    assert torch.equal(
+        DQTokens(CONFIGS[2]).to_tokens(output)["input_ids"], DQTokens(CONFIGS[2]).to_tokens(image)["input_ids"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (None, TypeError, "a sequence of whole numbers or several such, got NoneType"),
+        ("1 4", TypeError, "got str"),
+        ([1.0, 4.0], TypeError, "whole numbers, got torch.float32"),
+        ([["a"]], TypeError, "a sequence of whole numbers, got list"),
+        ([], ValueError, "at least one sequence, got none"),
+        (torch.zeros(0, 5, dtype=torch.long), ValueError, "at least one sequence, got none"),
+        (torch.zeros(2, 0, dtype=torch.long), ValueError, "at least one sequence, got none"),
+    ],
+)
+def test_what_is_no_sequence_is_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        DQTokens(CONFIGS[2]).from_tokens(given)
+
+
+@pytest.mark.parametrize("shape", [8, (8,), (0, 2), (2.0, 2), "88"])
+def test_a_shape_that_is_none_is_refused(shape):
+    with pytest.raises(TypeError, match="shape must be rows and columns of regions, two whole numbers"):
+        DQTokens(CONFIGS[2]).allowed([1], shape)
 
 
 def test_the_configuration_of_a_whole_model_has_the_tokenizers():

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transformer, make_vae
+from datasets import Dataset
 from hub_server import HubServer, run_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -485,6 +486,14 @@ def test_encode_writes_a_row_for_each_image_of_any_size(run, place, pictures):
             assert torch.equal(found["codes"], expected[0]) and torch.equal(found["grain_map"], expected[1])
 
 
+def test_encode_resizes_to_the_models_size(run, place, pictures):
+    run("encode", "pictures", "--output", "codes.parquet", "--model", "model", "--resize")
+    vae = DQVAEModel.from_pretrained("model/vae")
+    rows = load_rows("codes.parquet", vae)
+    assert {(row["height"], row["width"]) for row in rows} == {tuple(vae.config.image_height_width)}
+    assert len(rows) == len(pictures)
+
+
 def test_encode_names_the_model_and_only_that_decodes(run, place, pictures):
     run("encode", "pictures", "--output", "codes.parquet", "--model", "model")
     vae = DQVAEModel.from_pretrained("model/vae")
@@ -499,8 +508,14 @@ def test_encode_names_the_model_and_only_that_decodes(run, place, pictures):
     pq.write_table(table.replace_schema_metadata(), "nameless.parquet")
     for number, damaged in enumerate(("{", "[]", "{}", '{"fingerprint": "0"}')):
         pq.write_table(table.replace_schema_metadata({"dq_hf.model": damaged}), f"{number}.parquet")
-    for name in ("nameless.parquet", "noise.png", *(f"{number}.parquet" for number in range(4))):
-        with pytest.raises(ValueError, match=f"{name} is damaged, or no table that names its model"):
+    Dataset.from_parquet("codes.parquet").to_parquet("again.parquet")
+    for name, message in (
+        ("nameless.parquet", "does not name its model: .* by datasets.Dataset.from_parquet"),
+        ("again.parquet", "does not name its model: .* by datasets.Dataset.from_parquet"),
+        ("noise.png", "is damaged, or no Parquet file"),
+        *((f"{number}.parquet", "names its model in another way") for number in range(4)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
             load_rows(name, vae)
     with pytest.raises(OSError, match="nothing.parquet"):
         load_rows("nothing.parquet", vae)
@@ -519,8 +534,16 @@ def test_encode_skips_and_names_a_stated_share_of_broken_images(run, refused, pl
     ("options", "message"),
     [
         (["pictures", "--output", "codes.csv"], "must end in .parquet"),
-        (["none", "--output", "codes.parquet"], "must be a folder of images"),
-        (["empty", "--output", "codes.parquet"], "must hold images"),
+        (["none", "--output", "codes.parquet"], "must be a folder of images; for Parquet files"),
+        (
+            ["empty", "--output", "codes.parquet"],
+            "must hold images, such as .png or .jpg files; it has none. For Parquet",
+        ),
+        (
+            ["--data", "pictures", "--output", "codes.parquet"],
+            "a table takes a folder: dq-hf encode FOLDER --output ...",
+        ),
+        (["pictures", "--output_dir", "codes"], "with --output_dir the images are given by --data pictures"),
         (["pictures", "--output", "codes.parquet", "--fine-ratio", "2"], "[0, 1]"),
         (["pictures", "--output", "codes.parquet", "--output_dir", "codes"], "not both"),
     ],

@@ -36,6 +36,7 @@ from dq_hf.modeling.quantization_dq import DQQuantizer
 from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.scripts.arguments import EncodeArguments, GeneratorArguments, TokenizerArguments
 from dq_hf.training.generator import BestLoss
+from dq_hf.training.options import REFUSED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STAGE_1 = "train_dqvae.py --image_size 16 --granularities 4 2 --block_out_channels 8 8 16 --norm_num_groups 4"
@@ -467,9 +468,6 @@ def test_losses_on_other_held_out_images_do_not_count(caplog):
     other.load_state_dict(before.state_dict())
     assert "the held-out images are not those of before" in caplog.text
     assert other.improve(2.5, 8) and other.step == 8
-    older = BestLoss(["codes", "test", 10])
-    older.load_state_dict({"value": 2.0})
-    assert older.value == 2.0 and older.step is None
 
 
 def test_the_card_of_stage_2_tells_the_logged_figures(generator, place):
@@ -827,6 +825,12 @@ def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
     assert re.search(message, refused), refused
     assert not list((place / "never-begun").glob("[!.]*"))
     assert len(training_rows(plain[0])) == 3
+
+
+def test_a_resumed_run_refuses_another_size_of_a_model():
+    fields = [field for stage in (TokenizerArguments, GeneratorArguments) for field in dataclasses.fields(stage)]
+    sizes = {field.name for field in fields if field.metadata["help"].endswith("what the model of --start_from has.")}
+    assert len(sizes) > 15 and sizes | set(REFUSED) == set(REFUSED) <= {field.name for field in fields}
 
 
 @pytest.mark.parametrize("options", [TokenizerArguments, EncodeArguments, GeneratorArguments])

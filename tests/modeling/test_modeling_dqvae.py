@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import edit_config, make_vae
 from safetensors.torch import load_file, save_file
+from transformers.testing_utils import CaptureLogger, LoggingLevel
+from transformers.utils import logging
 
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
 from dq_hf.modeling.routing_dq import ROUTERS
@@ -452,7 +454,7 @@ BAD_OPTIONS = [
 ]
 BAD_CODES = [
     (torch.zeros(2, 8, 8), TypeError, "codes must be a tensor of integers, got torch.float32"),
-    (torch.zeros(8, 8, dtype=torch.long), ValueError, r"codes must have shape \(any, any, any\), got \(8, 8\)"),
+    (torch.zeros(8, 8, dtype=torch.long), ValueError, r"codes must have shape \(B, H, W\), got \(8, 8\)"),
     (torch.full((2, 8, 8), 16), ValueError, r"codes must lie in 0 ... 15, got values from 16 to 16"),
     (torch.full((2, 8, 8), -1), ValueError, r"codes must lie in 0 ... 15, got values from -1 to -1"),
     (None, TypeError, "codes must be a tensor of integers, got NoneType"),
@@ -513,3 +515,25 @@ def test_decode_codes_refuses_bad_codes(tiny_vae, codes, error, message):
 def test_decode_refuses_bad_vectors(tiny_vae, quantized, error, message):
     with pytest.raises(error, match=message):
         tiny_vae.decode(quantized)
+
+
+def test_images_that_seem_to_lie_in_0_to_1_are_told():
+    vae = make_vae()
+    with LoggingLevel(logging.WARNING), CaptureLogger(logging.get_logger("dq_hf.modeling.modeling_dqvae")) as logs:
+        logging.warning_once.cache_clear()
+        vae.encode(IMAGES)
+        vae.encode(IMAGES.clamp(min=0.2))  # light, but not as if black were 0
+        assert logs.out == ""
+        vae.encode(IMAGES / 2 + 0.5)
+    assert "if they lie in [0, 1], give 2 * x - 1" in logs.out
+
+
+def test_codes_without_a_batch_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"codes must have shape \(B, H, W\), got \(8, 8\)"):
+        make_vae().decode_codes(torch.zeros(8, 8, dtype=torch.long))
+
+
+def test_a_state_dict_is_loaded_without_a_folder():
+    vae = make_vae()
+    loaded = DQVAEModel.from_pretrained(None, config=vae.config, state_dict=vae.state_dict())
+    assert all(torch.equal(weight, vae.state_dict()[name]) for name, weight in loaded.state_dict().items())

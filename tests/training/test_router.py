@@ -72,6 +72,14 @@ def test_what_is_frozen_and_the_dtype_stay():
     assert trained == {name for name, parameter in vae.named_parameters() if parameter.requires_grad}
 
 
+def test_a_router_stays_frozen_when_all_else_is_released():
+    learned = learn_router(make_vae(), batches(2), 2).requires_grad_(False).requires_grad_(True)
+    learned.train()(images(2)).loss.backward()
+    trained = {name for name, parameter in learned.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in learned.named_parameters() if parameter.grad is not None}
+    assert trained and not any(name.startswith("router") for name in trained)
+
+
 def test_widths_that_the_norms_groups_do_not_fit_are_no_obstacle():
     vae = make_vae(z_channels=6, router_norm_num_groups=4)  # which an entropy router does not use
     assert learn_router(vae, batches(1), steps=1).config.router_norm_num_groups == 2

@@ -48,12 +48,20 @@ def load_rows(path, vae):
         ValueError: no such table, or one of another model's codes.
     """
     try:
-        model = json.loads((pq.read_schema(path).metadata or {})[MODEL])
-        theirs, name = model["fingerprint"], model["model"]
-    except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged, or no Parquet file ({error}); encode the images again") from error
+    if MODEL not in metadata:
         raise ValueError(
-            f"{path} is damaged, or no table that names its model ({error}); encode the images again with dq-hf encode "
-            "--output"
+            f"{path} does not name its model: datasets does not keep that when it writes a table; if its codes are of your "
+            "model, read it without this check, by datasets.Dataset.from_parquet"
+        )
+    try:
+        model = json.loads(metadata[MODEL])
+        theirs, name = model["fingerprint"], model["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} names its model in another way ({error!r}); encode the images again with dq-hf encode --output"
         ) from error
     own = decoding_fingerprint(parts(vae)[0])
     if theirs != own:
@@ -62,7 +70,7 @@ def load_rows(path, vae):
 
 
 @torch.no_grad()
-def encode_rows(vae, images, fine_ratio=None):
+def encode_rows(vae, images, fine_ratio=None, resize=False):
     """One `pyarrow.Table` with the columns of `row_features` for each batch; the VAE is put into evaluation mode.
 
     Images that come one after the other and have the same size are a batch. Height and width are those of the image; its
@@ -72,9 +80,10 @@ def encode_rows(vae, images, fine_ratio=None):
         vae: a `DQVAEModel`.
         images: iterable of (name, PIL image), which is read only as far as a batch needs it.
         fine_ratio: as in `DQVAEModel.encode`.
+        resize: scale and crop all images to the size that the model was trained with.
     """
     vae.eval()
-    processor = DQImageProcessor.for_model(vae.config, do_resize=False)
+    processor = DQImageProcessor.for_model(vae.config, do_resize=resize)
     factor, schema = vae.config.granularities[0], row_features(vae.config).arrow_schema
 
     def prepared():

@@ -1,18 +1,21 @@
 """Images as sequences of integers for any sequence model, and back: the tokenizer alone, no class, any size."""
 
 from collections.abc import Iterable
+from itertools import chain
 from numbers import Integral
 
+import numpy as np
 import torch
 from transformers import BatchEncoding
 
 from ..modeling.grain_map_dq import check_cells, expand_grain_map
 from ..modeling.modeling_dqvae import DQVAEEncoderOutput
-from ..modeling.modeling_utils_dq import check_indices
+from ..modeling.modeling_utils_dq import INTEGERS, check_indices
 from .static_prior import first_cells
 
 PAD, START, ROW, END = range(4)
 NUM_SPECIAL = 4
+MOST_OPEN = 1024  # sequences that `allowed` remembers how far it has read
 
 
 class DQTokens:
@@ -27,17 +30,18 @@ class DQTokens:
     Args:
         config: `DQVAEConfig`, or the `DQConfig` of a whole model.
         folded: False: granularity and position apart.
+        offset: is added to all tokens, for a model whose own vocabulary ends before: `vocab_size` is then the size of both.
     """
 
-    pad_token_id, bos_token_id, eos_token_id = PAD, START, END
-
-    def __init__(self, config, folded=True):
+    def __init__(self, config, folded=True, offset=0):
         config = getattr(config, "vae_config", config)
         self.num_granularities = len(config.granularities)
         self.codebook_size = config.codebook_size
-        self.folded = folded
-        self.first_code = NUM_SPECIAL + self.num_granularities
-        self.vocab_size = self.first_code + self.codebook_size * (self.num_granularities if folded else 1)
+        self.folded, self.offset = folded, offset
+        self.first_code = NUM_SPECIAL + self.num_granularities  # without the offset
+        self.vocab_size = offset + self.first_code + self.codebook_size * (self.num_granularities if folded else 1)
+        self.pad_token_id, self.bos_token_id, self.eos_token_id = (offset + token for token in (PAD, START, END))
+        self._open = {}  # {(shape, its tokens): `Sequence`}
 
     def to_tokens(self, encoded):
         """A padded batch for a model of transformers, a `BatchEncoding` of long tensors.
@@ -60,39 +64,84 @@ class DQTokens:
             raise ValueError("encoded must hold at least one image, got none")
         columns = [self._columns(codes, grain_map) for codes, grain_map in images]
         padded = [torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*columns)]
+        padded[0] += self.offset
         names = ["input_ids", "attention_mask", "granularities", "positions"]
         return BatchEncoding(dict(zip(names, padded[:2] if self.folded else padded)))
 
-    def from_tokens(self, tokens):
+    def from_tokens(self, tokens, strict=True):
         """The images of sequences, a list with codes (1, H, W) and grain map (1, h, w) of each; the inverse of `to_tokens`.
 
         Args:
-            tokens: a batch of `to_tokens`, or `input_ids` (B, L), or those of one image (L,), as `generate` gives them, or a
-                list of sequences of any lengths. What follows END is not read.
+            tokens: a batch of `to_tokens`, or `input_ids` (B, L), or those of one image (L,), as `generate` gives them, or
+                any number of sequences of any lengths. What stands before START, such as a prompt, or behind END is not read.
+            strict: False: in the place of a sequence that is no image there is None.
 
         Raises:
-            ValueError: a sequence that is no image; the message names the sequence and the place.
+            TypeError: no whole numbers.
+            ValueError: no sequence, or one that is no image; the message names the sequence and the place.
         """
         ids = tokens["input_ids"] if hasattr(tokens, "keys") else tokens
-        if not isinstance(ids, (list, tuple)):
-            ids = torch.as_tensor(ids)
-            ids = ids.view(-1, ids.shape[-1]) if ids.dim() > 0 else [ids]
-        elif all(isinstance(token, Integral) for token in ids):
-            ids = [ids]
-        return [self._image(torch.as_tensor(row).flatten().tolist(), number) for number, row in enumerate(ids)]
+        images = []
+        for number, sequence in enumerate(sequences_of(ids)):
+            try:
+                images.append(self._image(*self._from_start(sequence)))
+            except ValueError as error:
+                if strict:
+                    raise ValueError(f"sequence {number} is no image: {error}") from error
+                images.append(None)
+        return images
 
     def allowed(self, tokens, shape=None):
         """Which tokens may follow, a list: with it as `prefix_allowed_tokens_fn`, all that `generate` samples are images.
 
         Args:
-            tokens: (L,), a sequence so far, from START on.
+            tokens: (L,), a sequence so far. What stands before START is not read; behind END there is only padding.
             shape: (rows, columns) of regions that the image is to have; None: any.
 
         Raises:
+            TypeError: no whole numbers, or a shape that is no pair of such.
             ValueError: no beginning of an image.
         """
-        *_, (allowed, _) = self._read(torch.as_tensor(tokens).tolist(), shape)
-        return [token for part in allowed for token in part]
+        if shape is not None:
+            shape = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+            if len(shape) != 2 or not all(isinstance(side, Integral) and side > 0 for side in shape):
+                raise TypeError(f"shape must be rows and columns of regions, two whole numbers, got {shape}")
+        ids, first = self._from_start(whole_numbers(tokens))
+        if END in ids:
+            return [self.pad_token_id]
+        sequence = self._open.pop((shape, *ids[:-1]), None) if ids else None
+        if sequence is None:  # read from the beginning, the next time only what is new
+            sequence, new = Sequence(self, shape, first), ids
+        else:
+            new = ids[-1:]
+        for token in new:
+            sequence.read(token)
+        if len(self._open) >= MOST_OPEN:
+            self._open.clear()
+        self._open[shape, *ids] = sequence
+        return [token + self.offset for token in chain(*sequence.allowed)]
+
+    def places(self, tokens):
+        """granularities (L,) and positions (L, 2), as `to_tokens` gives them, of a sequence (L,) so far, from START on.
+
+        Raises:
+            TypeError: no whole numbers.
+            ValueError: no beginning of an image.
+        """
+        ids, _ = self._from_start(whole_numbers(tokens))
+        ids = ids[: ids.index(END)] if END in ids else ids
+        sequence = Sequence(self)
+        for token in ids:
+            sequence.read(token)
+        rows = [*sequence.rows, *[sequence.row] * bool(sequence.row)] or [[0]]
+        rows = [row + [0] * (len(rows[0]) - len(row)) for row in rows]  # as if it went on coarsely
+        grain_map = torch.tensor(rows)
+        side = 2 ** (self.num_granularities - 1)
+        codes = torch.zeros(len(rows) * side, len(rows[0]) * side, dtype=torch.long)
+        _, _, *columns = self._columns(codes, grain_map)
+        length = len(whole_numbers(tokens))
+        kept = [torch.nn.functional.pad(column[: len(ids)].T, (0, length - len(ids))).T for column in columns]
+        return BatchEncoding(dict(zip(["granularities", "positions"], kept)))
 
     def _grids(self, encoded):
         """Codes (B, H, W) and grain maps (B, h, w) of one output or row, checked."""
@@ -124,62 +173,28 @@ class DQTokens:
         ids = framed(map_ids, code_ids, first=START, last=END)
         return ids, torch.ones_like(ids), framed(map_granularities, of_codes), framed(map_places, code_places)
 
-    def _read(self, ids, shape=None):
-        """Yield before the first and after each token which may follow, a list of ranges, and the rows of the grain map.
+    def _from_start(self, sequence):
+        """Its tokens from START on, without the offset, and how many stand before."""
+        ids = [token - self.offset for token in sequence]
+        first = ids.index(START) if START in ids else len(ids)
+        return ids[first:], first
 
-        Raises:
-            ValueError: a token that may not; the message names the place.
-        """
-        granularities = range(NUM_SPECIAL, self.first_code)
-        allowed, rows, row, left = [range(START, START + 1)], [], [], None  # left: codes of each granularity
-        yield allowed, rows
-        for place, token in enumerate(ids):
-            if not any(token in part for part in allowed):
-                raise ValueError(f"token {token} at place {place} cannot stand there")
-            if token in granularities:
-                row.append(token - NUM_SPECIAL)
-            elif token == ROW:
-                rows.append(row)
-                row = []
-            elif token >= self.first_code:
-                left = left or [4**g * sum(line.count(g) for line in rows) for g in range(self.num_granularities)]
-                left[next(g for g, count in enumerate(left) if count)] -= 1
-            if token in (END, PAD):
-                allowed = [range(PAD, PAD + 1)]
-            elif left is None:
-                allowed = self._after_map(rows, row, shape)
-            elif any(left):
-                allowed = [self._codes(next(g for g, count in enumerate(left) if count))]
-            else:
-                allowed = [range(END, END + 1)]
-            yield allowed, rows
-
-    def _after_map(self, rows, row, shape):
-        """What may follow in the grain map, or behind it."""
-        width = len(rows[0]) if rows else None if shape is None else shape[1]
-        if row:
-            end_of_row = [range(ROW, ROW + 1)] if width in (None, len(row)) else []
-            return end_of_row + ([] if len(row) == width else [range(NUM_SPECIAL, self.first_code)])
-        may_end = rows and (shape is None or len(rows) == shape[0])
-        coarsest = min((g for line in rows for g in line), default=0)
-        may_go_on = shape is None or len(rows) < shape[0]
-        return [self._codes(coarsest)] * bool(may_end) + [range(NUM_SPECIAL, self.first_code)] * may_go_on
-
-    def _codes(self, granularity):
+    def codes_of(self, granularity):
         """The tokens of a granularity's codes."""
         first = self.first_code + self.codebook_size * granularity * self.folded
         return range(first, first + self.codebook_size)
 
-    def _image(self, ids, number):
-        """Codes and grain map of one sequence."""
+    def _image(self, ids, first):
+        """Codes and grain map of one sequence, see `_from_start`."""
+        if not ids:
+            raise ValueError(f"it has no token of the start, {self.bos_token_id}")
         ids = ids[: ids.index(END) + 1] if END in ids else ids
-        try:
-            *_, (_, rows) = self._read(ids)
-        except ValueError as error:
-            raise ValueError(f"sequence {number} is no image: {error}") from error
-        if END not in ids:
-            raise ValueError(f"sequence {number} is no image: it ends before the token of the end, {END}")
-        grain_map = torch.tensor(rows)
+        sequence = Sequence(self, first=first)
+        for token in ids:
+            sequence.read(token)
+        if ids[-1] != END:
+            raise ValueError(f"it ends before the token of the end, {self.eos_token_id}")
+        grain_map = torch.tensor(sequence.rows)
         codes = (torch.tensor([i for i in ids if i >= self.first_code]) - self.first_code) % self.codebook_size
         top_left, order = self._order(grain_map)
         grid = torch.zeros_like(top_left).flatten()
@@ -194,10 +209,101 @@ class DQTokens:
         return top_left, torch.cat([places[is_first & (fine_map == g)] for g in range(self.num_granularities)])
 
 
+class Sequence:
+    """A sequence that is read token by token.
+
+    Args:
+        tokens: `DQTokens`.
+        shape: (rows, columns) of regions; None: any.
+        first: place of its START, for messages.
+
+    Attributes:
+        rows: of the grain map, those that are whole; `row`: the one that is being read.
+        allowed: which tokens may come next, a list of ranges, without the offset.
+    """
+
+    def __init__(self, tokens, shape=None, first=0):
+        self.tokens, self.shape, self.place = tokens, shape, first
+        self.rows, self.row = [], []
+        self.left = None  # codes of each granularity that are still to come, once the grain map is whole
+        self.allowed = [range(START, START + 1)]
+
+    def read(self, token):
+        """Read the next token; ValueError if it may not come."""
+        tokens = self.tokens
+        if not any(token in part for part in self.allowed):
+            raise ValueError(f"token {token + tokens.offset} at place {self.place} cannot stand there")
+        self.place += 1
+        if token >= tokens.first_code:
+            if self.left is None:
+                self.left = [4**g * sum(row.count(g) for row in self.rows) for g in range(tokens.num_granularities)]
+            self.left[self._granularity()] -= 1
+        elif token == ROW:
+            self.rows.append(self.row)
+            self.row = []
+        elif token >= NUM_SPECIAL:
+            self.row.append(token - NUM_SPECIAL)
+        if self.left is None:
+            self.allowed = self._in_map()
+        elif any(self.left):
+            self.allowed = [tokens.codes_of(self._granularity())]
+        else:
+            self.allowed = [range(END, END + 1)]
+
+    def _granularity(self):
+        """Of the next code."""
+        return next(g for g, count in enumerate(self.left) if count)
+
+    def _in_map(self):
+        """What may follow in the grain map, or behind it."""
+        rows, row, shape, tokens = self.rows, self.row, self.shape, self.tokens
+        regions = range(NUM_SPECIAL, tokens.first_code)
+        width = len(rows[0]) if rows else None if shape is None else shape[1]
+        if row:
+            end_of_row = [range(ROW, ROW + 1)] if width in (None, len(row)) else []
+            return end_of_row + ([] if len(row) == width else [regions])
+        may_end = rows and (shape is None or len(rows) == shape[0])
+        coarsest = min((g for line in rows for g in line), default=0)
+        may_go_on = shape is None or len(rows) < shape[0]
+        return [tokens.codes_of(coarsest)] * bool(may_end) + [regions] * may_go_on
+
+
+def sequences_of(ids):
+    """Lists of whole numbers from a tensor or array (B, L) or (L,), or from any number of sequences.
+
+    Raises:
+        TypeError, ValueError: others, or none.
+    """
+    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.dtype != object:
+        sequences = [ids] if ids.ndim < 2 else ids.reshape(-1, ids.shape[-1]) if ids.shape[-1] else []
+    elif isinstance(ids, Iterable) and not isinstance(ids, str):
+        sequences = list(ids)
+        if sequences and all(isinstance(token, Integral) or getattr(token, "ndim", None) == 0 for token in sequences):
+            sequences = [sequences]
+    else:
+        raise TypeError(f"tokens must be a sequence of whole numbers or several such, got {type(ids).__name__}")
+    if len(sequences) == 0:
+        raise ValueError("tokens must hold at least one sequence, got none")
+    return [whole_numbers(sequence) for sequence in sequences]
+
+
+def whole_numbers(sequence):
+    """A sequence as a flat list of numbers; TypeError if they are not whole."""
+    try:
+        tensor = torch.as_tensor(sequence)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"tokens must be a sequence of whole numbers, got {type(sequence).__name__}") from None
+    if tensor.numel() and tensor.dtype not in INTEGERS:
+        raise TypeError(f"tokens must be whole numbers, got {tensor.dtype}")
+    return tensor.flatten().tolist()
+
+
 def grids_of(encoded):
     """Codes (B, H, W) and grain maps (B, h, w) of one output or row; TypeError where they are missing."""
     try:
-        grids = [torch.as_tensor(encoded[name]) for name in ("codes", "grain_map")]
+        names = encoded.keys() if hasattr(encoded, "keys") else ()
+        map_name = "grain_maps" if "grain_maps" in names else "grain_map"  # the former of a `DQPipelineOutput`
+        grids = [torch.as_tensor(encoded[name]) for name in ("codes", map_name)]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise TypeError(
             "encoded must have codes and grain_map, as DQVAEModel.encode gives them, or be a list of such"

@@ -8,6 +8,7 @@ from .options import (
     add_fine_ratio_option,
     add_force_option,
     add_model_options,
+    add_resize_option,
     add_script,
     check_absent,
     check_device,
@@ -18,6 +19,8 @@ from .options import (
 
 USAGE = """dq-hf encode FOLDER --output CODES.parquet [options]
        dq-hf encode --output_dir CACHE [options of the script; --help after it shows them]"""
+
+OTHER_SETS = "Parquet files and sets of the Hub see Dataset.map in docs/tokens.md, or --data with --output_dir"
 
 
 def register(commands):
@@ -38,6 +41,7 @@ def table_parser(description):
     parser.add_argument("--output", type=Path, required=True, metavar="CODES.parquet", help="Write this Parquet file.")
     add_model_options(parser)
     add_fine_ratio_option(parser)
+    add_resize_option(parser)
     add_broken_option(parser)
     add_force_option(parser)
     return parser
@@ -47,9 +51,13 @@ def run(args):
     """The script where `--output_dir` is given, else the table."""
     options = {argument.partition("=")[0] for argument in args.arguments}
     if not options & {"--output_dir", "--output-dir"}:
+        if "--data" in options:
+            raise ValueError("--data is for --output_dir; a table takes a folder: dq-hf encode FOLDER --output ...")
         write_table(args.parser.parse_args(args.arguments))
     elif "--output" in options:
         raise ValueError("give either --output, for a table, or --output_dir, for a code cache, not both")
+    elif not args.arguments[0].startswith("-"):
+        raise ValueError(f"with --output_dir the images are given by --data {args.arguments[0]}")
     else:
         run_script(args)
 
@@ -61,7 +69,7 @@ def write_table(args):
     check_absent(args.output, args.force)
     check_writable(args.output, args.output.parent)
     if not args.folder.is_dir():
-        raise OSError(f"{args.folder} must be a folder of images")
+        raise OSError(f"{args.folder} must be a folder of images; for {OTHER_SETS}")
     device = check_device(args.device)
 
     from tqdm.auto import tqdm
@@ -75,10 +83,12 @@ def write_table(args):
 
     names = image_names(args.folder)
     if not names:
-        raise OSError(f"{args.folder} must hold images, such as .png or .jpg files; it has none")
+        raise OSError(f"{args.folder} must hold images, such as .png or .jpg files; it has none. For {OTHER_SETS}")
     vae = load_tokenizer(args.model).to(device)
     images = StreamedImages(stream_images(args.folder, names), max_share=args.max_broken_share, shuffle_buffer=0)
     with whole_file(args.output) as partial, tqdm(images, desc="encode", total=len(names)) as progress:
-        tables = encode_rows(vae, ((row["file_name"], row["image"]) for row in progress), fine_ratio(args))
+        tables = encode_rows(
+            vae, ((row["file_name"], row["image"]) for row in progress), fine_ratio(args), args.resize
+        )
         write_codes(partial, row_schema(vae, str(args.model)), tables)
     print(f"{args.output}: {images.num_rows - images.num_broken} images")

@@ -137,6 +137,8 @@ class HubMixin(PushMixin):
                 over, of another shape or kind or not finite; the message names file and fields or keys.
         """
         source = pretrained_model_name_or_path
+        if source is None and not cls.part_folders:  # as in transformers, from `config` and `state_dict`
+            return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
         place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         with local_folder(source, cls.files(kwargs.get("variant"), kwargs.get("use_safetensors")), **place) as folder:
             if cls.part_folders:

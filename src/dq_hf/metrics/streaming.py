@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from ..modeling.image_processing_dq import to_tensor
+from ..modeling.modeling_utils_dq import seems_to_be_unit
 
 
 class StreamingMetric(evaluate.Metric, ABC):
@@ -140,7 +141,7 @@ def warn_of_unit_range(images):
     """Warn of a batch of float images that seems to lie in [0, 1]: with a metric that is what users forget."""
     if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
         images = torch.as_tensor(images)
-        if images.is_floating_point() and images.numel() and 0 <= images.min() < images.max():
+        if images.is_floating_point() and images.numel() and seems_to_be_unit(images.min(), images.max()):
             warnings.warn(
                 "float images are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give uint8 or "
                 "2 * x - 1",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_dqvae import DQVAEConfig
@@ -19,9 +19,11 @@ from .layers_dq import (
     downsample,
     upsample,
 )
-from .modeling_utils_dq import TorchInitMixin, check_indices
+from .modeling_utils_dq import TorchInitMixin, check_indices, seems_to_be_unit
 from .quantization_dq import DQQuantizer
-from .routing_dq import ROUTERS, mix_features
+from .routing_dq import ROUTERS, GainRouter, mix_features
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -212,6 +214,13 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
         """Another module in its place."""
         self.encoder.conv_in = value
 
+    def requires_grad_(self, requires_grad=True):
+        """As in torch, but a gain router stays frozen: no loss of this model reaches it (see `learn_router`)."""
+        super().requires_grad_(requires_grad)
+        if isinstance(self.router, GainRouter):
+            self.router.requires_grad_(False)
+        return self
+
     def region_scores(self, pixel_values):
         """How much each region of images (B, 3, height, width) deserves finer codes, (B, h, w) float32: the router's score."""
         pixel_values = self._check_pixel_values(pixel_values)
@@ -300,7 +309,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
     def decode_codes(self, codes, return_dict=True) -> DQVAEDecoderOutput:
         """Image of codes (B, H, W), integers in [0, codebook_size), on the finest granularity's grid."""
         codes = check_indices(
-            "codes", codes, (None, None, None), self.config.codebook_size, self.quantizer.codebook.device
+            "codes", codes, ("B", "H", "W"), self.config.codebook_size, self.quantizer.codebook.device
         )
         return self.decode(self.quantizer.lookup(codes), return_dict)
 
@@ -378,5 +387,10 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
                 raise ValueError(
                     f"pixel_values must be finite and lie in [-1, 1], got values from {low:.4g} to {high:.4g}; "
                     "use DQImageProcessor"
+                )
+            if seems_to_be_unit(low, high):
+                logger.warning_once(
+                    "pixel_values are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give 2 * x - 1, "
+                    "or images to DQImageProcessor"
                 )
         return pixel_values

@@ -16,7 +16,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, tor
 
 
 def check_indices(name, values, shape, limit, device, lowest=0):
-    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (None: any), in [lowest, limit).
+    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (None or a name: any), in [lowest, limit).
 
     Raises:
         TypeError: not a tensor of integers.
@@ -25,7 +25,10 @@ def check_indices(name, values, shape, limit, device, lowest=0):
     if not isinstance(values, torch.Tensor) or values.dtype not in INTEGERS:
         got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    if values.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, values.shape)):
+    free = [size is None or isinstance(size, str) for size in shape]
+    if values.dim() != len(shape) or any(
+        not any_size and want != got for any_size, want, got in zip(free, shape, values.shape)
+    ):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({expected}), got {tuple(values.shape)}")
     values = values.to(device=device, dtype=torch.long)
@@ -36,3 +39,8 @@ def check_indices(name, values, shape, limit, device, lowest=0):
             f"{name} must lie in {lowest} ... {limit - 1}, got values from {int(values.min())} to {int(values.max())}"
         )
     return values
+
+
+def seems_to_be_unit(low, high):
+    """Whether values from `low` to `high` that should lie in [-1, 1] seem to lie in [0, 1]: dark, and nothing below 0."""
+    return bool(0 <= low < 0.05 and low < high)

@@ -8,7 +8,6 @@ from dq_hf.training.options import (
     EMOJI,
     SMALL,
     RunOptions,
-    fixed_option,
     option,
     require,
     require_different,
@@ -47,12 +46,12 @@ GENERATOR_SIZES = {  # of a new model
 class TokenizerArguments(RunOptions):
     """Options of `RunOptions`, and those of the tokenizer and its objective."""
 
-    start_from: str | None = fixed_option(
+    start_from: str | None = option(
         None,
         "Folder or Hub id of a DQVAEModel to go on from; its sizes stay, and its thresholds unless the router is a feature "
         "router.",
     )
-    decoder_only: bool = fixed_option(
+    decoder_only: bool = option(
         False, "With --start_from: train the decoder alone, so that all codes, caches and generators stay valid."
     )
     image_size: list[int] | None = size_option(
@@ -69,7 +68,7 @@ class TokenizerArguments(RunOptions):
     fine_ratios: list[float] | None = size_option(
         TOKENIZER_SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
     )
-    calibration_images: int = fixed_option(4096, "Training images on which the router is set to its budget.")
+    calibration_images: int = option(4096, "Training images on which the router is set to its budget.")
     block_out_channels: list[int] | None = size_option(
         TOKENIZER_SIZES["block_out_channels"],
         "Widths of the encoder, one for each halving down to the coarsest granularity.",
@@ -87,13 +86,13 @@ class TokenizerArguments(RunOptions):
     disc_weight: float = option(0.75, "Weight of the adversarial loss; 0 means no discriminator.")
     disc_start: int = option(2000, "Step at which the discriminator begins.")
     disc_ramp: int = option(0, "Steps in which the adversarial loss comes to its full weight; 0 means at once.")
-    disc_channels: int = fixed_option(64, "Width of the discriminator's first layer.")
-    disc_layers: int = fixed_option(
+    disc_channels: int = option(64, "Width of the discriminator's first layer.")
+    disc_layers: int = option(
         3,
         "Layers of the discriminator that halve the image. It judges patches of 16, 34, 70 or 142 pixels a side with 1, 2, "
         "3 or 4 layers (Isola et al. 2017).",
     )
-    disc_norm: str = fixed_option(
+    disc_norm: str = option(
         "batch",
         "Norm of the discriminator: batch (the paper's); group, of each image alone (Wu and He 2018); none.",
     )
@@ -102,7 +101,7 @@ class TokenizerArguments(RunOptions):
         "Gamma of the R1 penalty, gamma / 2 times the squared gradient of the discriminator at real images (Mescheder et "
         "al. 2018); not with --disc_norm batch, where it would depend on other images. 0 means none.",
     )
-    disc_lecam: float = fixed_option(
+    disc_lecam: float = option(
         0.0,
         "Weight of the LeCam regularisation, which draws the discriminator's logits of real and of reconstructed images to "
         "each other's moving averages (Tseng et al. 2021), for small data sets. 0 means none.",
@@ -114,7 +113,7 @@ class TokenizerArguments(RunOptions):
     learning_rate: float = option(
         6e-4, "Highest learning rate, far above the paper's 4.5e-6 times the batch size: for short runs."
     )
-    ema_decay: float = fixed_option(0.999, "Decay of the moving average of the weights, which is kept; 0 means none.")
+    ema_decay: float = option(0.999, "Decay of the moving average of the weights, which is kept; 0 means none.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -210,16 +209,16 @@ class EncodeArguments:
 class GeneratorArguments(RunOptions):
     """Options of `RunOptions`, and those of the generator."""
 
-    vae: str = fixed_option(
+    vae: str = option(
         f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
     )
     codes: str | None = option(
         None, "Code cache, made by encode_dataset.py; without one, the images are encoded at every step."
     )
-    label_column: str | None = fixed_option(
+    label_column: str | None = option(
         None, "Column with the class labels; none means a model without classes. Default: label, if there are labels."
     )
-    caption_column: str | None = fixed_option(
+    caption_column: str | None = option(
         None,
         "Column with the captions, one or several an image, of which one is drawn each time the image is seen; with "
         "--codes those of the cache, whatever the name. Default: a model without text.",
@@ -227,9 +226,9 @@ class GeneratorArguments(RunOptions):
     max_uncaptioned_share: float = option(
         0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
     )
-    length_buckets: bool = fixed_option(True, "With --codes: make batches of streams of similar length.")
+    length_buckets: bool = option(True, "With --codes: make batches of streams of similar length.")
 
-    start_from: str | None = fixed_option(
+    start_from: str | None = option(
         None,
         "Folder or Hub id of a generator, alone or with its tokenizer, to go on from; its sizes stay. Its text "
         "encoder goes on with --text_encoder, the same folder, and --train_text_encoder.",
@@ -251,12 +250,12 @@ class GeneratorArguments(RunOptions):
         GENERATOR_SIZES["class_dropout"],
         "Share of the images whose class is hidden, for classifier-free guidance; 0 means none.",
     )
-    text_encoder: str | None = fixed_option(
+    text_encoder: str | None = option(
         None,
         "What reads the captions: small, two layers and a vocabulary of whole words that are made from the captions and "
         "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small.",
     )
-    train_text_encoder: bool = fixed_option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
+    train_text_encoder: bool = option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
     precompute_text: bool = option(
         False, "Compute the states of each caption once, at the start, and keep them in memory, if they are to stay."
     )
@@ -274,9 +273,9 @@ class GeneratorArguments(RunOptions):
     horizontal_flips: bool = option(
         True, "Mirror half of the training images; with --codes the cache has its mirror images, or not."
     )
-    weight_decay: float = fixed_option(0.01, "Weight decay, on the weights of linear layers only.")
+    weight_decay: float = option(0.01, "Weight decay, on the weights of linear layers only.")
     warmup_steps: int = option(200, "Steps in which the learning rate rises to its highest.")
-    ema_decay: float = fixed_option(
+    ema_decay: float = option(
         0.0, "Decay of the moving average of the weights, which is then measured and kept; 0 means none."
     )
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -17,30 +17,28 @@ from ..unknown_options import refuse_unknown
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
 CROP = "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part."
 SMALL = "small"  # the text encoder that is made for a run
+REFUSED = (  # when a run is resumed, another value than the checkpoint's is an error; that of any other option counts from there
+    *("streaming", "label_column", "length_buckets", "seed", "start_from", "decoder_only", "compile"),
+    *("image_size", "granularities", "router", "fine_ratios", "calibration_images", "block_out_channels"),
+    *("layers_per_block", "norm_num_groups", "z_channels", "codebook_size", "codebook_dim"),
+    *("disc_channels", "disc_layers", "disc_norm", "disc_lecam", "ema_decay", "vae", "weight_decay", "class_dropout"),
+    *("hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers", "fine_order"),
+    *("caption_column", "text_encoder", "train_text_encoder", "text_length", "text_dropout"),
+)
 
 
-def option(default, text, fixed=False):
+def option(default, text):
     """A dataclass field with its help, which ends with the default, unless that is None or `MISSING`."""
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     text = text if default in (None, MISSING) else f"{text} Default: {shown}."
     chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text.replace("%", "%%"), "fixed": fixed}, **chosen)
-
-
-def fixed_option(default, text):
-    """An `option` of which a resumed run refuses another value. That of any other one counts from there."""
-    return option(default, text, fixed=True)
+    return field(metadata={"help": text.replace("%", "%%")}, **chosen)
 
 
 def size_option(default, text):
     """A field that is None where it is not given: a new model then has the default, and another one its own size."""
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    return fixed_option(None, f"{text} Default: {shown}, or what the model of --start_from has.")
-
-
-def fixed_values(options):
-    """{name: value} of all of `fixed_option` and `size_option`."""
-    return {field.name: getattr(options, field.name) for field in fields(options) if field.metadata["fixed"]}
+    return option(None, f"{text} Default: {shown}, or what the model of --start_from has.")
 
 
 @dataclass(kw_only=True)
@@ -56,7 +54,7 @@ class RunOptions:
         ["test"], "Held-out splits to measure on; the first is the one that counts for the model and its card."
     )
     image_column: str = option("image", "Column with the images.")
-    streaming: bool = fixed_option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
+    streaming: bool = option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
     max_test_images: int = option(1000, "Measure on at most this many held-out images.")
     max_broken_share: float = option(
         0.01, "Images that cannot be read are left out; the run stops if their share is larger than this."
@@ -75,8 +73,8 @@ class RunOptions:
     max_grad_norm: float = option(1.0, "Longer gradients are scaled down to this norm.")
     max_steps: int = option(4000, "Steps of the whole run.")
     gradient_checkpointing: bool = option(False, "Use less memory and more time.")
-    compile: bool = fixed_option(False, "Compile the models with torch.compile.")
-    seed: int = fixed_option(0, "Seed of all that is random.")
+    compile: bool = option(False, "Compile the models with torch.compile.")
+    seed: int = option(0, "Seed of all that is random.")
 
     log_every: int = option(20, "Steps between two rows of log.jsonl.")
     save_every: int = option(500, "Steps between two checkpoints.")

@@ -57,6 +57,7 @@ def learn_router(vae, batches, steps, learning_rate=3e-3):
             f"the router's error is not finite after {steps} steps; use a learning_rate below {learning_rate}"
         )
     router.requires_grad_(False)
+    optimizer.zero_grad()
     trained = dict(vae.named_parameters())
     for name, parameter in learner.named_parameters():
         if not name.startswith("router."):

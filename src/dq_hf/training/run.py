@@ -35,7 +35,7 @@ from .checkpoints import (
     together,
     writing,
 )
-from .options import check_data, fixed_values
+from .options import REFUSED, check_data
 from .progress import (
     FiniteCheck,
     Progress,
@@ -172,14 +172,14 @@ class Run:
 
         Args:
             parts: what else is in a checkpoint, in their order.
-            facts: what else must be as it was, besides the fixed options, or in place of one.
+            facts: what else must be as it was, besides the options `REFUSED`, or in place of one.
 
         Raises:
             CheckpointError: the checkpoint does not fit, or is damaged.
             ValueError: no step is left.
         """
         accelerator, options = self.accelerator, self.options
-        self.fixed = fixed_values(options) | facts
+        self.fixed = {name: value for name, value in vars(options).items() if name in REFUSED} | facts
         accelerator.register_for_checkpointing(self.progress, *parts)
         accelerator.register_save_state_pre_hook(self._save_fixed_options)
         accelerator.register_load_state_pre_hook(self._check_fixed_options)
