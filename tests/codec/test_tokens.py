@@ -1,5 +1,7 @@
 """Images as flat sequences of integers for other models: exact, padded, of any size, and never anything but images."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -94,7 +96,7 @@ def test_what_is_no_image_is_named(ids, message):
         DQTokens(CONFIGS[2]).from_tokens(torch.tensor([ids]))
 
 
-@pytest.mark.parametrize("rest", [[], [0, 0], [3, 3], [1, 4, 11, 99]])
+@pytest.mark.parametrize("rest", [[], [0, 0], [3, 3], [4, 11, 99]])
 def test_what_follows_the_end_is_not_read(rest):
     (image,) = DQTokens(CONFIGS[2]).from_tokens(torch.tensor([[1, 4, 2, 11, 3, *rest]]))
     assert image.grain_map.tolist() == [[[0]]]
@@ -114,6 +116,15 @@ def test_sequences_of_a_table_or_a_generator_are_taken():
     for sequences in (Dataset.from_dict({"input_ids": rows})["input_ids"], (row for row in rows), ragged, tuple(rows)):
         assert [image.grain_map.item() for image in tokens.from_tokens(sequences)] == [0, 1]
     assert len(tokens.from_tokens([torch.tensor(token) for token in rows[0]])) == 1
+    batch = tokens.to_tokens(tokens.from_tokens(rows))["input_ids"]
+    for batches in (
+        [batch, batch],
+        [batch.numpy(), batch.numpy()],
+        [batch.tolist(), batch.tolist()],
+        torch.stack([batch] * 2),
+    ):
+        assert [image.grain_map.item() for image in tokens.from_tokens(batches)] == [0, 1, 0, 1]
+    assert len(tokens.from_tokens({"sequences": batch})) == 2
 
 
 def test_what_stands_before_the_start_is_not_read():
@@ -126,6 +137,13 @@ def test_what_stands_before_the_start_is_not_read():
     assert tokens.allowed([0, 7, 50]) == [101] and tokens.allowed([]) == [101]
     assert tokens.allowed([0, 7, *ids[:-1]]) == tokens.allowed(ids[:-1]) == [103]
     assert tokens.allowed([0, 7, *ids]) == tokens.allowed([*ids, 0, 50]) == [tokens.pad_token_id] == [100]
+    prompt = [7, *tokens.to_tokens(random_image(2, 1, 1, 1))["input_ids"][0].tolist(), 8]  # one that has an image, too
+    (back,) = tokens.from_tokens([*prompt, *ids])
+    assert torch.equal(back.codes, image.codes) and tokens.allowed([*prompt, *ids[:-1]]) == [103]
+    with pytest.raises(ValueError, match="token 99 at place 8 cannot stand there"):
+        tokens.allowed([0, 0, 0, 0, 0, 0, 0, 101, 99])
+    with pytest.raises(ValueError, match="token 99 at place 1 cannot stand there"):
+        tokens.allowed([101, 99])
 
 
 def test_a_sequence_that_is_no_image_may_be_none():
@@ -164,18 +182,26 @@ def test_places_of_a_sequence_so_far_are_those_of_the_whole(num_granularities, r
     batch = tokens.to_tokens(random_image(num_granularities, rows, columns, seed))
     for length in range(1, batch["input_ids"].shape[1] + 1):
         so_far = tokens.places(batch["input_ids"][0, :length])
+        behind = tokens.places([seed + 9] * 3 + batch["input_ids"][0, :length].tolist())
         for name in ("granularities", "positions"):
             assert torch.equal(so_far[name], batch[name][0, :length])
+            assert torch.equal(behind[name][3:], so_far[name]) and not behind[name][:3].any()
 
 
 def test_a_sequence_is_read_once(monkeypatch):
     read, places = Sequence.read, []
-    monkeypatch.setattr(Sequence, "read", lambda self, token: (places.append(self.place), read(self, token))[1])
+    monkeypatch.setattr(
+        Sequence, "read", lambda self, token, first: (places.append(self.length), read(self, token, first))[1]
+    )
     tokens = DQTokens(CONFIGS[2])
     ids = tokens.to_tokens(random_image(2, 3, 3, 0))["input_ids"][0].tolist()
     for length in range(1, len(ids)):
         assert ids[length] in tokens.allowed(ids[:length], (3, 3))
     assert places == list(range(len(ids) - 1))
+    fresh = pickle.dumps(DQTokens(CONFIGS[2]))
+    assert pickle.dumps(tokens) == fresh  # or a function of `datasets.map` that uses it would seem to be another one
+    tokens.allowed(ids, (3, 3))
+    assert not tokens._open
 
 
 def test_codes_of_a_pipeline_are_taken():
@@ -194,6 +220,7 @@ def test_codes_of_a_pipeline_are_taken():
         ([1.0, 4.0], TypeError, "whole numbers, got torch.float32"),
         ([["a"]], TypeError, "a sequence of whole numbers, got list"),
         ([], ValueError, "at least one sequence, got none"),
+        ({"ids": [1]}, TypeError, "must have input_ids, or sequences as generate gives them, got .'ids'."),
         (torch.zeros(0, 5, dtype=torch.long), ValueError, "at least one sequence, got none"),
         (torch.zeros(2, 0, dtype=torch.long), ValueError, "at least one sequence, got none"),
     ],
@@ -201,6 +228,12 @@ def test_codes_of_a_pipeline_are_taken():
 def test_what_is_no_sequence_is_refused(given, error, message):
     with pytest.raises(error, match=message):
         DQTokens(CONFIGS[2]).from_tokens(given)
+
+
+def test_a_batch_is_no_sequence():
+    for method in (DQTokens(CONFIGS[2]).allowed, DQTokens(CONFIGS[2]).places):
+        with pytest.raises(ValueError, match=r"one sequence, got shape \(2, 2\)"):
+            method(torch.ones(2, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape", [8, (8,), (0, 2), (2.0, 2), "88"])

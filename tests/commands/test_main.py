@@ -64,6 +64,8 @@ for arguments in {asked}:
     [
         (["generate", "--class-lable", "flags", "--output", "a.png"], "--class-label"),
         (["train-tokenizer", "--output_dir", "run", "--max_stepz", "4"], "--max_steps"),
+        (["train-tokenizer", "--output_dir", "run", "--dsc_r1=4"], "--disc_r1"),
+        (["encode", "photos", "--output", "codes.parquet", "--resise"], "--resize"),
     ],
 )
 def test_a_misspelt_option_is_answered_by_the_command_with_the_nearest(capsys, monkeypatch, command, nearest):

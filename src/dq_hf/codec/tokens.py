@@ -15,7 +15,7 @@ from .static_prior import first_cells
 
 PAD, START, ROW, END = range(4)
 NUM_SPECIAL = 4
-MOST_OPEN = 1024  # sequences that `allowed` remembers how far it has read
+MOST_OPEN = 2**14  # unfinished sequences of which `allowed` remembers what it has read
 
 
 class DQTokens:
@@ -41,7 +41,11 @@ class DQTokens:
         self.first_code = NUM_SPECIAL + self.num_granularities  # without the offset
         self.vocab_size = offset + self.first_code + self.codebook_size * (self.num_granularities if folded else 1)
         self.pad_token_id, self.bos_token_id, self.eos_token_id = (offset + token for token in (PAD, START, END))
-        self._open = {}  # {(shape, its tokens): `Sequence`}
+        self._open = {}  # {(shape, its tokens): `Sequence`}, of what `allowed` has read
+
+    def __getstate__(self):
+        """As in Python, without what has been read: a `map` of datasets tells a new function from an old one by this."""
+        return self.__dict__ | {"_open": {}}
 
     def to_tokens(self, encoded):
         """A padded batch for a model of transformers, a `BatchEncoding` of long tensors.
@@ -73,16 +77,21 @@ class DQTokens:
 
         Args:
             tokens: a batch of `to_tokens`, or `input_ids` (B, L), or those of one image (L,), as `generate` gives them, or
-                any number of sequences of any lengths. What stands before START, such as a prompt, or behind END is not read.
+                any number of sequences of any lengths, or of such batches. An image begins with the last START of a sequence;
+                what stands before, such as a prompt, or behind END is not read.
             strict: False: in the place of a sequence that is no image there is None.
 
         Raises:
             TypeError: no whole numbers.
             ValueError: no sequence, or one that is no image; the message names the sequence and the place.
         """
-        ids = tokens["input_ids"] if hasattr(tokens, "keys") else tokens
+        if hasattr(tokens, "keys"):
+            named = [name for name in ("input_ids", "sequences") if name in tokens.keys()]
+            if not named:
+                raise TypeError(f"tokens must have input_ids, or sequences as generate gives them, got {list(tokens)}")
+            tokens = tokens[named[0]]
         images = []
-        for number, sequence in enumerate(sequences_of(ids)):
+        for number, sequence in enumerate(sequences_of(tokens)):
             try:
                 images.append(self._image(*self._from_start(sequence)))
             except ValueError as error:
@@ -95,7 +104,7 @@ class DQTokens:
         """Which tokens may follow, a list: with it as `prefix_allowed_tokens_fn`, all that `generate` samples are images.
 
         Args:
-            tokens: (L,), a sequence so far. What stands before START is not read; behind END there is only padding.
+            tokens: (L,), a sequence so far. What stands before the last START is not read; behind END there is only padding.
             shape: (rows, columns) of regions that the image is to have; None: any.
 
         Raises:
@@ -108,40 +117,45 @@ class DQTokens:
                 raise TypeError(f"shape must be rows and columns of regions, two whole numbers, got {shape}")
         ids, first = self._from_start(whole_numbers(tokens))
         if END in ids:
+            self._open.pop((shape, *ids[: ids.index(END)]), None)
             return [self.pad_token_id]
         sequence = self._open.pop((shape, *ids[:-1]), None) if ids else None
         if sequence is None:  # read from the beginning, the next time only what is new
-            sequence, new = Sequence(self, shape, first), ids
+            sequence, new = Sequence(self, shape), ids
         else:
             new = ids[-1:]
         for token in new:
-            sequence.read(token)
+            sequence.read(token, first)
         if len(self._open) >= MOST_OPEN:
             self._open.clear()
-        self._open[shape, *ids] = sequence
+        if ids:
+            self._open[shape, *ids] = sequence
         return [token + self.offset for token in chain(*sequence.allowed)]
 
     def places(self, tokens):
-        """granularities (L,) and positions (L, 2), as `to_tokens` gives them, of a sequence (L,) so far, from START on.
+        """granularities (L,) and positions (L, 2), as `to_tokens` gives them, of a sequence (L,) so far.
+
+        Both are 0 for what stands before the last START, or behind END.
 
         Raises:
             TypeError: no whole numbers.
             ValueError: no beginning of an image.
         """
-        ids, _ = self._from_start(whole_numbers(tokens))
+        tokens = whole_numbers(tokens)
+        ids, first = self._from_start(tokens)
         ids = ids[: ids.index(END)] if END in ids else ids
         sequence = Sequence(self)
         for token in ids:
-            sequence.read(token)
+            sequence.read(token, first)
         rows = [*sequence.rows, *[sequence.row] * bool(sequence.row)] or [[0]]
         rows = [row + [0] * (len(rows[0]) - len(row)) for row in rows]  # as if it went on coarsely
-        grain_map = torch.tensor(rows)
         side = 2 ** (self.num_granularities - 1)
         codes = torch.zeros(len(rows) * side, len(rows[0]) * side, dtype=torch.long)
-        _, _, *columns = self._columns(codes, grain_map)
-        length = len(whole_numbers(tokens))
-        kept = [torch.nn.functional.pad(column[: len(ids)].T, (0, length - len(ids))).T for column in columns]
-        return BatchEncoding(dict(zip(["granularities", "positions"], kept)))
+        _, _, *columns = self._columns(codes, torch.tensor(rows))
+        whole = [column.new_zeros(len(tokens), *column.shape[1:]) for column in columns]
+        for column, known in zip(whole, columns):
+            column[first : first + len(ids)] = known[: len(ids)]
+        return BatchEncoding(dict(zip(["granularities", "positions"], whole)))
 
     def _grids(self, encoded):
         """Codes (B, H, W) and grain maps (B, h, w) of one output or row, checked."""
@@ -174,9 +188,9 @@ class DQTokens:
         return ids, torch.ones_like(ids), framed(map_granularities, of_codes), framed(map_places, code_places)
 
     def _from_start(self, sequence):
-        """Its tokens from START on, without the offset, and how many stand before."""
+        """Its tokens from the last START on, without the offset, and how many stand before."""
         ids = [token - self.offset for token in sequence]
-        first = ids.index(START) if START in ids else len(ids)
+        first = len(ids) - 1 - ids[::-1].index(START) if START in ids else len(ids)
         return ids[first:], first
 
     def codes_of(self, granularity):
@@ -189,9 +203,9 @@ class DQTokens:
         if not ids:
             raise ValueError(f"it has no token of the start, {self.bos_token_id}")
         ids = ids[: ids.index(END) + 1] if END in ids else ids
-        sequence = Sequence(self, first=first)
+        sequence = Sequence(self)
         for token in ids:
-            sequence.read(token)
+            sequence.read(token, first)
         if ids[-1] != END:
             raise ValueError(f"it ends before the token of the end, {self.eos_token_id}")
         grain_map = torch.tensor(sequence.rows)
@@ -215,25 +229,24 @@ class Sequence:
     Args:
         tokens: `DQTokens`.
         shape: (rows, columns) of regions; None: any.
-        first: place of its START, for messages.
 
     Attributes:
         rows: of the grain map, those that are whole; `row`: the one that is being read.
         allowed: which tokens may come next, a list of ranges, without the offset.
     """
 
-    def __init__(self, tokens, shape=None, first=0):
-        self.tokens, self.shape, self.place = tokens, shape, first
+    def __init__(self, tokens, shape=None):
+        self.tokens, self.shape, self.length = tokens, shape, 0
         self.rows, self.row = [], []
         self.left = None  # codes of each granularity that are still to come, once the grain map is whole
         self.allowed = [range(START, START + 1)]
 
-    def read(self, token):
-        """Read the next token; ValueError if it may not come."""
+    def read(self, token, first=0):
+        """Read the next token; ValueError if it may not come, with its place, where START is at the place `first`."""
         tokens = self.tokens
         if not any(token in part for part in self.allowed):
-            raise ValueError(f"token {token + tokens.offset} at place {self.place} cannot stand there")
-        self.place += 1
+            raise ValueError(f"token {token + tokens.offset} at place {first + self.length} cannot stand there")
+        self.length += 1
         if token >= tokens.first_code:
             if self.left is None:
                 self.left = [4**g * sum(row.count(g) for row in self.rows) for g in range(tokens.num_granularities)]
@@ -284,7 +297,20 @@ def sequences_of(ids):
         raise TypeError(f"tokens must be a sequence of whole numbers or several such, got {type(ids).__name__}")
     if len(sequences) == 0:
         raise ValueError("tokens must hold at least one sequence, got none")
-    return [whole_numbers(sequence) for sequence in sequences]
+    return [whole_numbers(row) for sequence in sequences for row in rows_of(sequence)]
+
+
+def rows_of(sequence):
+    """The sequences of one, or of a batch of such."""
+    is_batch = getattr(sequence, "ndim", None) == 2 or (
+        isinstance(sequence, (list, tuple)) and sequence and is_nested(sequence)
+    )
+    return sequence if is_batch else [sequence]
+
+
+def is_nested(sequence):
+    """Whether a list has lists, tuples or rows for elements."""
+    return all(isinstance(part, (list, tuple)) or getattr(part, "ndim", 0) == 1 for part in sequence)
 
 
 def whole_numbers(sequence):
@@ -295,6 +321,8 @@ def whole_numbers(sequence):
         raise TypeError(f"tokens must be a sequence of whole numbers, got {type(sequence).__name__}") from None
     if tensor.numel() and tensor.dtype not in INTEGERS:
         raise TypeError(f"tokens must be whole numbers, got {tensor.dtype}")
+    if max(tensor.shape, default=1) < tensor.numel():
+        raise ValueError(f"tokens must be one sequence, got shape {tuple(tensor.shape)}")
     return tensor.flatten().tolist()
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..unknown_options import refuse_unknown
 from .options import (
     add_broken_option,
     add_fine_ratio_option,
@@ -53,7 +54,10 @@ def run(args):
     if not options & {"--output_dir", "--output-dir"}:
         if "--data" in options:
             raise ValueError("--data is for --output_dir; a table takes a folder: dq-hf encode FOLDER --output ...")
-        write_table(args.parser.parse_args(args.arguments))
+        options, unknown = args.parser.parse_known_args(args.arguments)
+        if unknown:
+            refuse_unknown(args.parser, unknown)
+        write_table(options)
     elif "--output" in options:
         raise ValueError("give either --output, for a table, or --output_dir, for a code cache, not both")
     elif not args.arguments[0].startswith("-"):

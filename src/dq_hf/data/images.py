@@ -105,12 +105,14 @@ def check_column(dataset, column, name="the data set"):
 
 
 def class_names(dataset, label_column):
-    """Class names of a label column, in the order of their ids.
+    """Class names of a label column, in the order of their ids; those of a column of strings are sorted.
 
     Raises:
-        ValueError: no such column, or it is not a `ClassLabel`.
+        ValueError: no such column, or neither `ClassLabel` nor, in a stored data set, strings.
     """
     feature = (dataset.features or {}).get(label_column)
+    if holds_strings(dataset, label_column):
+        return sorted(set(labels_of(dataset, label_column)) - {None, ""})
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"label column {label_column!r} must hold class labels (datasets.ClassLabel) or, but for a stream, strings, got "
@@ -120,34 +122,30 @@ def class_names(dataset, label_column):
 
 
 def find_labels(splits, label_column=None):
-    """The column with the class labels, the names of the classes, and the rows of each split.
-
-    A column of strings, names of classes, becomes one of class ids, in the order of the names of all splits. Without
-    labels column and names are None and [].
+    """The column with the class labels, and the names of the classes; (None, []) where there are none.
 
     Args:
-        splits: pairs of a name and rows, a data set or, but for the first, a list.
+        splits: pairs of a name and rows, a data set or, but for the first, a list. The classes are those of the first.
         label_column: the column; None: "label", if it has any label; "none": no classes.
 
     Raises:
         ValueError: no such column, or rows whose label is no class.
     """
-    column, rows = label_column or "label", [rows for _, rows in splits]
-    if label_column == "none" or (label_column is None and not has_labels(rows[0], column)):
-        return None, [], rows
-    if all(holds_strings(part, column) for part in rows):
-        names = sorted(set().union(*(part.unique(column) for part in rows)) - {None})
-        rows = [part.cast_column(column, datasets.ClassLabel(names=names)) for part in rows]
-    names = class_names(rows[0], column)
-    for (split, _), part in zip(splits, rows):
-        labels = labels_of(part, column)
-        wrong = [label for label in labels if label is None or not 0 <= label < len(names)]
-        if wrong:
+    column, (_, train_set) = label_column or "label", next(iter(splits))
+    if label_column == "none" or (label_column is None and not has_labels(train_set, column)):
+        return None, []
+    names = class_names(train_set, column)
+    classes = set(names) if holds_strings(train_set, column) else range(len(names))
+    for split, rows in splits:
+        if isinstance(rows, datasets.Dataset):
+            check_column(rows, column, f"split {split!r}")
+        labels = labels_of(rows, column)
+        if wrong := [label for label in labels if label not in classes]:
             raise ValueError(
-                f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]} (-1 "
+                f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]!r} (-1 "
                 "stands for a hidden one); choose a split with labels, or train without classes (--label_column none)"
             )
-    return column, names, rows
+    return column, names
 
 
 def holds_strings(rows, column):
@@ -275,6 +273,7 @@ class ImageCollator:
     Args:
         processor: `DQImageProcessor`.
         label_column: None leaves out "class_labels".
+        class_names: in the order of their ids, for a column that holds names.
         augmentation: `Augmentation`, of training images.
         more: further entries of a batch, a dictionary, given the rows, for each a number that stands for its picture,
             and the epoch.
@@ -283,10 +282,13 @@ class ImageCollator:
         ValueError: when called, for an image that cannot be read; the message names it.
     """
 
-    def __init__(self, processor, image_column="image", label_column=None, augmentation=None, more=None):
+    def __init__(
+        self, processor, image_column="image", label_column=None, augmentation=None, more=None, class_names=()
+    ):
         self.processor = processor
         self.image_column = image_column
         self.label_column = label_column
+        self.class_ids = {name: number for number, name in enumerate(class_names)}
         self.augmentation = augmentation
         self.more = more
         self.epoch = 0
@@ -305,7 +307,8 @@ class ImageCollator:
             pixel_values = self.augmentation(pixel_values, rows, self.epoch)
         batch = {"pixel_values": pixel_values}
         if self.label_column is not None:
-            batch["class_labels"] = labels_to_tensor([row[self.label_column] for row in rows])
+            labels = (row[self.label_column] for row in rows)
+            batch["class_labels"] = labels_to_tensor([self.class_ids.get(label, label) for label in labels])
         if self.more is not None:
             batch |= self.more(rows, [zlib.crc32(image.flatten().numpy()) for image in pixel_values], self.epoch)
         return batch
