@@ -104,7 +104,8 @@ class DQTokens:
         """Which tokens may follow, a list: with it as `prefix_allowed_tokens_fn`, all that `generate` samples are images.
 
         Args:
-            tokens: (L,), a sequence so far. What stands before the last START is not read; behind END there is only padding.
+            tokens: (L,), a sequence so far. What stands before the last START is not read, and without
+                one only START may follow; behind END there is only padding.
             shape: (rows, columns) of regions that the image is to have; None: any.
 
         Raises:
