@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: nothing runs, nothing is imported, nothing is read beyond need, and what does not fit is named."""
+"""Checkpoints of strangers: nothing runs, nothing is imported, damage is told, and what does not fit is named."""
 
 import collections
 import datetime
@@ -21,12 +21,9 @@ from hypothesis import strategies as st
 from slow_release import changed, load_config, load_state, reference_paths, transformer_size, write
 
 from dq_hf.release import convert_checkpoint
-from dq_hf.release.checkpoint import Inert, Storage, StoredTensor, open_checkpoint, unpickle
-from dq_hf.release.config import read_config
-from dq_hf.release.weights import vae_state_dict
+from dq_hf.release.checkpoint import read_state_dict, rebuild_tensor
 
 CONFIG, CHECKPOINT = reference_paths("dual_entropy")
-CONFIGURATION, _ = read_config(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +34,6 @@ def state():
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "model.ckpt"
-
-
-def read(path):
-    """The state dict of a checkpoint, all of it."""
-    with open_checkpoint(path) as tensors:
-        return {key: tensor.read().clone() for key, tensor in tensors.items()}
 
 
 def assert_same(actual, expected):
@@ -115,7 +106,7 @@ def test_objects_of_a_framework_are_neither_imported_nor_in_the_way(
     options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
     torch.save(content, path, **options)
     del sys.modules["some_framework"]
-    assert_same(read(path), state)
+    assert_same(read_state_dict(path), state)
     assert not (tmp_path / "imported").exists() and not (tmp_path / "ran").exists()
     assert "some_framework" not in sys.modules
     with suppress(Exception):
@@ -140,7 +131,7 @@ def test_every_kind_of_tensor_is_read_as_pytorch_reads_it(zipped, path):
     tensors |= {"turned": base.transpose(0, 2), "part": base[1:, ::2, 1:], "scalar": torch.tensor(3.0), "again": base}
     tensors["parameter"] = torch.nn.Parameter(base + 1)
     torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=zipped)
-    assert_same(read(path), {key: value.detach() for key, value in tensors.items()})
+    assert_same(read_state_dict(path), {key: value.detach() for key, value in tensors.items()})
 
 
 @pytest.mark.parametrize(
@@ -148,17 +139,17 @@ def test_every_kind_of_tensor_is_read_as_pytorch_reads_it(zipped, path):
     [
         ([1, 2], "must be a dict with the tensors in 'state_dict', got list"),
         ({"epoch": 1}, "must be a dict with the tensors in 'state_dict', got a dict with epoch"),
-        ({"x" * 9999: 1, 3: 4}, "got a dict with x+ ..., an object of int"),
+        ({"x" * 9999: 1, 3: 4}, "got a dict with x+ ..., int"),
         ({"state_dict": {}}, "tensors in 'state_dict'"),
         ({"state_dict": [torch.zeros(1)]}, "tensors in 'state_dict'"),
-        ({"state_dict": {1: torch.zeros(1)}}, "must have names as keys, got an object of int"),
+        ({"state_dict": {1: torch.zeros(1)}}, "must have names as keys, got int"),
         (datetime.date(2023, 1, 1), r"got an object of datetime\.date"),
     ],
 )
 def test_other_contents_are_refused(content, message, path):
     torch.save(content, path)
     with pytest.raises(ValueError, match=message) as error:
-        read(path)
+        read_state_dict(path)
     assert len(str(error.value)) < 600
 
 
@@ -198,21 +189,11 @@ def deflate(*names):
     return damage(change)
 
 
-def overlap():
-    """Every entry of data is the same one, four times as long as the file."""
-    content = bytearray(damage(lambda entries: None))
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        assert archive.infolist()[0].compress_size
-    start = content.rindex(b"PK\x01\x02")
-    content[start + 20 : start + 28] = (4 * len(content)).to_bytes(4, "little") * 2  # compressed size, size
-    return bytes(content)
-
-
 def first_weight():
     """The entry of the first tensor of the state dict."""
-    with open_checkpoint(CHECKPOINT) as tensors, zipfile.ZipFile(CHECKPOINT) as archive:
-        content = bytes(next(iter(tensors.values())).storage.read())
-        return next(name for name in archive.namelist() if archive.read(name) == content)
+    weight = next(iter(read_state_dict(CHECKPOINT).values()))
+    with zipfile.ZipFile(CHECKPOINT) as archive:
+        return next(name for name in archive.namelist() if archive.read(name) == weight.numpy().tobytes())
 
 
 def flip(name):
@@ -241,22 +222,15 @@ def legacy(change=lambda content: content):
         (lambda: b"", ""),
         (lambda: b"no checkpoint" * 99, ""),
         (lambda: CHECKPOINT.read_bytes()[:100_000], ""),
-        (lambda: flip(first_weight()), "Bad CRC-32"),
+        (lambda: flip(first_weight()), r"data/\d+ has another checksum"),
         (lambda: flip("model/data.pkl"), ""),
         (lambda: deflate(), "is compressed"),
         (lambda: deflate(first_weight()), r"data/\d+ is compressed"),
-        (lambda: damage(lambda entries: entries.pop(first_weight())), "KeyError"),
-        (lambda: set_entry(first_weight(), b"short"), r"data/\d+ has 5 bytes instead of \d+"),
-        (lambda: set_entry(first_weight(), bytes(10**6)), r"has 1000000 bytes instead of \d+"),
-        (lambda: set_entry("model/byteorder", b"big"), "big-endian"),
-        (lambda: set_entry("other/data.pkl", b"N."), "it has no data.pkl"),
-        (overlap, "overlap"),
-        (lambda: legacy(lambda content: content[:-1]), "cut off"),
+        (lambda: damage(lambda entries: entries.pop(first_weight())), ""),
+        (lambda: set_entry("model/constants.pkl", b""), "TorchScript"),
+        (lambda: set_entry("other/data.pkl", b"N."), ""),
+        (lambda: legacy(lambda content: content[:-1]), ""),
         (lambda: legacy(lambda content: content[:2000]), ""),
-        (
-            lambda: legacy(lambda content: content.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89")),
-            "endian",
-        ),
     ],
 )
 def test_a_damaged_or_compressed_checkpoint_is_refused(make, reason, tmp_path, path):
@@ -268,93 +242,34 @@ def test_a_damaged_or_compressed_checkpoint_is_refused(make, reason, tmp_path, p
     assert not (tmp_path / "ours").exists()
 
 
-def test_what_no_wanted_tensor_needs_is_not_read(state, tmp_path, path):
-    """Loss networks and optimiser states may be compressed, damaged or of any size."""
-    expected = convert_checkpoint(CONFIG, CHECKPOINT, tmp_path / "other").state_dict()
-    with open_checkpoint(CHECKPOINT) as tensors, zipfile.ZipFile(CHECKPOINT) as archive:
-        needed = [bytes(tensor.storage.read()) for key, tensor in tensors.items() if not key.startswith("loss.")]
-        unneeded = [name for name in archive.namelist() if "/data/" in name and archive.read(name) not in needed]
-    assert len(unneeded) > 3
-
-    def change(entries):
-        entries[unneeded[0]] = (bytes(2**26), zipfile.ZIP_DEFLATED)
-        entries["model/data/bomb"] = (bytes(2**26), zipfile.ZIP_DEFLATED)
-        entries[unneeded[1]] = (b"", zipfile.ZIP_STORED)
-        del entries[unneeded[2]]
-
-    path.write_bytes(damage(change))
-    assert_same(convert_checkpoint(CONFIG, path, tmp_path / "ours").state_dict(), expected)
-
-
 SMALL = st.integers(-1, 6)
 
 
 @given(SMALL, st.lists(st.tuples(SMALL, SMALL), max_size=3))
-def test_a_tensor_fits_if_each_of_its_elements_is_in_the_storage(offset, dimensions):
+def test_a_tensor_has_each_of_its_elements_in_its_storage(offset, dimensions):
     shape, strides = zip(*dimensions) if dimensions else ((), ())
+    storage = torch.storage.TypedStorage(
+        wrap_storage=torch.arange(10.0).untyped_storage(), dtype=torch.float, _internal=True
+    )
     places = [
         offset + sum(index * stride for index, stride in zip(indices, strides))
         for indices in itertools.product(*map(range, shape))
     ]
-    expected = 0 < len(places) <= 10 and all(place in range(10) for place in places) and min(strides, default=0) >= 0
-    assert StoredTensor(Storage(torch.float32, 10, bytearray), offset, shape, strides).fits() == expected
-
-
-def test_tensors_that_are_together_larger_than_the_file_are_refused(path):
-    torch.save({"state_dict": dict.fromkeys("abc", torch.zeros(10**6))}, path)
-    with pytest.raises(OSError, match=r"model\.ckpt is damaged \(its tensors are larger than the file"):
-        read(path)
+    if min((0, offset, *shape, *strides)) < 0 or max(places, default=0) > 9:
+        with pytest.raises(ValueError, match="outside of its storage"):
+            rebuild_tensor(storage, offset, shape, strides)
+    else:
+        assert rebuild_tensor(storage, offset, shape, strides).flatten().tolist() == places
 
 
 def test_no_checkpoint_and_a_foreign_archive_are_refused(tmp_path, path):
     for place in (path, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-            read(place)
+            read_state_dict(place)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme", "text")
-    with pytest.raises(OSError, match="it has no data.pkl"):
-        read(path)
-
-
-# The machine that follows a pickle
-
-
-def follow(content):
-    return unpickle(io.BytesIO(content), lambda *_: Inert("storage"))
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(), inner),
-    max_leaves=8,
-)
-
-
-@given(PLAIN, st.integers(0, 5))
-def test_plain_values_are_what_pickle_makes_of_them(value, protocol):
-    assert follow(pickle.dumps(value, protocol)) == value
-
-
-@given(st.data())
-def test_a_changed_pickle_is_read_or_refused(data):
-    with zipfile.ZipFile(CHECKPOINT) as archive:
-        content = bytearray(archive.read("model/data.pkl"))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, 999) | st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.ckpt")
-        path.write_bytes(set_entry("model/data.pkl", bytes(content)))
-        with suppress(OSError, ValueError), open_checkpoint(path) as tensors:
-            vae_state_dict(tensors, CONFIGURATION)
-
-
-def test_nested_keys_and_endless_programs_cost_nothing():
-    laughs = b"\x80\x02N" + b"2\x86" * 10_000  # (x, x) of (x, x) of ...
-    assert list(follow(b"}" + laughs[2:] + b"Ns.")) != []
-    assert isinstance(follow(laughs + b"."), tuple)
-    with pytest.raises(ValueError, match="opcodes"):
-        follow(b"]" * 600_000 + b".")
-    assert follow(b"N" + b"r\xff\xff\xff\xff" + b".") is None  # a memo of four billion places
+    with pytest.raises(OSError, match="is damaged or not a PyTorch file"):
+        read_state_dict(path)
 
 
 # What does not fit the configuration
@@ -391,7 +306,6 @@ def refuse(tmp_path, config, state, message):
             torch.zeros(3, dtype=torch.long),
             "must hold floating-point numbers",
         ),
-        ("dual_entropy", "decoder.conv_out.bias", torch.zeros(1).expand(3), "must be a tensor whose elements"),
         (
             "dual_entropy",
             "decoder.conv_out.bias",
@@ -399,7 +313,7 @@ def refuse(tmp_path, config, state, message):
             r"object of torch.*_rebuild_sparse_tensor",
         ),
         ("dual_entropy", "decoder.conv_out.bias", datetime.date(2023, 1, 1), r"got an object of datetime\.date"),
-        ("dual_entropy", "decoder.conv_out.bias", {"x": 1}, "must be a tensor .*, got dict"),
+        ("dual_entropy", "decoder.conv_out.bias", {"x": 1}, "must be a tensor, got dict"),
         ("dual_entropy", "quantize.codebook.weight", torch.zeros(32, 32), r"shape \(32, 32\), expected \(33, 32\)"),
         ("dual_entropy", "encoder.mid_fine.attn_1.q.weight", torch.zeros(32, 32), r"expected \(32, 32, 1, 1\)"),
         ("transformer_class", "first_stage_model.extra", torch.zeros(1), "first_stage_model.extra is unknown"),
@@ -450,5 +364,5 @@ def test_a_changed_archive_is_read_or_refused(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.ckpt")
         path.write_bytes(content)
-        with suppress(OSError, ValueError), open_checkpoint(path) as tensors:
-            vae_state_dict(tensors, CONFIGURATION)
+        with suppress(OSError, ValueError):
+            read_state_dict(path)

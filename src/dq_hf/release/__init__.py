@@ -1,7 +1,7 @@
 """A checkpoint of the paper's release as our folder: any DQ-VAE variant, or a DQ-Transformer with its first stage.
 
 Everything that the release's configuration states twice, or that ours derives, is checked; a parameter that is neither
-read nor known to have no effect on the model is an error. Nothing of the files is run, imported or read beyond need.
+read nor known to have no effect on the model is an error. Nothing that the files name is run or imported.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..modeling.configuration_dqvae import DQVAEConfig
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from .checkpoint import open_checkpoint
+from .checkpoint import read_state_dict
 from .config import read_config
 from .text import listed
 from .weights import transformer_state_dict, vae_state_dict
@@ -47,11 +47,11 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, th
     output_dir = Path(output_dir)
     check_output_folder(output_dir, force)
     config, defaults = read_config(config_path, thresholds_path)
-    with open_checkpoint(checkpoint_path) as state_dict:
-        try:
-            model = make_model(config, state_dict)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
+    state_dict = read_state_dict(checkpoint_path)
+    try:
+        model = make_model(config, state_dict)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_path} does not fit {config_path}: {error}") from None
 
     model.eval()
     model.save_pretrained(output_dir)
@@ -68,7 +68,7 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, th
 
 
 def make_model(config, state_dict):
-    """The model of a configuration with the release's weights, {key: `StoredTensor`}."""
+    """The model of a configuration with the release's weights, {key: tensor}."""
     if isinstance(config, DQVAEConfig):
         ours = vae_state_dict(state_dict, config)
         model = DQVAEModel(config)

@@ -7,7 +7,7 @@ import torch
 from ..hub.weights import optional_weights
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from .checkpoint import StoredTensor, describe
+from .checkpoint import describe
 from .config import GRAINS
 from .text import cut, listed
 
@@ -62,10 +62,9 @@ def vae_state_dict(state_dict, config, prefix=""):
     """State dict of a `DQVAEModel` from the release's keys that begin with `prefix`.
 
     Args:
-        state_dict: {key: `StoredTensor`}, of which only what the model needs is read.
+        state_dict: {key: tensor}.
 
     Raises:
-        OSError: damaged tensors.
         ValueError: keys missing, unknown, of another shape or with values that are not finite.
     """
     return rename(state_dict, DQVAEModel, config, vae_names(config), VAE_IGNORED, prefix)
@@ -117,10 +116,10 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
             continue
         keys[name] = key
         value, release_shape = state_dict[key], shape_in_release(name, shape)
-        if not isinstance(value, StoredTensor) or not value.fits():
-            problems.append(f"{key} must be a tensor whose elements are all in the file, got {describe(value)}")
+        if not isinstance(value, torch.Tensor):
+            problems.append(f"{key} must be a tensor, got {describe(value)}")
         elif value.shape != release_shape:
-            problems.append(f"{key} has shape {value.shape}, expected {tuple(release_shape)}")
+            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(release_shape)}")
         elif not value.dtype.is_floating_point:
             problems.append(f"{key} must hold floating-point numbers, got {value.dtype}")
     used = set(keys.values())
@@ -131,8 +130,8 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
         raise ValueError(listed(problems))
 
     converted = {}
-    for name, key in keys.items():  # whatever is read from here on has the size that the model has
-        value = state_dict[key].read()
+    for name, key in keys.items():
+        value = state_dict[key]
         if not torch.isfinite(value).all():
             raise ValueError(f"{key} must hold finite numbers")
         rows = slice(-1) if name == "quantizer.codebook" else slice(None)
