@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .grain_map_dq import count_codes, expand_grain_map
+
 
 @dataclass
 class DQStream(ModelOutput):
@@ -137,7 +139,7 @@ class StreamLayout:
         """
         tables = self.tables(codes.device)
         labels = torch.zeros_like(codes[:, 0, 0]) if labels is None else labels
-        fine_grain_map = self._expand(grain_map).flatten(1)  # (B, F)
+        fine_grain_map = expand_grain_map(grain_map, len(self.num_cells)).flatten(1)  # (B, F)
         kept = ~tables.slot_is_code | (fine_grain_map[:, tables.slot_cell] == tables.slot_granularity)  # (B, S)
         start_label = labels[:, None] * tables.slot_is_start
         contents = tables.slot_content + start_label
@@ -191,18 +193,14 @@ class StreamLayout:
         codes, fine_grain_map = write(contents), write(granularities)
         grain_map = fine_grain_map.gather(1, tables.top_left[0, : self.num_cells[0]].expand(batch, -1))
         grain_map = grain_map.view(batch, *self.grid_sizes[0])
-        expanded = self._expand(grain_map.clamp(min=0)).flatten(1)
+        expanded = expand_grain_map(grain_map.clamp(min=0), len(self.num_cells)).flatten(1)
         covering = tables.top_left[expanded, tables.parent[expanded, torch.arange(fine_cells, device=codes.device)]]
         whole = (fine_grain_map.gather(1, covering) == expanded).all(1)
-        whole &= is_code.sum(1) == (4 ** grain_map.clamp(min=0)).flatten(1).sum(1)
+        whole &= is_code.sum(1) == count_codes(grain_map.clamp(min=0))
         if not whole.all():
             broken = (~whole).nonzero().flatten().tolist()
             raise ValueError(f"stream(s) {broken} do not cover every cell exactly once, one granularity a region")
         return codes.gather(1, covering).view(batch, *self.grid_sizes[-1]), grain_map
-
-    def _expand(self, grain_map):
-        side = self.grid_sizes[-1][0] // self.grid_sizes[0][0]
-        return grain_map.repeat_interleave(side, 1).repeat_interleave(side, 2)
 
     def relabel(self, contents, positions, granularities, labels):
         """Contents and positions (B, L) with the start tokens of other labels (B,)."""
