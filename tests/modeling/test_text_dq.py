@@ -17,11 +17,23 @@ from conftest import (
     seeded,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForTextEncoding, BertConfig, CLIPConfig, CLIPModel, T5Config, T5Model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoModel,
+    AutoModelForTextEncoding,
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5Model,
+)
 
 from dq_hf.modeling.configuration_dq import DQConfig
 from dq_hf.modeling.modeling_dq import DQForImageGeneration
 from dq_hf.modeling.text_dq import encode_prompts, encode_tokens, tokenize
+from dq_hf.pipelines.pipeline_dq import DQPipeline
 
 KINDS = ("clip", "t5", "bert")
 LENGTH = TEXT["text_length"]
@@ -263,6 +275,32 @@ def test_only_text_encoders_of_transformers_are_loaded(folder, changes, message)
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         DQForImageGeneration.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["whole CLIP", "CLIP with projection", "old BERT"])
+def test_a_text_encoder_from_a_checkpoint_of_other_names_is_saved_with_its_own(kind, tmp_path):
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    encoder = make_text_encoder("bert" if kind == "old BERT" else "clip")
+    if kind == "whole CLIP":
+        vision = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+        vision |= dict(image_size=8, patch_size=4)
+        CLIPModel(CLIPConfig(text_config=encoder.config.to_dict(), vision_config=vision)).save_pretrained(source)
+    elif kind == "CLIP with projection":
+        CLIPTextModelWithProjection(encoder.config).save_pretrained(source)
+    else:
+        encoder.save_pretrained(source)
+        with safe_open(source / "model.safetensors", "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            weights = {name.replace(new, old): weight for name, weight in weights.items()}
+        save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    encoder = type(encoder).from_pretrained(source)
+    model = DQForImageGeneration.from_models(make_vae(), make_transformer(**TEXT), encoder, make_text_tokenizer())
+    model.save_pretrained(saved)
+    for loaded in (DQForImageGeneration.from_pretrained(saved), DQPipeline.from_pretrained(saved)):
+        state = loaded.text_encoder.state_dict()
+        assert state.keys() == encoder.state_dict().keys()
+        assert all(torch.equal(state[name], weight) for name, weight in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize(

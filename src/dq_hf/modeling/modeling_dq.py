@@ -55,6 +55,8 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
                     f"the {name} has an adapter: merge it first (PeftModel.merge_and_unload), "
                     "or save the adapter alone (PeftModel.save_pretrained)"
                 )
+        # Else a text encoder gets the names of the checkpoint that it was loaded from, such as a whole CLIP's.
+        arguments = {"save_original_format": False, **arguments}
         for name, part in self.parts.items():
             weights = None
             if state_dict is not None:
