@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dq_hf.data.image_folders import image_names
-from dq_hf.data.images import class_names, decode_image, drop_broken_images, load_images
+from dq_hf.data.images import decode_image, drop_broken_images, load_images
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_splits_are_the_folders_at_the_top_whatever_classes_and_files_are_called
     write(tmp_path, names)
     train, test = (load_images(tmp_path, split, streaming=streaming) for split in ("train", "test"))
     assert greys(train) == [2, 3] and greys(test) == [0, 1]
-    assert class_names(train, "label") == class_names(test, "label") == ["test", "train"]
+    assert train.features["label"].names == test.features["label"].names == ["test", "train"]
     assert [row["label"] for row in train] == [row["label"] for row in test] == [0, 1]
 
 
@@ -58,7 +58,7 @@ def test_any_split_is_read_and_usual_names_stand_for_each_other(tmp_path):
 def test_a_class_is_the_first_folder_below_the_split(tmp_path):
     write(tmp_path, ["train/cat/a.png", "train/cat/small/b.png", "train/dog/2024/c.png", "test/bird/d.png"])
     dataset = load_images(tmp_path, "train")
-    assert class_names(dataset, "label") == ["bird", "cat", "dog"]
+    assert dataset.features["label"].names == ["bird", "cat", "dog"]
     assert greys(dataset) == [0, 1, 2] and dataset["label"][:] == [1, 1, 2]
 
 
@@ -67,7 +67,7 @@ def test_one_class_is_a_class_and_images_in_no_folder_have_no_label(tmp_path):
         tmp_path,
         ["one/train/cat/a.png", "none/train/b.png", "none/test/c.png", "mixed/train/d.png", "mixed/train/cat/e.png"],
     )
-    assert class_names(load_images(tmp_path / "one", "train"), "label") == ["cat"]
+    assert load_images(tmp_path / "one", "train").features["label"].names == ["cat"]
     assert load_images(tmp_path / "none", "train").column_names == ["image"]
     assert sorted(load_images(tmp_path / "mixed", "train")["label"][:], key=str) == [0, None]
 
@@ -86,7 +86,7 @@ def test_links_are_followed_and_no_circle_is(tmp_path, streaming):
     (tmp_path / "set link").symlink_to(tmp_path / "set")
     for name in ("set", "linked", "set link"):
         dataset = load_images(tmp_path / name, "train", streaming=streaming)
-        assert greys(dataset) == [0, 1] and class_names(dataset, "label") == ["cat", "dog"]
+        assert greys(dataset) == [0, 1] and dataset.features["label"].names == ["cat", "dog"]
 
 
 @both
@@ -94,7 +94,7 @@ def test_links_are_followed_and_no_circle_is(tmp_path, streaming):
 def test_every_path_is_read(tmp_path, name, streaming):
     write(tmp_path / name / "images", ["train/[cat]/a[1].png", "train/do*g/b?.png"])
     dataset = load_images(tmp_path / name / "images", "train", streaming=streaming)
-    assert greys(dataset) == [0, 1] and class_names(dataset, "label") == ["[cat]", "do*g"]
+    assert greys(dataset) == [0, 1] and dataset.features["label"].names == ["[cat]", "do*g"]
     (tmp_path / name / "tables [1]").mkdir()
     images = datasets.Dataset.from_dict(
         {"image": [Image.new("L", (4, 4), 7)]}, datasets.Features({"image": datasets.Image()})

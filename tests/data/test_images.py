@@ -25,7 +25,6 @@ from dq_hf.data.augmentation import Augmentation
 from dq_hf.data.images import (
     ImageCollator,
     check_column,
-    class_names,
     decode_image,
     drop_broken_images,
     find_labels,
@@ -95,7 +94,7 @@ def test_a_folder_of_images_is_a_training_split_whatever_its_name(tmp_path, monk
 def test_class_folders_give_labels_and_splits(tmp_path, streaming):
     write_images(tmp_path, ["train/cat/a.png", "train/dog/b.png", "test/dog/c.png"])
     dataset = load_images(tmp_path, "train", streaming=streaming)
-    assert class_names(dataset, "label") == ["cat", "dog"] and [row["label"] for row in dataset] == [0, 1]
+    assert dataset.features["label"].names == ["cat", "dog"] and [row["label"] for row in dataset] == [0, 1]
     assert greys(load_images(str(tmp_path), "test", streaming=streaming)) == [2]
 
 
@@ -108,7 +107,7 @@ def test_parquet_files_are_read(tmp_path, one_file, streaming):
     data = tmp_path / "train.parquet" if one_file else tmp_path
     dataset = load_images(data, "train", image_column="picture", streaming=streaming)
     assert [decode_image(row["picture"]).getpixel((0, 0)) for row in dataset] == [(7, 0, 0), (8, 0, 0)]
-    assert class_names(dataset, "kind") == ["x", "y"]
+    assert dataset.features["kind"].names == ["x", "y"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -139,19 +138,18 @@ def test_missing_splits_and_columns_are_named(tmp_path, streaming):
     with pytest.raises(ValueError, match="no column 'picture'; it has image"):
         load_images(tmp_path, "train", image_column="picture", streaming=streaming)
     with pytest.raises(ValueError, match="'label' must hold class labels .* got None"):
-        class_names(load_images(tmp_path, "train", streaming=streaming), "label")
+        find_labels([("train", load_images(tmp_path, "train", streaming=streaming))], "label")
     with pytest.raises(ValueError, match="'number' must hold class labels .* got Value"):
-        class_names(Dataset.from_dict({"number": [1]}), "number")
+        find_labels([("train", Dataset.from_dict({"number": [1]}))], "number")
 
 
 def test_strings_are_the_classes_of_the_training_split():
     sets = [
         (split, Dataset.from_dict({"kind": names})) for split, names in (("train", ["sun", "moon"]), ("test", ["sun"]))
     ]
-    assert find_labels(sets, "kind") == ("kind", ["moon", "sun"])
-    collate = ImageCollator(DQImageProcessor(size=8), label_column="kind", class_names=["moon", "sun"])
-    rows = [{"image": Image.new("RGB", (8, 8)), "kind": name} for name in ("sun", "moon", "sun")]
-    assert collate(rows)["class_labels"].tolist() == [1, 0, 1]
+    column, names, (train_set, test_set) = find_labels(sets, "kind")
+    assert names == train_set.features[column].names == ["moon", "sun"]
+    assert train_set[column][:] == [1, 0] and test_set[column][:] == [1] and train_set["kind"][:] == ["sun", "moon"]
 
 
 @pytest.mark.parametrize(

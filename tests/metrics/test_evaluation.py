@@ -293,7 +293,7 @@ def test_labels_may_be_names(pipe):
 def test_hidden_labels_are_refused(pipe, hidden):
     kinds = datasets.Features({"label": datasets.ClassLabel(names=list(NAMES.values()))})
     rows = datasets.Dataset.from_dict({"label": [0, hidden, 1]}, features=kinds)
-    with pytest.raises(ValueError, match=f"1 of 3 real images have a label that is no class, such as {hidden} "):
+    with pytest.raises(ValueError, match=f"1 rows of 3 whose label is no class, such as {hidden} "):
         reference_labels(pipe.transformer.config, rows, "label")
 
 
@@ -302,7 +302,7 @@ def test_unknown_labels_and_too_few_images_are_refused_before_any_is_made(place,
     (tmp_path / "data/test/sun").rename(tmp_path / "data/test/cloud")
     for settings, message in (
         (dict(data=tmp_path / "data"), "no class 'cloud' as the real images do; use \"balanced\""),
-        (dict(label_column="kind"), "no class labels in a column 'kind'"),
+        (dict(label_column="kind"), "label column 'kind' must hold class labels .* use \"balanced\""),
         (dict(num_images=3), "at least 4 samples are needed, got 3"),
         (dict(num_references=3), "at least 4 references are needed, got 3"),
     ):

@@ -15,6 +15,8 @@ from .image_folders import is_image_folder, load_image_folder, table_beside_imag
 
 logger = logging.getLogger(__name__)
 SHARD = re.compile(r"-\d+-of-\d+$")  # end of the name of a split's part
+STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
+CLASS_IDS = "class ids"  # column, where a data set has only the names of its classes
 MAX_NAMES = 20  # broken images that are named; the others are only counted
 
 
@@ -104,54 +106,61 @@ def check_column(dataset, column, name="the data set"):
         raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
 
 
-def class_names(dataset, label_column):
-    """Class names of a label column, in the order of their ids; those of a column of strings are sorted.
+def find_labels(splits, label_column=None):
+    """The column with the class ids, the names of the classes, and the rows of all splits, which have that column;
+    (None, [], rows) where there are no classes.
+
+    Args:
+        splits: pairs of a name and rows, as for `with_class_ids`.
+        label_column: the column; None: "label", if the first split has any label in it; "none": no classes.
 
     Raises:
-        ValueError: no such column, or neither `ClassLabel` nor, in a stored data set, strings.
+        ValueError: as `with_class_ids`.
     """
-    feature = (dataset.features or {}).get(label_column)
-    if holds_strings(dataset, label_column):
-        return sorted(set(labels_of(dataset, label_column)) - {None, ""})
+    column = label_column or "label"
+    if label_column == "none" or (label_column is None and not has_labels(splits[0][1], column)):
+        return None, [], [rows for _, rows in splits]
+    splits = [(f"split {name!r}", rows) for name, rows in splits]
+    return with_class_ids(splits, column, "train without classes (--label_column none)")
+
+
+def with_class_ids(sets, label_column, remedy):
+    """The column with the class ids, the names of the classes in their order, and the rows of all sets, with that column.
+
+    Args:
+        sets: pairs of what an error calls it and rows: a data set, a stream, whose rows are looked at as they come, or a
+            list of a stream's rows. The classes are those of the first set; strings are sorted.
+        remedy: what an error proposes besides other images.
+
+    Raises:
+        ValueError: no such column, neither `datasets.ClassLabel` nor, in a stored data set, strings, or rows whose label
+            is no class.
+    """
+    _, first = sets[0]
+    feature = (first.features or {}).get(label_column)
+    named = isinstance(first, datasets.Dataset) and feature in STRINGS
+    if named:
+        feature = datasets.ClassLabel(names=sorted(set(labels_of(first, label_column)) - {None, ""}))
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
             f"label column {label_column!r} must hold class labels (datasets.ClassLabel) or, but for a stream, strings, got "
-            f"{feature}; use dataset.class_encode_column, or train without labels (--label_column none)"
+            f"{feature}; use dataset.class_encode_column, or {remedy}"
         )
-    return feature.names
-
-
-def find_labels(splits, label_column=None):
-    """The column with the class labels, and the names of the classes; (None, []) where there are none.
-
-    Args:
-        splits: pairs of a name and rows, a data set or, but for the first, a list. The classes are those of the first.
-        label_column: the column; None: "label", if it has any label; "none": no classes.
-
-    Raises:
-        ValueError: no such column, or rows whose label is no class.
-    """
-    column, (_, train_set) = label_column or "label", next(iter(splits))
-    if label_column == "none" or (label_column is None and not has_labels(train_set, column)):
-        return None, []
-    names = class_names(train_set, column)
-    classes = set(names) if holds_strings(train_set, column) else range(len(names))
-    for split, rows in splits:
+    ids = {name if named else number: number for number, name in enumerate(feature.names)}
+    converted = []
+    for title, rows in sets:
         if isinstance(rows, datasets.Dataset):
-            check_column(rows, column, f"split {split!r}")
-        labels = labels_of(rows, column)
-        if wrong := [label for label in labels if label not in classes]:
+            check_column(rows, label_column, title)
+        labels = labels_of(rows, label_column)
+        if wrong := [label for label in labels if label not in ids]:
             raise ValueError(
-                f"split {split!r} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]!r} (-1 "
-                "stands for a hidden one); choose a split with labels, or train without classes (--label_column none)"
+                f"{title} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]!r} (-1 "
+                f"stands for a hidden one); choose a split with labels, or {remedy}"
             )
-    return column, names
-
-
-def holds_strings(rows, column):
-    """Whether a data set, and no stream, has such a column of strings."""
-    kinds = (datasets.Value("string"), datasets.Value("large_string"))
-    return isinstance(rows, datasets.Dataset) and rows.features.get(column) in kinds
+        if named:  # not cast_column, which would copy the images
+            rows = rows.add_column(CLASS_IDS, [ids[label] for label in labels], feature=feature)
+        converted.append(rows)
+    return CLASS_IDS if named else label_column, feature.names, converted
 
 
 def has_labels(dataset, label_column):
@@ -272,8 +281,7 @@ class ImageCollator:
 
     Args:
         processor: `DQImageProcessor`.
-        label_column: None leaves out "class_labels".
-        class_names: in the order of their ids, for a column that holds names.
+        label_column: of class ids; None leaves out "class_labels".
         augmentation: `Augmentation`, of training images.
         more: further entries of a batch, a dictionary, given the rows, for each a number that stands for its picture,
             and the epoch.
@@ -282,13 +290,10 @@ class ImageCollator:
         ValueError: when called, for an image that cannot be read; the message names it.
     """
 
-    def __init__(
-        self, processor, image_column="image", label_column=None, augmentation=None, more=None, class_names=()
-    ):
+    def __init__(self, processor, image_column="image", label_column=None, augmentation=None, more=None):
         self.processor = processor
         self.image_column = image_column
         self.label_column = label_column
-        self.class_ids = {name: number for number, name in enumerate(class_names)}
         self.augmentation = augmentation
         self.more = more
         self.epoch = 0
@@ -307,8 +312,7 @@ class ImageCollator:
             pixel_values = self.augmentation(pixel_values, rows, self.epoch)
         batch = {"pixel_values": pixel_values}
         if self.label_column is not None:
-            labels = (row[self.label_column] for row in rows)
-            batch["class_labels"] = labels_to_tensor([self.class_ids.get(label, label) for label in labels])
+            batch["class_labels"] = labels_to_tensor([row[self.label_column] for row in rows])
         if self.more is not None:
             batch |= self.more(rows, [zlib.crc32(image.flatten().numpy()) for image in pixel_values], self.epoch)
         return batch

@@ -12,12 +12,11 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data.captions import all_captions, captions_of
-from ..data.images import ImageCollator, class_names, holds_strings, labels_of, load_images
+from ..data.images import ImageCollator, load_images, with_class_ids
 from ..hub.folders import whole_file
 from ..modeling.image_processing_dq import DQImageProcessor, to_bytes
 from ..modeling.text_dq import require_text
@@ -97,18 +96,10 @@ def reference_labels(config, dataset, label_column):
         ValueError: no labels, hidden ones, or names that the model does not have.
     """
     remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
-    named = holds_strings(dataset, label_column)
-    if not named and not isinstance((dataset.features or {}).get(label_column), ClassLabel):
-        raise ValueError(f"the real images have no class labels in a column {label_column!r}; {remedy}")
-    names, labels = class_names(dataset, label_column), labels_of(dataset, label_column)
-    if wrong := [label for label in labels if label not in (names if named else range(len(names)))]:
-        raise ValueError(
-            f"{len(wrong)} of {len(labels)} real images have a label that is no class, such as {wrong[0]!r} (-1 stands for a "
-            f"hidden one); {remedy}"
-        )
+    column, names, (dataset,) = with_class_ids([("the set of real images", dataset)], label_column, remedy)
     if unknown := [name for name in names if name not in config.label2id]:
         raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")
-    return [config.label2id[label if named else names[label]] for label in labels]
+    return [config.label2id[names[label]] for label in dataset[column]]
 
 
 def reference_captions(config, dataset, caption_column, seed):

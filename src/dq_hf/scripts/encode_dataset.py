@@ -71,7 +71,7 @@ def encode(args):
     vae = load_tokenizer(args.vae).to(accelerator.device)
     with accelerator.main_process_first():  # the others read what it has cached
         splits = {name: load_split(args, name) for name in [args.train_split, *args.test_split]}
-    args.label_column, names = find_labels(splits.items(), args.label_column)
+    args.label_column, names, sets = find_labels(list(splits.items()), args.label_column)
     schema = code_features(vae.config, names, captions=args.caption_column is not None).arrow_schema
 
     stage = partial_of(output_dir)
@@ -79,10 +79,10 @@ def encode(args):
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    for name, dataset in splits.items():
+    for name, dataset in zip(splits, sets):
         share = own_share(accelerator, dataset, args.batch_size)
         number = f"{accelerator.process_index:05d}-of-{accelerator.num_processes:05d}"
-        tables = encode_split(args, vae, share, name, names, schema, show=accelerator.is_main_process)
+        tables = encode_split(args, vae, share, name, schema, show=accelerator.is_main_process)
         write_codes(stage / f"{name}-{number}.parquet", schema, tables)
 
     accelerator.wait_for_everyone()
@@ -97,19 +97,13 @@ def encode(args):
         print(f"{output_dir}: {', '.join(f'{count} rows of {name}' for name, count in num_rows.items())}")
 
 
-def encode_split(args, vae, dataset, name, class_names, schema, show):
+def encode_split(args, vae, dataset, name, schema, show):
     """Tables of this process's rows of a split: of the images as they are, and in training of their other versions."""
     processor, trains = DQImageProcessor.for_model(vae.config), name == args.train_split
     change = Augmentation(args.seed, random_crop=args.crop == "random", max_shift=args.max_shift)
     for version in range(args.copies if trains else 1):
-        collate = ImageCollator(
-            processor,
-            args.image_column,
-            args.label_column,
-            change if version > 0 else None,
-            partial(beside, args),
-            class_names,
-        )
+        columns = processor, args.image_column, args.label_column
+        collate = ImageCollator(*columns, change if version > 0 else None, partial(beside, args))
         collate.set_epoch(version)
         loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
         title = f"encode {name}" + f", version {version + 1} of {args.copies}" * (trains and args.copies > 1)

@@ -75,7 +75,7 @@ def train(args):
     start = load_start(args)
     train_set, test_sets, names, captions = load_sets(run, vae)
     text = make_text(args, *captions, accelerator.device) if captions is not None else None
-    train_loader, train_collate, test_loaders = make_loaders(run, vae, text, names, train_set, test_sets)
+    train_loader, train_collate, test_loaders = make_loaders(run, vae, text, train_set, test_sets)
     model = make_model(vae, names, text, start, args)
     config = model.config
     if args.attn_implementation is not None:
@@ -163,7 +163,9 @@ def load_sets(run, vae):
         test_sets = {
             split: first_rows(load_codes(args.codes, split, vae), args.max_test_images) for split in args.test_split
         }
-    args.label_column, names = find_labels([(args.train_split, train_set), *test_sets.items()], args.label_column)
+    splits = [(args.train_split, train_set), *test_sets.items()]
+    args.label_column, names, (train_set, *rows_to_measure) = find_labels(splits, args.label_column)
+    test_sets = dict(zip(test_sets, rows_to_measure))
     if args.caption_column is None:
         if args.codes is not None and CAPTIONS in train_set.column_names:
             logger.warning(
@@ -183,7 +185,7 @@ def load_sets(run, vae):
     return train_set, test_sets, names, (train_captions, captions)
 
 
-def make_loaders(run, vae, text, names, train_set, test_sets):
+def make_loaders(run, vae, text, train_set, test_sets):
     """Batches for training, what makes them, and {split: batches for measuring}."""
     args = run.options
     sampler, more, test_more = None, None, None
@@ -198,8 +200,8 @@ def make_loaders(run, vae, text, names, train_set, test_sets):
             sampler = LengthBucketSampler(train_set["num_codes"][:], rows_per_step, args.seed)
     else:
         columns = DQImageProcessor.for_model(vae.config), args.image_column, args.label_column
-        collate = ImageCollator(*columns, run.augmentation(), more, names)
-        test_collate = ImageCollator(*columns, more=test_more, class_names=names)
+        collate = ImageCollator(*columns, run.augmentation(), more)
+        test_collate = ImageCollator(*columns, more=test_more)
     return run.train_loader(train_set, collate, sampler), collate, run.test_loaders(test_sets, test_collate)
 
 
@@ -259,8 +261,7 @@ def draw_samples(joint, text, names, test_set, args, picture):
     labels = [label for label in range(min(len(names), 10)) for _ in range(8)] or None
     if text is not None:
         rows, prompts = prompts_of(test_set, args)
-        ids = {name: number for number, name in enumerate(names)}
-        labels = [int(ids.get(row[args.label_column], row[args.label_column])) for row in rows] if names else None
+        labels = [int(row[args.label_column]) for row in rows] if names else None
         options = {"prompt": prompts}
     num_images = 16 if labels is None and text is None else None
     generated = joint.generate(labels, num_images=num_images, generator=generator, **options)
