@@ -208,7 +208,7 @@ def test_captions_of_several_lines_are_read_from_a_long_csv(tmp_path):
             "train",
             "metadata.csv",
             "file_name,text\na.png,x\na.png,y",
-            "metadata.csv has several rows of .*a.png; give",
+            "metadata.csv has a second 'text' of .*a.png; leave one of them, and give several captions as a list",
         ),
         ("train", "metadata.csv", "file_name,image\na.png,x", "metadata.csv has a column image"),
         ("train", "metadata.csv", b"file_name,text\na.png,caf\xe9", "must be a text in UTF-8"),
@@ -222,9 +222,9 @@ def test_captions_of_several_lines_are_read_from_a_long_csv(tmp_path):
             ".",
             "metadata.csv",
             "file_name,text\na.png,x",
-            r"name no file of its splits \(train\).*a.png; file_name must",
+            r"metadata.csv names no file of the splits \(train\).*a.png; file_name must",
         ),
-        (".", "metadata.csv", "file_name,text\ntrain\\a.png,x", r"name no file of its splits \(train\)"),
+        (".", "metadata.csv", "file_name,text\ntrain\\a.png,x", r"names no file of the splits \(train\)"),
     ],
 )
 def test_metadata_of_which_captions_would_be_lost_are_refused(tmp_path, place, name, text, message):
@@ -251,7 +251,7 @@ def test_columns_of_several_files_of_metadata_come_together_and_none_is_lost(tmp
     assert rows == [dict(kind="cat", text="a cat", size=None), dict(kind=None, text=None, size=3)]
     assert load_images(tmp_path / "train", "train")["text"][:] == ["a cat", None]  # a folder without splits
     (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,another")
-    with pytest.raises(ValueError, match="two files of metadata have the column 'text' of .*a.png; leave it in one"):
+    with pytest.raises(ValueError, match="train/metadata.csv has a second 'text' of .*a.png; leave one"):
         load_images(tmp_path, "train")
 
 
@@ -260,6 +260,13 @@ def test_splits_in_capitals_are_splits(tmp_path):
     for split in ("train", "test"):
         dataset = load_images(tmp_path, split)
         assert len(dataset) == 1 and dataset.features["label"].names == ["cat", "dog"]
+
+
+def test_a_class_that_another_split_gains_is_known_without_deleting_a_cache(tmp_path):
+    write(tmp_path, ["train/cat/a.png", "test/cat/b.png"])
+    assert load_images(tmp_path, "train").features["label"].names == ["cat"]
+    write(tmp_path, ["test/dog/c.png"])
+    assert load_images(tmp_path, "train").features["label"].names == ["cat", "dog"]
 
 
 def test_images_that_the_folders_of_splits_leave_out_are_told(tmp_path, caplog):

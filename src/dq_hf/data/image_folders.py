@@ -12,7 +12,6 @@ line, which become the column `text`.
 import io
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -41,7 +40,7 @@ SPLITS = {  # a split: other names of its folder
 }
 
 
-def files_of(folder):
+def visible_files(folder):
     """All files of a folder, through links, in order; what is hidden does not count."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -55,9 +54,14 @@ def files_of(folder):
     return sorted(found)
 
 
+def is_image(path):
+    """Whether a file is an image, by its name."""
+    return path.suffix.lower() in IMAGES
+
+
 def is_image_folder(folder):
     """Whether a folder holds images as files; one with tables of images, or with a card that lists files, does not."""
-    kinds = {path.suffix.lower() for path in files_of(folder) if path.name not in METADATA}
+    kinds = {path.suffix.lower() for path in visible_files(folder) if path.name not in METADATA}
     card = Path(folder, "README.md")
     lists_files = card.is_file() and "configs:" in card.read_text("utf-8", errors="replace")
     return bool(kinds & IMAGES) and not kinds & TABLES and not lists_files
@@ -65,14 +69,13 @@ def is_image_folder(folder):
 
 def table_beside_images(folder):
     """A file because of which a folder with images does not count as one; None: there is none."""
-    files = [path for path in files_of(folder) if path.name not in METADATA]
-    has_images = any(path.suffix.lower() in IMAGES for path in files)
-    return next((path for path in files if has_images and path.suffix.lower() in TABLES), None)
+    files = [path for path in visible_files(folder) if path.name not in METADATA]
+    return next((path for path in files if path.suffix.lower() in TABLES), None) if any(map(is_image, files)) else None
 
 
 def image_names(folder):
     """Paths, from a folder, of all images in it and in its folders, in order; ValueError as `check_names`."""
-    paths = [path.relative_to(folder).as_posix() for path in files_of(folder) if path.suffix.lower() in IMAGES]
+    paths = [path.relative_to(folder).as_posix() for path in visible_files(folder) if is_image(path)]
     check_names(paths)
     return paths
 
@@ -88,8 +91,9 @@ def check_names(paths):
 def stream_images(folder, names):
     """Images of a folder, by `image_names`, as a `datasets.IterableDataset` with columns `image` and `file_name`."""
     features = datasets.Features({"image": datasets.Image(decode=False), "file_name": datasets.Value("string")})
-    arguments = {"folder": str(Path(folder).absolute()), "names": names}
-    return datasets.IterableDataset.from_generator(give_named, features=features, gen_kwargs=arguments)
+    place = Path(folder).absolute()
+    rows = [{"image": {"path": os.path.join(place, name), "bytes": None}, "file_name": name} for name in names]
+    return datasets.IterableDataset.from_generator(give, features=features, gen_kwargs={"rows": rows})
 
 
 def load_image_folder(folder, split, streaming=False):
@@ -107,13 +111,14 @@ def load_image_folder(folder, split, streaming=False):
         )
         remedy = f"put images into {folder / split}, or name another split"
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(places)}{whole}; {remedy}")
-    rows, features = rows_of(folder, places, name)
-    stamps = [stamp(row["image"]["path"]) for row in rows]
-    arguments = {"generator": give, "gen_kwargs": {"rows": rows, "stamps": stamps}, "features": features}
+    rows, features = read_split(folder, places, name)
+    arguments = {"generator": give, "gen_kwargs": {"rows": rows}, "features": features}
     if streaming:
         return datasets.IterableDataset.from_generator(**arguments)
-    check_names(row["image"]["path"] for row in rows)
-    return datasets.Dataset.from_generator(**arguments, fingerprint=datasets.fingerprint.Hasher.hash((rows, stamps)))
+    paths = [row["image"]["path"] for row in rows]
+    check_names(paths)
+    facts = rows, features.to_dict(), [stamp(path) for path in paths]
+    return datasets.Dataset.from_generator(**arguments, fingerprint=datasets.fingerprint.Hasher.hash(facts))
 
 
 def split_folders(folder):
@@ -129,99 +134,113 @@ def split_folders(folder):
             f"all folders in {folder} are taken for splits, because {', '.join(found)} is one's name: {', '.join(tops)}; "
             f"if they are classes, put them into {folder / 'train'}"
         )
-    if lost := [path.name for path in entries if path.suffix.lower() in IMAGES]:
+    if lost := [path.name for path in entries if is_image(path)]:
         logger.warning_once(f"{len(lost)} image(s) beside the splits in {folder} are not read, such as {lost[0]}")
     return {name.lower() if name in found and name.lower() not in tops else name: path for name, path in tops.items()}
 
 
-def rows_of(folder, places, split):
+def read_split(folder, places, split):
     """Rows of a split, as dictionaries, and their `datasets.Features`."""
-    files = {name: files_of(place) for name, place in places.items()}
-    own = files[split]
-    top = sorted(path for path in folder.iterdir() if path.is_file())
-    unread = {path for path in [*top, *own] if path.suffix.lower() in NOTES and path.name not in METADATA}
+    top, own = sorted(path for path in folder.iterdir() if path.is_file()), visible_files(places[split])
+    files = dict.fromkeys([*top, *own])
+    unread = [path for path in files if path.suffix.lower() in NOTES and path.name not in METADATA]
     if unread:
         names = ", ".join(METADATA)
         logger.warning(
             "%d file(s) beside images are not read, such as %s; captions stand in %s", len(unread), min(unread), names
         )
-    above = metadata_of(top)
-    if above and not any(path.is_relative_to(place) for path in above for place in places.values()):
-        raise ValueError(
-            f"the metadata in {folder} name no file of its splits ({', '.join(places)}), but {next(iter(above))}; "
-            "file_name must be the path from there, such as train/0.png"
-        )
-    known = joined([above, metadata_of(path for path in own if path not in top)])
-    paths = sorted({path for path in own if path.suffix.lower() in IMAGES} | known.keys())
-    paths = [path for path in paths if path.is_relative_to(places[split])]
-    rows = [{"image": {"path": str(path), "bytes": None}} for path in paths]
-    features = {"image": datasets.Image(decode=False)}
-    if known:
-        columns = list(dict.fromkeys(name for more in known.values() for name in more))
-        rows = [row | {name: known.get(path, {}).get(name) for name in columns} for path, row in zip(paths, rows)]
-        schema = pa.schema([(name, type_of([row[name] for row in rows], name, folder)) for name in columns])
-        return rows, datasets.Features(features | datasets.Features.from_arrow_schema(schema))
+    paths, metadata = set(filter(is_image, own)), read_metadata(files, places)
+    paths = sorted(paths | {path for path in metadata if path.is_relative_to(places[split])})
+    columns = {"image": (datasets.Image(decode=False), [{"path": str(path), "bytes": None} for path in paths])}
+    if metadata:
+        columns |= metadata_columns(paths, metadata, folder)
+    else:
+        columns |= class_columns(paths, places, split) | caption_columns(paths, own)
+    kinds = {name: kind for name, (kind, _) in columns.items()}
+    rows = [dict(zip(kinds, values)) for values in zip(*(values for _, values in columns.values()))]
+    return rows, datasets.Features(kinds)
 
-    classes = {name: {class_of(path, place) for path in files[name]} for name, place in places.items()}
-    names = sorted(set().union(*classes.values()) - {None})
-    if names:
-        features["label"] = datasets.ClassLabel(names=names)
-        numbers = {name: number for number, name in enumerate(names)}
-        rows = [row | {"label": numbers.get(class_of(path, places[split]))} for path, row in zip(paths, rows)]
-    texts = {path.with_suffix(""): path for path in own if path.suffix.lower() == ".txt"}
-    if any(path.with_suffix("") in texts for path in paths):
-        features["text"] = datasets.List(datasets.Value("string"))
-        lines = (lines_of(texts[path.with_suffix("")]) if path.with_suffix("") in texts else [] for path in paths)
-        rows = [row | {"text": text} for row, text in zip(rows, lines)]
-    return rows, datasets.Features(features)
+
+def metadata_columns(paths, metadata, folder):
+    """{name: (type, values of these images)} of all columns of metadata.
+
+    Raises:
+        ValueError: values of several types.
+    """
+    columns = {}
+    for name in dict.fromkeys(name for more in metadata.values() for name in more):
+        values = [metadata.get(path, {}).get(name) for path in paths]
+        try:
+            schema = pa.schema([(name, pa.array(values).type)])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            kinds = sorted({type(value).__name__ for value in values if value is not None})
+            raise ValueError(
+                f"column {name!r} of the metadata in {folder} must have one type, got {', '.join(kinds)}; "
+                "write all its values alike"
+            ) from error
+        columns[name] = datasets.Features.from_arrow_schema(schema)[name], values
+    return columns
+
+
+def class_columns(paths, places, split):
+    """{"label": (its type, the labels of a split's images)}; {} if no split has classes."""
+    labels = [class_of(path, places[split]) for path in paths]
+    names = set(labels)
+    for name, place in places.items():
+        if name != split:
+            names |= {class_of(path, place) for path in visible_files(place) if is_image(path)}
+    names = sorted(names - {None})
+    ids = {name: number for number, name in enumerate(names)}
+    return {"label": (datasets.ClassLabel(names=names), [ids.get(label) for label in labels])} if names else {}
 
 
 def class_of(path, place):
-    """The class folder of an image in a split's folder; None for one that lies in none, and for other files."""
-    parts = path.relative_to(place).parts
-    return parts[0] if len(parts) > 1 and path.suffix.lower() in IMAGES else None
+    """The class folder of an image in a split's folder; None for one that lies in none."""
+    first, *rest = path.relative_to(place).parts
+    return first if rest else None
 
 
-def metadata_of(files):
+def caption_columns(paths, files):
+    """{"text": (its type, the lines of the texts beside these images)}; {} if there is no such text."""
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    own = [texts.get(path.with_suffix("")) for path in paths]
+    lines = [lines_of(text) if text else [] for text in own]
+    return {"text": (datasets.List(datasets.Value("string")), lines)} if any(own) else {}
+
+
+def read_metadata(files, places):
     """{path of an image: its further columns}, of all files of metadata among these.
 
     Raises:
-        ValueError: one that is damaged, has no column `file_name`, several rows of an image, or a column `image`; a column
-            that two have.
+        ValueError: one that is damaged, has no column `file_name`, or a column `image`, or names no file of the splits; a
+            column that an image has twice.
     """
-    found = []
+    known = {}
     for file in files:
         if file.name not in METADATA:
             continue
         try:
-            rows = METADATA[file.name](file)
-            paths = [Path(os.path.normpath(file.parent / row["file_name"])) for row in rows]
-            columns = [{name: value for name, value in row.items() if name != "file_name"} for row in rows]
+            rows = [
+                (Path(os.path.normpath(file.parent / row.pop("file_name"))), row) for row in METADATA[file.name](file)
+            ]
         except (ValueError, TypeError, KeyError, AttributeError, pa.ArrowInvalid) as error:
             raise ValueError(
                 f"{file} must have rows with a column file_name, the path of an image from there; got {error!r}"
             ) from error
-        if any("image" in row for row in columns):
-            raise ValueError(f"{file} has a column image, the name of the pictures' own; rename it")
-        if len(set(paths)) < len(paths):
-            twice = next(path for path, count in Counter(paths).items() if count > 1)
+        if rows and not any(path.is_relative_to(place) for path, _ in rows for place in places.values()):
             raise ValueError(
-                f"{file} has several rows of {twice}; give an image one row, and several captions as a list "
-                "(metadata.jsonl or .parquet)"
+                f"{file} names no file of the splits ({', '.join(places)}), but {rows[0][0]}; file_name must be the path "
+                "from there, such as train/0.png"
             )
-        found.append(dict(zip(paths, columns)))
-    return joined(found)
-
-
-def joined(tables):
-    """{path of an image: its columns} of several such; ValueError where two give the same column of an image."""
-    known = {}
-    for path, columns in (item for table in tables for item in table.items()):
-        if twice := known.setdefault(path, {}).keys() & columns.keys():
-            raise ValueError(
-                f"two files of metadata have the column {min(twice)!r} of {path}; leave it in one of them"
-            )
-        known[path] |= columns
+        for path, columns in rows:
+            if "image" in columns:
+                raise ValueError(f"{file} has a column image, the name of the pictures' own; rename it")
+            if twice := known.setdefault(path, {}).keys() & columns.keys():
+                raise ValueError(
+                    f"{file} has a second {min(twice)!r} of {path}; leave one of them, and give several captions as a list "
+                    "(metadata.jsonl or .parquet)"
+                )
+            known[path] |= columns
     return known
 
 
@@ -229,22 +248,6 @@ def rows_of_csv(lines):
     """The rows of a table, as dictionaries; a value in quotes may have several lines."""
     options = pyarrow.csv.ParseOptions(newlines_in_values=True)
     return pyarrow.csv.read_csv(io.BytesIO("\n".join(lines).encode()), parse_options=options).to_pylist()
-
-
-def type_of(values, name, folder):
-    """The Arrow type of a column of metadata.
-
-    Raises:
-        ValueError: values of several types.
-    """
-    try:
-        return pa.array(values).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        kinds = sorted({type(value).__name__ for value in values if value is not None})
-        raise ValueError(
-            f"column {name!r} of the metadata in {folder} must have one type, got {', '.join(kinds)}; "
-            "write all its values alike"
-        ) from error
 
 
 def lines_of(path):
@@ -264,12 +267,6 @@ def stamp(path):
     return [facts.st_size, facts.st_mtime_ns]
 
 
-def give(rows, stamps):
+def give(rows):
     """The rows, one by one."""
     yield from rows
-
-
-def give_named(folder, names):
-    """The rows of `stream_images`."""
-    for name in names:
-        yield {"image": {"path": os.path.join(folder, name), "bytes": None}, "file_name": name}
