@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import BatchSampler, DataLoader
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor, DQVAEModel
-from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, files_of, load_codes, read_index
+from dq_hf.data.codes import CodeCollator, LengthBucketSampler, code_features, load_codes, read_index, split_files
 from dq_hf.data.fingerprint import codes_fingerprint, fingerprint
 from dq_hf.hub.card import is_hub_dataset
 from dq_hf.modeling.routing_dq import ROUTERS
@@ -141,7 +141,7 @@ def test_a_split_has_its_own_files_whatever_the_other_splits_are_called(tmp_path
         (tmp_path / name).touch()
     for split in splits:
         own = sorted(name for name, whose in files.items() if whose == split)
-        assert [path.name for path in files_of(tmp_path, split)] == own
+        assert [path.name for path in split_files(tmp_path, split)] == own
 
 
 # Refusals

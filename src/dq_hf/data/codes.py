@@ -147,10 +147,10 @@ def read_index(folder):
 
 def count_rows(folder, split):
     """Rows of a split's files."""
-    return sum(pq.read_metadata(file).num_rows for file in files_of(folder, split))
+    return sum(pq.read_metadata(file).num_rows for file in split_files(folder, split))
 
 
-def files_of(folder, split):
+def split_files(folder, split):
     """The files of a split, in their order."""
     name = re.compile(re.escape(split) + r"-\d+-of-\d+\.parquet")
     return sorted(path for path in Path(folder).iterdir() if name.fullmatch(path.name))
@@ -178,7 +178,9 @@ def load_codes(folder, split, vae):
         raise ValueError(f"{folder}: a file of split {split!r} is damaged ({error}); {AGAIN}") from error
     if num_rows != all_rows[split]:
         raise ValueError(f"{folder}: split {split!r} must have {all_rows[split]} rows, got {num_rows}; {AGAIN}")
-    return datasets.Dataset.from_parquet([as_pattern(file) for file in files_of(folder, split)]).with_format("numpy")
+    return datasets.Dataset.from_parquet([as_pattern(file) for file in split_files(folder, split)]).with_format(
+        "numpy"
+    )
 
 
 class CodeCollator:

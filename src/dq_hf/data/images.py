@@ -226,20 +226,18 @@ def drop_broken_images(dataset, image_column="image", max_share=0.01, num_proc=N
         num_proc=num_proc,
         desc="check images",
     )
-    problems = checked[:]["problem"]
-    good = [row for row, problem in enumerate(problems) if problem is None]
-    if len(good) == len(dataset):
+    broken = {row: problem for row, problem in enumerate(checked[:]["problem"]) if problem is not None}
+    if not broken:
         return dataset
-    broken = (row for row, problem in enumerate(problems) if problem is not None)
-    names = [describe(images[row][image_column], row, problems[row]) for row in itertools.islice(broken, MAX_NAMES)]
-    num_broken = len(dataset) - len(good)
-    if not good or num_broken > max_share * len(dataset):
-        raise too_many_broken(num_broken, len(dataset), max_share, names)
-    more = f"; and {num_broken - len(names)} more" if num_broken > len(names) else ""
+    some = itertools.islice(broken.items(), MAX_NAMES)
+    names = [name_broken(images[row][image_column], row, problem) for row, problem in some]
+    if len(broken) > max_share * len(dataset) or len(broken) == len(dataset):
+        raise too_many_broken(len(broken), len(dataset), max_share, names)
+    more = f"; and {len(broken) - len(names)} more" if len(broken) > len(names) else ""
     logger.warning(
-        "%d of %d images cannot be read and are left out: %s%s", num_broken, len(dataset), "; ".join(names), more
+        "%d of %d images cannot be read and are left out: %s%s", len(broken), len(dataset), "; ".join(names), more
     )
-    return dataset.select(good)
+    return dataset.select([row for row in range(len(dataset)) if row not in broken])
 
 
 def first_rows(dataset, num_rows):
@@ -256,7 +254,7 @@ def image_problem(value):
     return {"problem": None}
 
 
-def describe(value, row, problem):
+def name_broken(value, row, problem):
     """A broken image in words: its path, or its row if it has none, and what is wrong."""
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
     return f"{path or f'row {row}'} ({problem})"
@@ -322,7 +320,7 @@ class ImageCollator:
         try:
             return decode_image(value)
         except ValueError as error:
-            raise ValueError(f"an image cannot be read: {describe(value, row, error)}; remove it") from error
+            raise ValueError(f"an image cannot be read: {name_broken(value, row, error)}; remove it") from error
 
 
 def labels_to_tensor(labels):

@@ -14,10 +14,10 @@ from .images import (
     MAX_NAMES,
     check_max_share,
     decode_image,
-    describe,
     drop_broken_images,
     first_rows,
     load_images,
+    name_broken,
     too_many_broken,
 )
 
@@ -38,12 +38,11 @@ def load_train_and_test(accelerator, data, splits, image_column, streaming, max_
         ValueError: as in `load_images` and `drop_broken_images`.
     """
     with accelerator.main_process_first():  # the others read what it has cached
-        train_set, *test_sets = (load_images(data, split, image_column, streaming) for split in splits)
+        sets = [load_images(data, split, image_column, streaming) for split in splits]
         if not streaming:
-            train_set, *test_sets = (
-                drop_broken_images(images, image_column, max_broken_share) for images in (train_set, *test_sets)
-            )
+            train_set, *test_sets = (drop_broken_images(images, image_column, max_broken_share) for images in sets)
             return train_set, [first_rows(images, max_test_images) for images in test_sets]
+    train_set, *test_sets = sets
     place = (accelerator.process_index, accelerator.num_processes)
     train_set = StreamedImages(train_set, image_column, max_broken_share, *place, seed=seed)
     test_sets = [StreamedImages(images, image_column, max_broken_share, decoded=False) for images in test_sets]
@@ -128,7 +127,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             except ValueError as error:
                 self.num_broken += 1
                 if self.num_broken <= MAX_NAMES:
-                    names.append(describe(row[self.image_column], self.num_rows - 1, error))
+                    names.append(name_broken(row[self.image_column], self.num_rows - 1, error))
                     logger.warning("skipped an image that cannot be read: %s", names[-1])
             else:
                 yield row | {self.image_column: image} if self.decoded else row
