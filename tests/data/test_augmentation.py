@@ -73,3 +73,11 @@ def test_photographs_are_turned_upright_before_they_are_cropped():
     collate = ImageCollator(processor, augmentation=Augmentation(0, random_crop=True))
     assert Augmentation(0, random_crop=True).crop(Image.open(file), 20, 8, 0).size == (8, 20)
     assert collate([{"image": file.getvalue()}])["pixel_values"].shape == (1, 3, 20, 8)
+
+
+def test_a_photograph_with_damaged_exif_data_is_cropped_as_it_lies():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 8)).save(file, "jpeg", exif=b"Exif\0\0JUNKJUNK")
+    assert Augmentation(0, random_crop=True).crop(Image.open(file), 8, 16, 0).size == (16, 8)
+    collate = ImageCollator(DQImageProcessor(size=8), augmentation=Augmentation(0, random_crop=True))
+    assert collate([{"image": file.getvalue()}])["pixel_values"].shape == (1, 3, 8, 8)

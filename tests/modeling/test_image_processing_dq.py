@@ -274,6 +274,14 @@ def test_arguments_of_transformers_processors_mean_what_they_mean_there(processo
     torch.testing.assert_close(processor(RGB / 255, do_rescale=False)["pixel_values"].float(), pixel_values)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_array_of_an_image_may_be_read_only_and_of_other_bytes(processor):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    expected = processor(image)["pixel_values"]
+    assert torch.equal(processor(np.asarray(image))["pixel_values"], expected)
+    assert torch.equal(processor(np.asarray(image).astype(">f4") / 255)["pixel_values"], expected)
+
+
 def test_grey_and_transparent_arrays_and_their_channels(processor):
     alpha = np.random.default_rng(2).integers(0, 256, (6, 8, 1), dtype=np.uint8)
     transparent = np.concatenate([RGB, alpha], axis=2)

@@ -4,8 +4,9 @@ import hashlib
 import zlib
 
 import torch
-from PIL import ImageOps
 from torch.nn import functional as F
+
+from ..modeling.image_processing_dq import upright
 
 
 class Augmentation:
@@ -33,7 +34,7 @@ class Augmentation:
         """A part of a PIL image, upright, of the shape of (height, width); the whole image without `random_crop`."""
         if not self.random_crop:
             return image
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         scale = min(image.width / width, image.height / height)
         sides = max(1, round(width * scale)), max(1, round(height * scale))
         _, places = self._draw(image.tobytes(), epoch)

@@ -233,7 +233,7 @@ def to_tensor(image, data_format=None):
             f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}{remedy}"
         )
     is_array = isinstance(image, np.ndarray)
-    tensor = torch.as_tensor(np.ascontiguousarray(image) if is_array else image)  # torch has no negative strides
+    tensor = as_tensor(image) if is_array else image
     tensor = channels_first(tensor, data_format or find_channels(tensor, FORMATS[is_array]))
     if tensor.dtype == torch.uint8:
         return to_rgb(tensor.float() / 255)
@@ -246,6 +246,12 @@ def to_tensor(image, data_format=None):
             "images that are already in [-1, 1] go to the model without the processor"
         )
     return to_rgb(tensor.float())
+
+
+def as_tensor(array):
+    """A tensor of any numpy array, whose memory it has if torch takes that: in order, to be written to, with native bytes."""
+    array = np.asarray(array)
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), requirements=["C", "W"]))
 
 
 def find_channels(tensor, usual):
@@ -279,9 +285,17 @@ def to_rgb(tensor):
     return tensor.expand(3, -1, -1)
 
 
+def upright(image):
+    """A PIL image as its EXIF data turn it; as it is where they are damaged, which Pillow does not mind either on opening."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of a dozen kinds, SyntaxError among them
+        return image
+
+
 def pil_to_tensor(image):
     """A PIL image as (3, height, width) float32 in [0, 1], upright, transparent parts on white."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if 0 in image.size:
         raise ValueError(f"an image must have at least one pixel, got {image.width}x{image.height}")
     if image.mode in ("I", "F"):

@@ -97,7 +97,7 @@ def as_batch(name, values):
     """A tensor of a tensor, an array or lists; one of two dimensions is a batch of one image."""
     if not isinstance(values, torch.Tensor):
         try:
-            values = torch.as_tensor(np.ascontiguousarray(values))  # torch has no negative strides
+            values = torch.as_tensor(np.array(values, order="C"))  # torch has no negative strides
         except (TypeError, ValueError, RuntimeError):  # strings, None, ragged lists
             raise TypeError(f"{name} must be integers, got {values!r}") from None
     return values[None] if values.dim() == 2 else values

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..modeling.image_processing_dq import covering_size
+from ..modeling.image_processing_dq import as_tensor, covering_size, upright
 
 MASKED = 0.5  # from this value on, of 1
 
@@ -22,8 +22,10 @@ def read_masks(masks):
         return [to_unit_mask(pil_to_grey(masks)) >= MASKED]
     if not isinstance(masks, (np.ndarray, torch.Tensor)):
         raise TypeError(f"a mask must be a PIL image, a numpy array or a torch tensor, got {type(masks).__name__}")
-    masks = torch.as_tensor(np.ascontiguousarray(masks)) if isinstance(masks, np.ndarray) else masks.detach().cpu()
+    masks = as_tensor(masks) if isinstance(masks, np.ndarray) else masks.detach().cpu()
     unit = to_unit_mask(masks)
+    if unit.dim() in (3, 4) and unit.shape[-1] == 4:  # what is transparent is black
+        unit = unit[..., :3] * unit[..., 3:]
     if unit.dim() == 2:
         unit = unit[None]
     elif unit.dim() == 3 and unit.shape[-1] in (1, 3):
@@ -41,7 +43,7 @@ def read_masks(masks):
 
 def pil_to_grey(mask):
     """An array (H, W) of a PIL image, upright; what is transparent is black."""
-    mask = ImageOps.exif_transpose(mask)
+    mask = upright(mask)
     if mask.mode in ("I", "F"):
         return torch.from_numpy(np.array(mask))
     if mask.mode.startswith("I;16"):
@@ -59,6 +61,7 @@ def to_unit_mask(mask):
     if mask.is_complex():
         raise TypeError(f"a mask must hold booleans, integers or floats, got {mask.dtype}")
     is_float = mask.is_floating_point()
+    mask = mask.float() if is_float else mask.long()  # torch finds no largest uint16
     low, high = float(mask.min()), float(mask.max())
     most = 1 if is_float else 255
     if not (low >= 0 and high <= most):  # false for NaN, too
