@@ -262,6 +262,17 @@ def test_splits_in_capitals_are_splits(tmp_path):
         assert len(dataset) == 1 and dataset.features["label"].names == ["cat", "dog"]
 
 
+def test_splits_may_lie_in_a_folder_named_data(tmp_path):
+    write(tmp_path / "splits", ["data/train/cat/a.png", "data/test/dog/b.png"])
+    for split in ("train", "test"):
+        dataset = load_images(tmp_path / "splits", split)
+        assert len(dataset) == 1 and dataset.features["label"].names == ["cat", "dog"]
+    write(tmp_path / "classes", ["data/cat/a.png", "data/dog/b.png"])
+    assert load_images(tmp_path / "classes", "train").features["label"].names == ["cat", "dog"]
+    write(tmp_path / "both", ["data/a.png", "b.png"])
+    assert len(load_images(tmp_path / "both", "train")) == 2
+
+
 def test_a_class_that_another_split_gains_is_known_without_deleting_a_cache(tmp_path):
     write(tmp_path, ["train/cat/a.png", "test/cat/b.png"])
     assert load_images(tmp_path, "train").features["label"].names == ["cat"]

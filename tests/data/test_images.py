@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import zlib
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -137,10 +138,10 @@ def test_missing_splits_and_columns_are_named(tmp_path, streaming):
         load_images(tmp_path, "test", streaming=streaming)
     with pytest.raises(ValueError, match="no column 'picture'; it has image"):
         load_images(tmp_path, "train", image_column="picture", streaming=streaming)
-    with pytest.raises(ValueError, match="'label' must hold class labels .* got None"):
+    with pytest.raises(ValueError, match="'label' must hold class labels.* got None"):
         find_labels([("train", load_images(tmp_path, "train", streaming=streaming))], "label")
-    with pytest.raises(ValueError, match="'number' must hold class labels .* got Value"):
-        find_labels([("train", Dataset.from_dict({"number": [1]}))], "number")
+    with pytest.raises(ValueError, match="'number' must hold class labels.* got Value"):
+        find_labels([("train", Dataset.from_dict({"number": [1.5]}))], "number")
 
 
 def test_strings_are_the_classes_of_the_training_split():
@@ -152,6 +153,19 @@ def test_strings_are_the_classes_of_the_training_split():
     assert train_set[column][:] == [1, 0] and test_set[column][:] == [1] and train_set["kind"][:] == ["sun", "moon"]
 
 
+def test_numbers_are_classes_too():
+    sets = [("train", Dataset.from_dict({"kind": [10, 9, 2]})), ("test", Dataset.from_dict({"kind": [9]}))]
+    column, names, (train_set, test_set) = find_labels(sets, "kind")
+    assert names == ["2", "9", "10"] and train_set[column][:] == [2, 1, 0] and test_set[column][:] == [1]
+
+
+def test_classes_without_a_training_image_are_told(tmp_path, caplog):
+    write_images(tmp_path, ["train/cat/0.png", "test/cat/1.png", "test/dog/2.png"])
+    _, names, _ = find_labels([(split, load_images(tmp_path, split)) for split in ("train", "test")])
+    assert names == ["cat", "dog"]
+    assert "1 of 2 classes have no image in split 'train', such as 'dog'" in caplog.text
+
+
 @pytest.mark.parametrize(
     "splits, message",
     [
@@ -160,7 +174,9 @@ def test_strings_are_the_classes_of_the_training_split():
         ([["sun", "moon"], ["star"]], "split 'test' has 1 rows of 1 whose label is no class, such as 'star'"),
         ([["sun"], [0]], "split 'test' has 1 rows of 1 whose label is no class, such as 0"),
         ([["sun"], [None]], "split 'test' has 1 rows of 1 whose label is no class, such as None"),
-        ([[0, 1], [1, 0]], "'kind' must hold class labels .* or, but for a stream, strings, got Value"),
+        ([[0, 1], [2, 0]], "split 'test' has 1 rows of 2 whose label is no class, such as 2"),
+        ([[0, -1], [0]], "split 'train' has 1 rows of 2 whose label is no class, such as -1"),
+        ([[0.0, 1.0], [1.0]], "'kind' must hold class labels.* but for a stream, strings or whole numbers; got Value"),
     ],
 )
 def test_labels_that_stand_for_no_class_are_refused(splits, message):
@@ -191,6 +207,36 @@ def without_range():
     file = io.BytesIO()
     Image.new("F", (4, 4)).save(file, "tiff")
     return file.getvalue()
+
+
+def test_images_that_a_table_names_are_looked_at_anew_when_their_files_change(tmp_path):
+    write_images(tmp_path, [f"files/{i}.png" for i in range(4)])
+    paths = [str(tmp_path / f"files/{i}.png") for i in range(4)]
+    (tmp_path / "train.csv").write_text("\n".join(["image", *paths]))
+    Path(paths[2]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"got 1 of 4, the first: .*2\.png"):
+        drop_broken_images(load_images(tmp_path / "train.csv", "train"))
+    Image.new("RGB", (4, 4), (2, 2, 2)).save(paths[2])
+    assert greys(drop_broken_images(load_images(tmp_path / "train.csv", "train"))) == [0, 1, 2, 3]
+    os.unlink(paths[3])
+    assert greys(drop_broken_images(load_images(tmp_path / "train.csv", "train"), max_share=0.5)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path, streaming):
+    image, broken = {"bytes": png(7), "path": None}, {"bytes": b"broken", "path": None}
+    rows = Dataset.from_dict({"image": [image], "mask": [broken], "sound": [broken], "label": [1]})
+    for name, feature in {"image": datasets.Image(), "mask": datasets.Image(), "sound": datasets.Audio()}.items():
+        rows = rows.cast_column(name, feature)
+    rows.to_parquet(tmp_path / "train.parquet")
+    (row,) = load_images(tmp_path, "train", streaming=streaming)
+    assert decode_image(row["image"]).getpixel((0, 0)) == (7, 7, 7) and row["label"] == 1
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    write_images(tmp_path, ["0.png"])
+    with pytest.raises(ValueError, match=r"a folder, a data set of the Hub, or one of \.parquet, .*; got .*0\.png"):
+        load_images(tmp_path / "0.png", "train")
 
 
 BROKEN = {

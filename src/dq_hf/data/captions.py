@@ -19,7 +19,10 @@ def captions_of(value):
     texts = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
     for text in texts:
         if not (text is None or isinstance(text, str)):
-            raise TypeError(f"captions must be strings or lists of strings, got {type(text).__name__}: {text!r}")
+            raise TypeError(
+                f"captions must be strings or lists of strings, got {type(text).__name__}: {text!r}; a table in CSV has numbers "
+                "where all texts of a column are digits, JSON Lines and Parquet keep them"
+            )
     return [str(text).strip() for text in texts if text is not None and text.strip()]
 
 

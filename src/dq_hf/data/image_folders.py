@@ -115,26 +115,26 @@ def load_image_folder(folder, split, streaming=False):
     arguments = {"generator": give, "gen_kwargs": {"rows": rows}, "features": features}
     if streaming:
         return datasets.IterableDataset.from_generator(**arguments)
-    paths = [row["image"]["path"] for row in rows]
-    check_names(paths)
-    facts = rows, features.to_dict(), [stamp(path) for path in paths]
+    check_names(row["image"]["path"] for row in rows)
+    facts = rows, features.to_dict()
     return datasets.Dataset.from_generator(**arguments, fingerprint=datasets.fingerprint.Hasher.hash(facts))
 
 
 def split_folders(folder):
-    """{split: its folder}, by the folders at the top alone, in capitals or not; of one without splits {"train": itself}."""
+    """{split: its folder}, by the folders at the top, or in `data` there, in capitals or not; without splits {"train": itself}."""
     names = {name for names in SPLITS.values() for name in names}
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     tops = {path.name: path for path in entries if path.is_dir()}
     found = {name for name in tops if name.lower() in names}
+    lost = [path.name for path in entries if is_image(path)]
     if not found:
-        return {"train": folder}
+        return split_folders(tops["data"]) if set(tops) == {"data"} and not lost else {"train": folder}
     if len(found) == 1 < len(tops):
         logger.warning_once(
             f"all folders in {folder} are taken for splits, because {', '.join(found)} is one's name: {', '.join(tops)}; "
             f"if they are classes, put them into {folder / 'train'}"
         )
-    if lost := [path.name for path in entries if is_image(path)]:
+    if lost:
         logger.warning_once(f"{len(lost)} image(s) beside the splits in {folder} are not read, such as {lost[0]}")
     return {name.lower() if name in found and name.lower() not in tops else name: path for name, path in tops.items()}
 
@@ -256,15 +256,6 @@ def lines_of(path):
         return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
-
-
-def stamp(path):
-    """What changes when a file does."""
-    try:
-        facts = os.stat(path)
-    except OSError:  # it is a broken image, which is left out or refused later
-        return None
-    return [facts.st_size, facts.st_mtime_ns]
 
 
 def give(rows):

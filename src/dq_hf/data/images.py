@@ -1,21 +1,25 @@
 """Images of any `datasets` source as `pixel_values`, with labels: how images of a data set are read and decoded."""
 
+import dataclasses
 import glob
 import itertools
 import logging
+import os
 import re
 import zlib
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from .image_folders import is_image_folder, load_image_folder, table_beside_images
 
 logger = logging.getLogger(__name__)
+TABLES = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}  # builders of `datasets`
 SHARD = re.compile(r"-\d+-of-\d+$")  # end of the name of a split's part
-STRINGS = (datasets.Value("string"), datasets.Value("large_string"))
 CLASS_IDS = "class ids"  # column, where a data set has only the names of its classes
 MAX_NAMES = 20  # broken images that are named; the others are only counted
 
@@ -51,18 +55,23 @@ def load_images(data, split, image_column="image", streaming=False):
         if table is None:
             raise
         raise ValueError(f"{error}; it is not read as a folder of images because of {table}: move that away") from None
-    if dataset.features is None:
-        return dataset
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+    for name, feature in (dataset.features or {}).items():
+        if name == image_column:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        elif getattr(feature, "decode", False):  # masks or sounds, which nobody asked for
+            dataset = dataset.cast_column(name, dataclasses.replace(feature, decode=False))
+    return dataset
 
 
 def load_splits(data, streaming):
-    """Whatever `datasets` reads from a Parquet file, another folder or the Hub, by split."""
-    path = Path(
-        data
-    ).absolute()  # in full, because datasets has builders of its own named "parquet", "csv", "imagefolder"
+    """Whatever `datasets` reads from a table, a folder or the Hub, by split."""
+    path = Path(data).absolute()  # in full, because datasets has builders of its own named "csv" or "imagefolder"
     if path.is_file():
-        return datasets.load_dataset("parquet", data_files=as_pattern(path), streaming=streaming)
+        if path.suffix not in TABLES:
+            raise ValueError(
+                f"images must be a folder, a data set of the Hub, or one of {', '.join(TABLES)}; got {data}"
+            )
+        return datasets.load_dataset(TABLES[path.suffix], data_files=as_pattern(path), streaming=streaming)
     # A path with []*? datasets would take for a pattern, and test_pairs-00000-of-00001.parquet for a part of "test", too.
     if path.is_dir() and (glob.has_magic(str(path)) or holds_shards(path)):
         return datasets.load_dataset("parquet", data_files=parquet_files(path), streaming=streaming)
@@ -121,7 +130,13 @@ def find_labels(splits, label_column=None):
     if label_column == "none" or (label_column is None and not has_labels(splits[0][1], column)):
         return None, [], [rows for _, rows in splits]
     splits = [(f"split {name!r}", rows) for name, rows in splits]
-    return with_class_ids(splits, column, "train without classes (--label_column none)")
+    column, names, sets = with_class_ids(splits, column, "train without classes (--label_column none)")
+    seen = set(labels_of(sets[0], column))
+    if seen and (unseen := [name for number, name in enumerate(names) if number not in seen]):
+        logger.warning(
+            "%d of %d classes have no image in %s, such as %r", len(unseen), len(names), splits[0][0], unseen[0]
+        )
+    return column, names, sets
 
 
 def with_class_ids(sets, label_column, remedy):
@@ -129,24 +144,24 @@ def with_class_ids(sets, label_column, remedy):
 
     Args:
         sets: pairs of what an error calls it and rows: a data set, a stream, whose rows are looked at as they come, or a
-            list of a stream's rows. The classes are those of the first set; strings are sorted.
+            list of a stream's rows. The classes are those of the first set; strings and numbers are sorted.
         remedy: what an error proposes besides other images.
 
     Raises:
-        ValueError: no such column, neither `datasets.ClassLabel` nor, in a stored data set, strings, or rows whose label
-            is no class.
+        ValueError: no such column, neither `datasets.ClassLabel` nor, in a stored data set, strings or whole numbers, or
+            rows whose label is no class.
     """
     _, first = sets[0]
-    feature = (first.features or {}).get(label_column)
-    named = isinstance(first, datasets.Dataset) and feature in STRINGS
-    if named:
-        feature = datasets.ClassLabel(names=sorted(set(labels_of(first, label_column)) - {None, ""}))
+    feature, values = (first.features or {}).get(label_column), None
+    if isinstance(first, datasets.Dataset) and is_string_or_integer(feature):
+        values = sorted(label for label in set(labels_of(first, label_column)) - {None, ""} if not is_hidden(label))
+        feature = datasets.ClassLabel(names=list(map(str, values)))
     if not isinstance(feature, datasets.ClassLabel):
         raise ValueError(
-            f"label column {label_column!r} must hold class labels (datasets.ClassLabel) or, but for a stream, strings, got "
-            f"{feature}; use dataset.class_encode_column, or {remedy}"
+            f"label column {label_column!r} must hold class labels: datasets.ClassLabel or, but for a stream, strings or whole "
+            f"numbers; got {feature}. Write the names of the classes instead, or {remedy}"
         )
-    ids = {name if named else number: number for number, name in enumerate(feature.names)}
+    ids = {value: number for number, value in enumerate(range(feature.num_classes) if values is None else values)}
     converted = []
     for title, rows in sets:
         if isinstance(rows, datasets.Dataset):
@@ -157,10 +172,21 @@ def with_class_ids(sets, label_column, remedy):
                 f"{title} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]!r} (-1 "
                 f"stands for a hidden one); choose a split with labels, or {remedy}"
             )
-        if named:  # not cast_column, which would copy the images
+        if values is not None:  # not cast_column, which would copy the images
             rows = rows.add_column(CLASS_IDS, [ids[label] for label in labels], feature=feature)
         converted.append(rows)
-    return CLASS_IDS if named else label_column, feature.names, converted
+    return label_column if values is None else CLASS_IDS, feature.names, converted
+
+
+def is_string_or_integer(feature):
+    """Whether a column has plain strings or whole numbers."""
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+    return isinstance(feature, datasets.Value) and any(is_kind(feature.pa_type) for is_kind in kinds)
+
+
+def is_hidden(label):
+    """Whether a label is -1, as test splits of the Hub have it."""
+    return isinstance(label, int) and label < 0
 
 
 def has_labels(dataset, label_column):
@@ -218,12 +244,14 @@ def drop_broken_images(dataset, image_column="image", max_share=0.01, num_proc=N
     if len(dataset) == 0:
         raise ValueError("a data set must hold at least one image, got none")
     images = dataset.select_columns([image_column])
+    facts = image_problem, images._fingerprint, [stamp(path) for path in files_behind(images, image_column)]
     checked = images.map(
         image_problem,
         input_columns=[image_column],
         remove_columns=[image_column],
         features=datasets.Features({"problem": datasets.Value("string")}),
         num_proc=num_proc,
+        new_fingerprint=datasets.fingerprint.Hasher.hash(facts),
         desc="check images",
     )
     broken = {row: problem for row, problem in enumerate(checked[:]["problem"]) if problem is not None}
@@ -238,6 +266,21 @@ def drop_broken_images(dataset, image_column="image", max_share=0.01, num_proc=N
         "%d of %d images cannot be read and are left out: %s%s", len(broken), len(dataset), "; ".join(names), more
     )
     return dataset.select([row for row in range(len(dataset)) if row not in broken])
+
+
+def files_behind(images, column):
+    """The paths of those images of a data set whose bytes are not in it."""
+    values = images.data.column(column).combine_chunks()
+    return values.field("path").filter(pc.is_null(values.field("bytes"))).to_pylist()
+
+
+def stamp(path):
+    """What changes when a file does."""
+    try:
+        facts = os.stat(path)
+    except (OSError, TypeError):  # it is a broken image, which is left out or refused later
+        return None
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def first_rows(dataset, num_rows):
