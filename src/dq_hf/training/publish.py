@@ -1,7 +1,5 @@
 """The model card of a training run, and the upload of its model."""
 
-import logging
-import os
 import platform
 import re
 import shlex
@@ -15,7 +13,6 @@ from huggingface_hub import constants
 from .. import __version__
 from ..hub.upload import check_push, upload
 
-logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -44,54 +41,15 @@ def machine_facts(accelerator):
     }
 
 
-def warn_of_launcher(accelerator):
-    """Log a warning if `accelerate launch` was asked for several processes and started this one alone."""
-    asked = asked_processes(parent_command())
-    if accelerator.num_processes == 1 < asked:
-        logger.warning(
-            f"accelerate launch was asked for {asked} processes and has started one, as it does on CPUs; start them by "
-            f"ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node {asked} SCRIPT ..."
-        )
-
-
-def asked_processes(words):
-    """The number of processes that a command asks accelerate's launcher for, 1 if it names none."""
-    if "launch" not in words:
-        return 1
-    found = re.search(r" --num[-_]processes[= ](\d+) ", f" {' '.join(words)} ")
-    return int(found[1]) if found else 1
-
-
-def parent_command():
-    """The words of the command that started this process; none where the system does not tell."""
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return []
-
-
-SECRETS = {"token", "secret", "password", "passwd", "key", "apikey", "auth", "credentials"}
-HIDDEN = "HIDDEN"
-
-
 def command_line():
-    """The command of this process, quoted for a shell, without what is secret.
+    """The command of this process, quoted for a shell, without tokens of the Hub and passwords in addresses.
 
     `accelerate launch` starts the script with `python` and keeps its own options to itself; `machine_facts` says what
-    they did. Hidden are values of options like --hub_token and --api-key, tokens of the Hub, passwords in addresses.
+    they did.
     """
     program, *arguments = sys.argv
     words = program.split() if program.startswith("dq-hf ") else ["python", program]
-    hide = False
-    for word in arguments:
-        option, equals, value = word.partition("=")
-        secret = option.startswith("-") and SECRETS & set(re.split("[-_]", option.lower()))
-        if hide and not word.startswith("--"):
-            word = HIDDEN
-        elif secret and equals:
-            word = f"{option}={HIDDEN}"
-        hide = secret and not equals
-        words.append(re.sub(r"hf_\w{8,}|(?<=://)[^/@]+(?=@)", HIDDEN, word))
+    words += [re.sub(r"hf_\w{8,}|(?<=://)[^/@]+(?=@)", "HIDDEN", word) for word in arguments]
     return shlex.join(words)
 
 

@@ -46,7 +46,7 @@ from .progress import (
     ignore_sigterm,
     progress_bar,
 )
-from .publish import command_line, machine_facts, push_folder, warn_of_launcher
+from .publish import command_line, machine_facts, push_folder
 
 logger = logging.getLogger(__name__)
 OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change
@@ -90,7 +90,6 @@ class Run:
             # One process checks the images, the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
         )
-        warn_of_launcher(self.accelerator)
         check_writable(self.dir)
         check_place(self.dir / "model")
         self.lock = together(
