@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..hub.folders import whole_file
 from .options import (
     add_command,
     add_fine_ratio_option,
@@ -13,7 +14,6 @@ from .options import (
     fine_ratio,
     name_or_id,
     read_image,
-    write_file,
 )
 
 
@@ -67,7 +67,8 @@ def run(args):
         args.prompt,
         model_id=None if Path(args.model).exists() else str(args.model),
     )
-    write_file(data, args.output)
+    with whole_file(args.output) as partial:
+        partial.write_bytes(data)
 
     header, payload, _ = read_file(data)
     print(f"prior  {'generator' if header.flag == GENERATOR else 'static'}")

@@ -162,12 +162,9 @@ def run_reconstruction(args):
             model_name(args.model),
             args.data,
             args.split,
-            image_column=args.image_column,
-            num_images=args.num_images,
-            seed=args.seed,
-            batch_size=args.batch_size,
             fine_ratio=fine_ratio(args),
             networks={"extractor": args.extractor, "perceptual": args.perceptual},
+            **chosen(args),
         ),
     )
 
@@ -187,16 +184,10 @@ def run_generation(args):
             args.data,
             args.split,
             args.image_dir or args.output.with_suffix(""),
-            image_column=args.image_column,
-            num_images=args.num_images,
-            num_references=args.num_references,
-            seed=args.seed,
-            batch_size=args.batch_size,
             label_rule=args.class_labels,
-            label_column=args.label_column,
-            caption_column=args.caption_column,
             sampling=sampling,
             networks={"extractor": args.extractor},
+            **chosen(args, "num_references", "label_column", "caption_column"),
         ),
     )
 
@@ -214,14 +205,14 @@ def run_likelihood(args):
             model_name(args.model),
             args.data,
             args.split,
-            image_column=args.image_column,
-            num_images=args.num_images,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            label_column=args.label_column,
-            caption_column=args.caption_column,
+            **chosen(args, "label_column", "caption_column"),
         ),
     )
+
+
+def chosen(args, *more):
+    """The options that every evaluation takes by their names, and more, {name: value}."""
+    return {name: getattr(args, name) for name in ("image_column", "num_images", "seed", "batch_size", *more)}
 
 
 def model_name(model):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import DEFAULT_MODEL
-from ..hub.folders import check_place
+from ..hub.folders import check_place, whole_file
 from ..modeling.sampling_options_dq import DEFAULT_NAMES, OPTION_NAMES, SamplingOptions
 from ..pipelines.seeds import check_seed
 
@@ -109,18 +109,8 @@ def check_writable(path, folder):
     check_place(path)
 
 
-def write_file(data, path):
-    """Write bytes through a temporary file, as `save_image`."""
-    from ..hub.folders import whole_file
-
-    with whole_file(path) as partial:
-        partial.write_bytes(data)
-
-
 def save_image(image, path, **options):
     """Write through a temporary file, so that what was there is lost only once the new image is whole."""
-    from ..hub.folders import whole_file
-
     with whole_file(path) as partial:
         image.save(partial, **options)
 
