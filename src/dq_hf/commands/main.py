@@ -1,10 +1,9 @@
 """`dq-hf`: finds the command, runs it, and says in one line what went wrong."""
 
 import argparse
-import sys
 
+from ..command_line import errors_in_one_line, refuse_unknown
 from ..quiet import quiet_imports
-from ..unknown_options import refuse_unknown
 from . import (
     calibrate,
     compress,
@@ -38,25 +37,15 @@ COMMANDS = (
     calibrate,
     convert,
 )
-INTERRUPTED = 130  # exit status, as shells have it for Ctrl-C
 
 
 def main(arguments=None):
     """Run one command; an expected failure ends with exit status 1 and one line on stderr."""
-    if hasattr(sys.stdout, "reconfigure"):  # names of any signs, whatever the terminal takes
-        sys.stdout.reconfigure(errors="backslashreplace")
     args, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         refuse_unknown(args.parser, unknown)
-    try:
-        with quiet_imports():
-            args.run(args)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"dq-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"dq-hf {args.command}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    with errors_in_one_line(f"dq-hf {args.command}"), quiet_imports():
+        args.run(args)
 
 
 def make_parser():

@@ -4,15 +4,13 @@ import ast
 import gc
 import importlib.util
 import math
-import sys
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ..unknown_options import refuse_unknown
+from ..command_line import errors_in_one_line, refuse_unknown
 
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
 CROP = "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part."
@@ -206,14 +204,9 @@ def run_script(script, options, module, arguments=None):
     from .checkpoints import CheckpointError
     from .progress import NotFiniteError
 
-    if hasattr(sys.stdout, "reconfigure"):  # names of any signs, whatever the terminal takes
-        sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser(options, module)
-    try:
+    with errors_in_one_line(parser.prog, CheckpointError, NotFiniteError):
         script(parse_options(parser, arguments))
-    except (OSError, ValueError, TypeError, ImportError, CheckpointError, NotFiniteError) as error:
-        tqdm.write(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)  # below progress bars
-        sys.exit(1)
     leave_process_group()
 
 
