@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import full_disk, make_transformer, make_vae
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dq_hf.modeling.modeling_dq import DQForImageGeneration
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
@@ -177,19 +177,6 @@ def contents_of(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def as_of_before(folder):
-    """A saved folder as it was when thresholds were in configurations, not in weights."""
-    place = folder / "vae" if (folder / "vae").is_dir() else folder
-    weights = load_file(place / "model.safetensors")
-    thresholds = weights.pop("router.thresholds").tolist()
-    save_file(weights, place / "model.safetensors", {"format": "pt"})
-    for path in {place / "config.json", folder / "config.json"}:
-        content = json.loads(path.read_text())
-        content.get("vae_config", content)["entropy_thresholds"] = thresholds
-        path.write_text(json.dumps(content))
-    return folder
-
-
 def saved(folder, kind, **arguments):
     vae = make_vae(entropy_thresholds=[1.25])
     model = vae if kind == "vae" else DQForImageGeneration.from_models(vae, make_transformer())
@@ -203,12 +190,9 @@ def thresholds_in(folder):
     return DQVAEModel.from_pretrained(folder).router.thresholds.tolist()
 
 
-@pytest.mark.parametrize("of_before", [False, True])
 @pytest.mark.parametrize("kind", ["vae", "joint"])
-def test_saved_thresholds_are_those_that_load_and_nothing_else_changes(tmp_path, kind, of_before):
+def test_saved_thresholds_are_those_that_load_and_nothing_else_changes(tmp_path, kind):
     folder = saved(tmp_path / "model", kind, export_code=True)
-    if of_before:
-        as_of_before(folder)
     assert thresholds_in(folder) == [1.25]
     before = contents_of(folder)
     place = "vae/" if kind == "joint" else ""
@@ -221,13 +205,12 @@ def test_saved_thresholds_are_those_that_load_and_nothing_else_changes(tmp_path,
     assert changed == {f"{place}model.safetensors"} | configurations
     for name in configurations:
         config, config_after = json.loads(before[name]), json.loads(after[name])
-        config.get("vae_config", config).pop("entropy_thresholds", None)
         config.get("vae_config", config)["budget_targets"] = [0.25]
         assert config_after == config
     with safe_open(folder / place / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     weights_after = load_file(folder / place / "model.safetensors")
-    assert weights_after.keys() == weights.keys() | {"router.thresholds"}
+    assert weights_after.keys() == weights.keys()
     assert all(torch.equal(value, weights_after[name]) for name, value in weights.items() if "thresholds" not in name)
 
 
@@ -242,15 +225,9 @@ def test_thresholds_are_written_into_shards_and_variants(tmp_path, variant):
 
 
 def test_thresholds_that_find_no_room_on_the_disk_change_no_file(tmp_path):
-    folder = as_of_before(saved(tmp_path / "model", "joint"))
+    folder = saved(tmp_path / "model", "joint")
     before = contents_of(folder)
     room = (folder / "config.json").stat().st_size + 100  # for the configurations, not for the weights
     with full_disk(room), pytest.raises(OSError):
         save_thresholds(folder, torch.tensor([0.75]), [0.25])
     assert contents_of(folder) == before
-
-
-def test_a_folder_without_weights_keeps_its_thresholds(tmp_path):
-    make_vae().config.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="has no weights in safetensors"):
-        save_thresholds(tmp_path, torch.tensor([0.75]), [0.25])

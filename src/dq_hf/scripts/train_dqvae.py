@@ -87,7 +87,7 @@ def train(args):
 
     # Models, and one optimiser for each (method section 5).
     vae = start if start is not None else DQVAEModel(config)
-    calibration = Calibration(args, TOKENIZER_SIZES, vae, train_set, collate)
+    calibration = Calibration(args, vae, train_set, collate)
     if run.begins and start is None and not vae.router.uses_features:
         calibration.run()
     if args.decoder_only:

@@ -56,22 +56,23 @@ def calibrate(vae, batches, shares):
             raise ValueError("the router's scores must be finite, got NaN or infinite ones; the model is damaged")
         bins = torch.bucketize(scores, edges[1:-1])
         counts.scatter_add_(0, bins, torch.ones_like(bins))
-    occupied = counts.nonzero()[:, 0]
-    if len(occupied) == 0:
+    num_regions = int(counts.sum())
+    if num_regions == 0:
         raise ValueError("calibration needs at least one image, got none")
 
-    # Split k leaves the first k occupied bins at or below the threshold: halfway from the last of them to the next,
-    # to leave room for a GPU's rounding.
-    below = torch.cat([edges[:1], edges[occupied + 1]]).double()
-    above = torch.cat([edges[occupied], edges[-1:]]).double()
-    num_above = counts.sum() - torch.cat([counts.new_zeros(1), counts[occupied].cumsum(0)])
-    num_regions = int(num_above[0])
+    # A threshold may lie below all scores, above all, or halfway between two bins that hold scores and have none between
+    # them, which leaves room for a GPU's rounding.
+    bins = counts.nonzero()[:, 0]
+    end_of_lower = torch.cat([edges[:1], edges[bins + 1]]).double()
+    start_of_higher = torch.cat([edges[bins], edges[-1:]]).double()
+    candidates = (end_of_lower + start_of_higher) / 2  # ascending
+    num_above = num_regions - torch.cat([counts.new_zeros(1), counts[bins].cumsum(0)])  # regions above each candidate
     thresholds, achieved = [], []
     for granularity in range(len(shares)):
         wanted = math.floor(sum(shares[granularity:]) * num_regions + 0.5)  # regions above this threshold
-        split = int((num_above > wanted).sum())  # the first split with no more than that
-        thresholds.append(float(below[split] + above[split]) / 2)
-        achieved.append(int(num_above[split]) / num_regions)
+        chosen = int((num_above > wanted).sum())  # the lowest with no more than that
+        thresholds.append(candidates[chosen].item())
+        achieved.append(num_above[chosen].item() / num_regions)
     vae.router.set_thresholds(thresholds)
     return [share - finer for share, finer in zip(achieved, [*achieved[1:], 0.0])]
 
@@ -84,15 +85,13 @@ class Calibration:
     measured.
 
     Args:
-        options: of the run: calibration_images, batch_size, seed, streaming, decoder_only, and the sizes.
-        sizes: names of the options that a run which goes on must not change.
+        options: of the run: calibration_images, batch_size, seed, streaming and decoder_only.
         vae: `DQVAEModel`.
         train_set, collate: training images, and what makes batches of them.
     """
 
-    def __init__(self, options, sizes, vae, train_set, collate):
+    def __init__(self, options, vae, train_set, collate):
         self.options = options
-        self.sizes = sizes
         self.vae = vae
         self.train_set = train_set
         self.collate = collate
@@ -122,12 +121,9 @@ class Calibration:
         return {f"calibrated_share_{side}": share for side, share in self.shares.items()}
 
     def state_dict(self):
-        return {"sizes": {name: getattr(self.options, name) for name in self.sizes}, "shares": self.shares}
+        return {"shares": self.shares}
 
     def load_state_dict(self, state):
-        for name, value in state["sizes"].items():
-            if getattr(self.options, name) != value:
-                raise ValueError(f"--{name} was {value}, got {getattr(self.options, name)}")
         self.shares = state["shares"]
 
 
@@ -161,8 +157,8 @@ def warn_of_shares(achieved, wanted, where):
 def save_thresholds(folder, thresholds, shares):
     """Write thresholds into all weights of a saved tokenizer, or of the tokenizer in `vae/`, and change no other weight.
 
-    Configurations get `shares` as their `budget_targets`, which training goes on with, and lose their
-    `entropy_thresholds`. After an error all files are as before.
+    Configurations get `shares` as their `budget_targets`, which training goes on with. After an error all files are as
+    before.
 
     Args:
         folder: as `save_pretrained` writes it.
@@ -172,24 +168,14 @@ def save_thresholds(folder, thresholds, shares):
     folder = Path(folder)
     place = folder / "vae" if (folder / "vae").is_dir() else folder
     holders = [path for path in place.glob("model*.safetensors") if "-of-" not in path.name]
+    for index in place.glob("model.safetensors.index*.json"):
+        holders.append(place / read_json_object(index)["weight_map"][KEY])
     with ExitStack() as files:  # they are replaced in the end, the last first
-
-        def write_json(path, content):
-            files.enter_context(whole_file(path)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
         for path in dict.fromkeys([folder / "config.json", place / "config.json"]):
             content = read_json_object(path)
-            config = content.get("vae_config", content)
-            config.pop("entropy_thresholds", None)
-            config["budget_targets"] = shares
-            write_json(path, content)
-        for path in place.glob("model.safetensors.index*.json"):
-            content = read_json_object(path)
-            shards = content["weight_map"]
-            if KEY not in shards:
-                shards[KEY] = min(shards.values())
-                write_json(path, content)
-            holders.append(place / shards[KEY])
+            content.get("vae_config", content)["budget_targets"] = shares
+            partial = files.enter_context(whole_file(path))
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for path in holders:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
@@ -198,5 +184,3 @@ def save_thresholds(folder, thresholds, shares):
                 save_file(weights, files.enter_context(whole_file(path)), metadata)
             except SafetensorError as error:  # such as a full disk
                 raise OSError(f"the weights cannot be written to {path}: {error}") from error
-        if not holders:
-            raise OSError(f"{place} has no weights in safetensors; save the model again")
