@@ -105,7 +105,7 @@ def train(run_dir, die=None, stop_at=None):
                 log.write(progress.step, {"loss": loss.item(), "images": progress.images})
             if progress.step == stop_at and accelerator.process_index == accelerator.num_processes - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            stopping = stop.requested(accelerator)
+            (stopping,) = stop.ask(accelerator)
             if progress.step % 2 == 0 or stopping:
                 save_checkpoint(accelerator, run_dir, progress.step)
             if stopping:
@@ -575,10 +575,10 @@ def test_a_stop_is_asked_for_by_sigterm_and_only_there():
     accelerator = make_accelerator()
     previous = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
-        assert not stop.requested(accelerator)
+        assert stop.ask(accelerator, True) == [False, True]
         for _ in range(2):  # the second one does no harm
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.requested(accelerator)
+            assert stop.ask(accelerator) == [True]
     assert signal.getsignal(signal.SIGTERM) is previous
 
 
@@ -598,7 +598,7 @@ def save_while_bothered(run_dir):
             next(iterator)
             save_checkpoint(accelerator, run_dir, step, keep=3)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        assert stop.requested(accelerator)
+        assert stop.ask(accelerator) == [True]
         assert resume(accelerator, run_dir) == 3
 
 

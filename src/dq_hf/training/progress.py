@@ -101,29 +101,24 @@ class StopSignal:
     def receive(self, number, frame):
         self.received = True
 
-    def requested(self, accelerator):
-        """Whether any process was asked to stop, as `any_process`."""
-        return self.any_process(accelerator, self.received)
-
-    def any_process(self, accelerator, flag):
-        """Whether the flag is true on any process; the same answer on all, which must all ask, as often."""
+    def ask(self, accelerator, *flags):
+        """Whether any process was asked to stop, and of each flag whether it is true on any; the same list on all
+        processes, which must all ask, as often.
+        """
+        flags = [self.received, *flags]
         if accelerator.num_processes == 1:
-            return flag
+            return flags
         if self.group is None:
             self.group = torch.distributed.new_group(backend="gloo")  # on the CPU: a GPU would be waited for
-        count = torch.tensor(int(flag))
-        torch.distributed.all_reduce(count, group=self.group)
-        return count.item() > 0
-
-    def close(self):
-        """Put the previous handler back."""
-        signal.signal(signal.SIGTERM, self.previous)
+        counts = torch.tensor(flags).int()
+        torch.distributed.all_reduce(counts, group=self.group)
+        return (counts > 0).tolist()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        signal.signal(signal.SIGTERM, self.previous)
 
 
 def ignore_sigterm(worker_id):

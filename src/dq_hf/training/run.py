@@ -275,8 +275,7 @@ class Run:
     def save_when_due(self):
         """Save a checkpoint if one is due, or if the run was asked to stop, which then ends `batches`."""
         minutes = (time.monotonic() - self.saved_at) / 60
-        late = self.stop.any_process(self.accelerator, 0 < self.options.save_minutes <= minutes)
-        self.stopped = self.stop.requested(self.accelerator)
+        self.stopped, late = self.stop.ask(self.accelerator, 0 < self.options.save_minutes <= minutes)
         if self.due(self.options.save_every) or late or self.stopped:
             self.finite.raise_if_bad(self.step, self.dir)
             save_checkpoint(self.accelerator, self.dir, self.step, self.options.keep_checkpoints)
