@@ -42,7 +42,6 @@ from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_generator, load_tokenizer
 from dq_hf.pictures import image_grid
 from dq_hf.scripts.arguments import GENERATOR_SIZES, GeneratorArguments
-from dq_hf.training.average import averaged_weights
 from dq_hf.training.checkpoints import writing
 from dq_hf.training.generator import (
     BestLoss,
@@ -56,7 +55,7 @@ from dq_hf.training.generator import (
 from dq_hf.training.losses import LOSSES, whole_batch_losses
 from dq_hf.training.options import run_script, settle_sizes
 from dq_hf.training.progress import set_learning_rate
-from dq_hf.training.run import Run
+from dq_hf.training.run import Run, averaged_weights
 from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, make_text
 
 logger = logging.getLogger(__name__)

@@ -46,12 +46,11 @@ from dq_hf.training.adversarial import (
     hinge_loss,
     r1_penalty,
 )
-from dq_hf.training.average import averaged_weights
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
 from dq_hf.training.options import require_one_of, run_script, settle_sizes, shown
 from dq_hf.training.progress import set_learning_rate
-from dq_hf.training.run import Run
+from dq_hf.training.run import Run, averaged_weights
 
 PLAIN_LOSSES = ("l1", "vq", "budget", "perceptual", "g_loss", "d_loss", "d_lecam")
 

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -341,6 +342,24 @@ class Run:
             tracker.finish()
         if self.lock is not None:
             self.lock.close()
+
+
+@contextmanager
+def averaged_weights(model, average):
+    """The moving average of the weights in place of the present ones.
+
+    Args:
+        average: `diffusers.training_utils.EMAModel` of the model's parameters; None: they stay.
+    """
+    if average is None:
+        yield
+        return
+    average.store(model.parameters())
+    average.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        average.restore(model.parameters())
 
 
 def lock(path, folder):
