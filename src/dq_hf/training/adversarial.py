@@ -15,15 +15,13 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         base_channels: width of the first convolution; widths double up to eight times this.
-        num_layers: convolutions of stride 2; two of stride 1 follow.
+        num_layers: convolutions of stride 2, 1 or more; two of stride 1 follow.
         norm: "batch", by the statistics of all images (Isola et al. 2017); "group", by those of each image (Wu and He
             2018); "none". Only with the latter two an image's logits depend on that image alone, in training too.
     """
 
     def __init__(self, base_channels=64, num_layers=3, norm="batch"):
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
         self.num_layers = num_layers
         widths = [base_channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]

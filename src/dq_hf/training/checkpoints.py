@@ -30,10 +30,8 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
 
     Raises:
         CheckpointError: on every process, if one cannot write; the old checkpoints are still there.
-        ValueError: `keep` is less than 1, or gradients are being accumulated, which no checkpoint holds.
+        ValueError: gradients are being accumulated, which no checkpoint holds.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be 1 or more, got {keep}")
     if not accelerator.sync_gradients:
         raise ValueError("gradients are being accumulated; save after an optimizer step (accelerator.sync_gradients)")
     run_dir = Path(run_dir)
