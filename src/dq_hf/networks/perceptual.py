@@ -229,15 +229,3 @@ def _fold_batch_norms(block):
 
 
 PERCEPTUAL_LOSSES = {"lpips": LPIPS, "efficientnet-lite0": EfficientNetLitePerceptualLoss}
-
-
-def make_perceptual_loss(name):
-    """The perceptual loss of this name: "lpips" or "efficientnet-lite0".
-
-    Raises:
-        ValueError: another name.
-        ImportError, OSError: its weights are not installed or cannot be downloaded.
-    """
-    if name not in PERCEPTUAL_LOSSES:
-        raise ValueError(f"a perceptual loss must be one of {', '.join(PERCEPTUAL_LOSSES)}, got {name!r}")
-    return PERCEPTUAL_LOSSES[name]()

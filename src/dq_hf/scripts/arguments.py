@@ -1,19 +1,18 @@
 """Options of the three scripts, their ranges and how they belong together; read before torch is imported."""
 
 from dataclasses import MISSING, dataclass
+from typing import Literal
 
 from dq_hf import DEFAULT_MODEL
 from dq_hf.training.options import (
-    CROP,
-    EMOJI,
     SMALL,
+    ImageOptions,
     RunOptions,
     option,
     require,
     require_different,
-    require_one_of,
+    require_probability,
     require_share,
-    shown,
     size_option,
 )
 
@@ -61,9 +60,9 @@ class TokenizerArguments(RunOptions):
         TOKENIZER_SIZES["granularities"],
         "Sides in pixels of what a code stands for, coarsest first, each half of the one before.",
     )
-    router: str | None = size_option(
+    router: Literal["entropy", "feature", "gain", "random"] | None = size_option(
         TOKENIZER_SIZES["router"],
-        "What chooses the granularity of a region: its entropy, or a network that sees its features.",
+        "What chooses the granularity of a region: its entropy, a network that sees its features (feature, or gain with --start_from), or chance.",
     )
     fine_ratios: list[float] | None = size_option(
         TOKENIZER_SIZES["fine_ratios"], "Budget: share of the regions at each granularity but the coarsest."
@@ -79,7 +78,7 @@ class TokenizerArguments(RunOptions):
     codebook_size: int | None = size_option(TOKENIZER_SIZES["codebook_size"], "Number of codes.")
     codebook_dim: int | None = size_option(TOKENIZER_SIZES["codebook_dim"], "Width of a code's vector.")
 
-    perceptual: str = option(
+    perceptual: Literal["lpips", "efficientnet-lite0"] = option(
         "efficientnet-lite0", "Perceptual loss: lpips (the paper's), or efficientnet-lite0 (offline and fast)."
     )
     perceptual_weight: float = option(0.2, "Weight of the perceptual loss; 0 needs no feature network.")
@@ -92,7 +91,7 @@ class TokenizerArguments(RunOptions):
         "Layers of the discriminator that halve the image. It judges patches of 16, 34, 70 or 142 pixels a side with 1, 2, "
         "3 or 4 layers (Isola et al. 2017).",
     )
-    disc_norm: str = option(
+    disc_norm: Literal["batch", "group", "none"] = option(
         "batch",
         "Norm of the discriminator: batch (the paper's); group, of each image alone (Wu and He 2018); none.",
     )
@@ -117,23 +116,15 @@ class TokenizerArguments(RunOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, 1, "image_size", "granularities", "block_out_channels", "layers_per_block", "norm_num_groups")
-        require(self, 1, "z_channels", "codebook_size", "codebook_dim", "calibration_images")
-        require(self, 1, "disc_channels", "disc_layers")
+        require(self, 1, "calibration_images", "disc_channels", "disc_layers")
         require(self, 0, "perceptual_weight", "disc_weight", "disc_start", "disc_ramp", "disc_r1", "disc_lecam")
-        require_one_of(self, "disc_norm", ("batch", "group", "none"))
+        require_share(self, "ema_decay")
         if self.disc_r1 > 0 and self.disc_norm == "batch":
             raise ValueError(
                 f"--disc_r1 {self.disc_r1} needs a discriminator that judges each image by itself: --disc_norm group or none"
             )
-        require_share(self, "fine_ratios", "ema_decay")
-        if self.image_size is not None:
-            if len(self.image_size) > 2:
-                raise ValueError(
-                    f"--image_size must be one number, or height and width, got {shown(self, 'image_size')}"
-                )
-            same = len(set(self.image_size)) == 1
-            self.image_size = self.image_size[0] if same else self.image_size  # as in the model's configuration
+        if self.image_size is not None and self.image_size[1:] in ([], self.image_size[:1]):
+            self.image_size = self.image_size[0]  # of a square, as in the model's configuration
         if self.decoder_only and self.start_from is None:
             raise ValueError("--decoder_only trains the decoder of a finished model; give it with --start_from")
         if self.router == "gain" and self.start_from is None:
@@ -143,19 +134,16 @@ class TokenizerArguments(RunOptions):
 
 
 @dataclass(kw_only=True)
-class EncodeArguments:
-    """Options of the code cache."""
+class EncodeArguments(ImageOptions):
+    """Options of `ImageOptions`, and those of the code cache."""
 
     output_dir: str = option(MISSING, "Folder of the code cache.")
     vae: str = option(
         f"{DEFAULT_MODEL}/vae", "Tokenizer: folder or Hub id of a DQVAEModel, or of both models together."
     )
-    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
-    train_split: str = option("train", "Split to train on.")
     test_split: list[str] = option(
         ["test"], "Held-out splits, as many as there are; none means that only the training split is encoded."
     )
-    image_column: str = option("image", "Column with the images.")
     label_column: str | None = option(
         None, "Column with the class labels; none means codes without classes. Default: label, if there are labels."
     )
@@ -166,38 +154,26 @@ class EncodeArguments:
         0.01, "Images without a caption count as images of no text; it is an error if their share is larger than this."
     )
     max_images: int | None = option(None, "Encode at most this many images of each split. Default: all.")
-    max_broken_share: float = option(
-        0.01, "Images that cannot be read are left out; it is an error if their share is larger than this."
-    )
 
     horizontal_flips: bool = option(True, "Encode the mirror images of the training split, too.")
-    no_flip_column: str | None = option(
-        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
-    )
     copies: int = option(
         1,
         "Versions of each training image: itself, and others that are cropped (--crop random) or shifted (--max_shift) at "
         "random; each with its mirror image.",
     )
-    crop: str = option("center", CROP)
     max_shift: int = option(0, "Pixels by which the further versions are shifted at most, along each axis.")
-    seed: int = option(0, "Seed of the crops and shifts.")
-    batch_size: int = option(32, "Images at a time, in each process.")
-    num_workers: int = option(0, "Processes that read images, for each process that encodes.")
     overwrite: bool = option(False, "Replace the code cache in --output_dir.")
 
     def __post_init__(self):
-        require(self, 1, "max_images", "batch_size", "copies")
-        require(self, 0, "num_workers", "max_shift", "seed")
-        require_share(self, "max_broken_share", "max_uncaptioned_share")
-        self.caption_column, self.no_flip_column = (
-            None if name == "none" else name for name in (self.caption_column, self.no_flip_column)
-        )
+        super().__post_init__()
+        require(self, 1, "max_images", "copies")
+        require(self, 0, "max_shift")
+        require_share(self, "max_uncaptioned_share")
+        self.caption_column = None if self.caption_column == "none" else self.caption_column
         self.test_split = [] if self.test_split == ["none"] else self.test_split
         require_different(self, "test_split")
         if self.train_split in self.test_split:
             raise ValueError(f"--test_split must not have the training split, got {' '.join(self.test_split)}")
-        require_one_of(self, "crop", ("center", "random"))
         if (self.copies > 1) != (self.max_shift > 0 or self.crop == "random"):
             raise ValueError(
                 "--copies above 1 needs --crop random or --max_shift above 0, and the other way round; got "
@@ -243,7 +219,7 @@ class GeneratorArguments(RunOptions):
     num_content_layers: int | None = size_option(
         GENERATOR_SIZES["num_content_layers"], "Layers of the Content-Transformer."
     )
-    fine_order: str | None = size_option(
+    fine_order: Literal["row-first", "region-first"] | None = size_option(
         GENERATOR_SIZES["fine_order"], "Order of the codes of a granularity: row-first, or region-first."
     )
     class_dropout: float | None = size_option(
@@ -284,9 +260,8 @@ class GeneratorArguments(RunOptions):
         require(self, 1, "hidden_size", "num_attention_heads", "num_position_layers", "num_content_layers")
         require(self, 1, "text_length")
         require(self, 0, "weight_decay")
-        require_share(self, "class_dropout", "text_dropout", "dropout", "attention_dropout", "ema_decay")
-        require_share(self, "max_uncaptioned_share")
-        require_one_of(self, "fine_order", ("row-first", "region-first"))
+        require_probability(self, "class_dropout", "text_dropout", "dropout", "attention_dropout")
+        require_share(self, "ema_decay", "max_uncaptioned_share")
         self.caption_column = None if self.caption_column == "none" else self.caption_column
         if self.codes is not None:  # whose columns have names of their own
             self.label_column = self.label_column if self.label_column in (None, "none") else "label"

@@ -32,9 +32,8 @@ from dq_hf.data.images import ImageCollator
 from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.psnr import psnr
-from dq_hf.modeling.grain_map_dq import one_hot_gates
-from dq_hf.modeling.routing_dq import ROUTERS
-from dq_hf.networks.perceptual import make_perceptual_loss
+from dq_hf.modeling.grain_map_dq import check_shares, one_hot_gates
+from dq_hf.networks.perceptual import PERCEPTUAL_LOSSES
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.scripts.arguments import TOKENIZER_SIZES, TokenizerArguments
 from dq_hf.training.adversarial import (
@@ -48,7 +47,7 @@ from dq_hf.training.adversarial import (
 )
 from dq_hf.training.calibration import Calibration, warn_of_shares
 from dq_hf.training.checkpoints import writing
-from dq_hf.training.options import require_one_of, run_script, settle_sizes, shown
+from dq_hf.training.options import run_script, settle_sizes
 from dq_hf.training.progress import set_learning_rate
 from dq_hf.training.run import Run, averaged_weights
 
@@ -60,11 +59,11 @@ def main(arguments=None):
 
 
 def train(args):
-    require_one_of(args, "router", tuple(ROUTERS))
     start = None
     if args.start_from is not None:  # trained in float32, whatever it was saved in
         start = load_tokenizer(args.start_from, dtype=torch.float32)
     settle_sizes(args, TOKENIZER_SIZES, None if start is None else sizes_of(start.config))
+    config = start.config if start is not None else make_config(args)
     # The codebooks of all processes agree by themselves.
     run = Run(args, "dqvae", handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     accelerator = run.accelerator
@@ -76,7 +75,6 @@ def train(args):
     torch._functorch.config.donated_buffer = False  # the adaptive weight goes back through a compiled graph twice more
 
     # Data.
-    config = start.config if start is not None else make_config(args)
     processor = DQImageProcessor.for_model(config)
     train_set, test_sets = run.load_images()
     collate = ImageCollator(processor, args.image_column)
@@ -102,7 +100,7 @@ def train(args):
         discriminator.check_size(*config.image_height_width)
     perceptual = None
     if args.perceptual_weight > 0:
-        perceptual = make_perceptual_loss(args.perceptual).to(accelerator.device)
+        perceptual = PERCEPTUAL_LOSSES[args.perceptual]().to(accelerator.device)
     optimizers = [
         torch.optim.Adam(filter(is_trained, model.parameters()), lr=args.learning_rate, betas=(0.5, 0.9))
         for model in (vae, discriminator)
@@ -210,18 +208,13 @@ def is_trained(parameter):
 
 def make_config(args):
     """The model's configuration."""
-    finer = len(args.granularities) - 1  # with one granularity there is nothing to choose
-    if finer and len(args.fine_ratios) != finer:
-        raise ValueError(
-            f"--fine_ratios must have {finer} share(s), one for each of --granularities {args.granularities} but the "
-            f"coarsest; got {args.fine_ratios}"
-        )
-    if sum(args.fine_ratios[:finer]) > 1:
-        raise ValueError(f"--fine_ratios must add up to at most 1, got {shown(args, 'fine_ratios')}")
+    shares = []  # with one granularity there is nothing to choose
+    if len(args.granularities) > 1:
+        shares = check_shares("--fine_ratios", args.fine_ratios, len(args.granularities))
     sizes = {name: getattr(args, name) for name in TOKENIZER_SIZES if name != "fine_ratios"}
     return DQVAEConfig(
         **sizes,
-        budget_targets=args.fine_ratios[:finer],
+        budget_targets=shares,
         router_norm_num_groups=args.norm_num_groups,
         encoder_attention_factors=args.granularities[:1],
     )

@@ -7,13 +7,13 @@ import math
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import HfArgumentParser
 
 from ..command_line import errors_in_one_line, refuse_unknown
 
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
-CROP = "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part."
 SMALL = "small"  # the text encoder that is made for a run
 REFUSED = (  # when a run is resumed, another value than the checkpoint's is an error; that of any other option counts from there
     *("streaming", "label_column", "length_buckets", "seed", "start_from", "decoder_only", "compile"),
@@ -40,31 +40,49 @@ def size_option(default, text):
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class ImageOptions:
+    """Options of the images that are read, for training or into a code cache."""
+
+    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
+    train_split: str = option("train", "Split to train on.")
+    image_column: str = option("image", "Column with the images.")
+    max_broken_share: float = option(
+        0.01, "Images that cannot be read are left out; it is an error if their share is larger than this."
+    )
+    crop: Literal["center", "random"] = option(
+        "center",
+        "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part.",
+    )
+    no_flip_column: str | None = option(
+        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
+    )
+    batch_size: int = option(32, "Images of a forward pass, in each process.")
+    num_workers: int = option(0, "Processes that read images, for each process that trains or encodes.")
+    seed: int = option(0, "Seed of all that is random.")
+
+    def __post_init__(self):
+        require(self, 1, "batch_size")
+        require(self, 0, "num_workers", "seed")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below {2**32}, as numpy demands, got {self.seed}")
+        require_share(self, "max_broken_share")
+        self.no_flip_column = None if self.no_flip_column == "none" else self.no_flip_column
+
+
+@dataclass(kw_only=True)
+class RunOptions(ImageOptions):
     """Options that both stages have."""
 
     output_dir: str = option(
         MISSING, "Folder of the run: checkpoints, log, pictures, and the finished model in model/."
     )
-    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
-    train_split: str = option("train", "Split to train on.")
     test_split: list[str] = option(
         ["test"], "Held-out splits to measure on; the first is the one that counts for the model and its card."
     )
-    image_column: str = option("image", "Column with the images.")
-    streaming: bool = option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
     max_test_images: int = option(1000, "Measure on at most this many held-out images.")
-    max_broken_share: float = option(
-        0.01, "Images that cannot be read are left out; the run stops if their share is larger than this."
-    )
-    num_workers: int = option(0, "Processes that read images, for each process that trains.")
-    crop: str = option("center", CROP)
+    streaming: bool = option(False, "Read a data set of the Hub that does not fit on the disk as it comes.")
     horizontal_flips: bool = option(True, "Mirror half of the training images.")
-    no_flip_column: str | None = option(
-        None, "Column that is true for images that are never mirrored, such as those of letters."
-    )
 
-    batch_size: int = option(32, "Images of a forward pass, in each process.")
     gradient_accumulation_steps: int = option(1, "Forward passes of a step.")
     learning_rate: float = option(5e-4, "Highest learning rate, after the warm-up; it falls to 0 along a cosine.")
     warmup_steps: int = option(100, "Steps in which the learning rate rises to its highest.")
@@ -72,7 +90,6 @@ class RunOptions:
     max_steps: int = option(4000, "Steps of the whole run.")
     gradient_checkpointing: bool = option(False, "Use less memory and more time.")
     compile: bool = option(False, "Compile the models with torch.compile.")
-    seed: int = option(0, "Seed of all that is random.")
 
     log_every: int = option(20, "Steps between two rows of log.jsonl.")
     save_every: int = option(500, "Steps between two checkpoints.")
@@ -90,14 +107,11 @@ class RunOptions:
     push_to_hub: str | None = option(None, "Repository of the Hub for the finished model, such as user/name.")
 
     def __post_init__(self):
-        require(self, 1, "max_test_images", "batch_size", "gradient_accumulation_steps", "max_steps")
+        super().__post_init__()
+        require(self, 1, "max_test_images", "gradient_accumulation_steps", "max_steps")
         require(self, 1, "log_every", "save_every", "keep_checkpoints", "sample_every")
-        require(self, 0, "num_workers", "learning_rate", "warmup_steps", "seed", "save_minutes")
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed must be below {2**32}, as numpy demands, got {self.seed}")
-        require_one_of(self, "crop", ("center", "random"))
+        require(self, 0, "learning_rate", "warmup_steps", "save_minutes")
         require_above_0(self, "max_grad_norm")
-        require_share(self, "max_broken_share")
         require_different(self, "test_split")
 
 
@@ -122,16 +136,17 @@ def require_share(args, *names):
             raise ValueError(f"--{name} must lie in [0, 1], got {shown(args, name)}")
 
 
+def require_probability(args, *names):
+    """Raise `ValueError` unless these options are None or in [0, 1)."""
+    for name in names:
+        if not all(0 <= value < 1 for value in values_of(args, name)):
+            raise ValueError(f"--{name} must lie in [0, 1), got {shown(args, name)}")
+
+
 def require_different(args, name):
     """Raise `ValueError` if a list has a value twice."""
     if len(set(values_of(args, name))) < len(values_of(args, name)):
         raise ValueError(f"--{name} must name each only once, got {shown(args, name)}")
-
-
-def require_one_of(args, name, choices):
-    """Raise `ValueError` unless the option is None or one of the choices."""
-    if getattr(args, name) not in (None, *choices):
-        raise ValueError(f"--{name} must be one of {', '.join(choices)}, got {shown(args, name)}")
 
 
 def values_of(args, name):
