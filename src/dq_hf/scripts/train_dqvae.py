@@ -31,6 +31,7 @@ from dq_hf import DQImageProcessor, DQVAEConfig, DQVAEModel
 from dq_hf.data.images import ImageCollator
 from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
+from dq_hf.metrics.code_statistics import perplexity
 from dq_hf.metrics.psnr import psnr
 from dq_hf.modeling.grain_map_dq import check_shares, one_hot_gates
 from dq_hf.networks.perceptual import PERCEPTUAL_LOSSES
@@ -238,9 +239,8 @@ def shares_of(grain_map, granularities):
 
 def codebook_use(quantizer):
     """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together)."""
-    share = quantizer.cluster_size / quantizer.cluster_size.sum()
-    perplexity = torch.exp(-(share * share.clamp(min=1e-10).log()).sum())
-    return {"codebook_usage": (quantizer.cluster_size > 1).float().mean().item(), "perplexity": perplexity.item()}
+    uses = quantizer.cluster_size
+    return {"codebook_usage": (uses > 1).float().mean().item(), "perplexity": perplexity(uses)}
 
 
 @torch.no_grad()
