@@ -96,12 +96,9 @@ def train(args):
         vae.gradient_checkpointing_enable()
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers, args.disc_norm)
-    lecam = LeCam().to(accelerator.device) if args.disc_lecam > 0 else None
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
         discriminator.check_size(*config.image_height_width)
-    perceptual = None
-    if args.perceptual_weight > 0:
-        perceptual = PERCEPTUAL_LOSSES[args.perceptual]().to(accelerator.device)
+    objective = Objective(args, accelerator, vae, discriminator)
     optimizers = [
         torch.optim.Adam(filter(is_trained, model.parameters()), lr=args.learning_rate, betas=(0.5, 0.9))
         for model in (vae, discriminator)
@@ -110,9 +107,9 @@ def train(args):
         "cosine", optimizers[0], num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
     )
     train_loader = prepare_loader(accelerator, train_loader)
-    plain_vae, judge = vae, discriminator  # without what DDP and compiling wrap around them
+    plain_vae = vae  # without what DDP and compiling wrap around it
     vae, discriminator, *optimizers = accelerator.prepare(vae, discriminator, *optimizers)
-    run.resume(ema, scheduler, calibration, *([] if lecam is None else [lecam]))
+    run.resume(ema, scheduler, calibration, *([] if objective.lecam is None else [objective.lecam]))
     ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     average = ema if args.ema_decay > 0 else None
@@ -125,26 +122,9 @@ def train(args):
         pixel_values = batch["pixel_values"]
         factor = disc_factor(run.step, args.disc_start, args.disc_ramp) if args.disc_weight > 0 else 0.0
         with accelerator.accumulate(vae, discriminator):
-            # The tokenizer's step: L1 + perceptual + VQ (+ budget) + adversarial loss.
+            # The tokenizer's step.
             output = vae(pixel_values)
-            reconstruction, loss = output.reconstruction_loss, output.loss
-            terms = {"l1": output.reconstruction_loss, "vq": output.vq_loss}
-            if output.budget_loss is not None:
-                terms["budget"] = output.budget_loss
-            if perceptual is not None:
-                terms["perceptual"] = perceptual(output.sample, pixel_values)
-                reconstruction = reconstruction + args.perceptual_weight * terms["perceptual"]
-                loss = loss + args.perceptual_weight * terms["perceptual"]
-            if factor > 0:
-                judge.requires_grad_(False)
-                terms["g_loss"] = generator_loss(judge(output.sample))
-                judge.requires_grad_(True)
-                last_weight = plain_vae.decoder.output.conv.weight
-                scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
-                terms["lambda"] = adaptive_weight(
-                    reconstruction, terms["g_loss"], last_weight, args.disc_weight, scale=scale
-                )
-                loss = loss + factor * terms["lambda"] * terms["g_loss"]
+            loss, terms = objective.of_tokenizer(output, pixel_values, factor)
             terms |= shares_of(output.grain_map, args.granularities)
             terms |= {"loss": loss, "codes": output.num_codes.float().mean()}
             terms |= update(accelerator, vae, optimizers[0], loss, args.max_grad_norm)
@@ -153,15 +133,9 @@ def train(args):
             if factor > 0:
                 optimizers[1].param_groups[0]["lr"] = scheduler.get_last_lr()[0]
                 logits = discriminator(pixel_values), discriminator(output.sample.detach())
-                terms["d_loss"] = d_loss = hinge_loss(*logits)
-                if args.disc_r1 > 0:
-                    terms["d_r1"] = r1_penalty(judge, pixel_values, scale)
-                    d_loss = d_loss + args.disc_r1 / 2 * terms["d_r1"]
-                if lecam is not None:
-                    terms["d_lecam"] = lecam(*logits)
-                    d_loss = d_loss + args.disc_lecam * terms["d_lecam"]
+                d_loss, d_terms = objective.of_discriminator(*logits, pixel_values)
                 norm = update(accelerator, discriminator, optimizers[1], factor * d_loss, args.max_grad_norm)
-                terms |= {f"d_{name}": value for name, value in norm.items()}
+                terms |= d_terms | {f"d_{name}": value for name, value in norm.items()}
         terms = {name: value.detach() for name, value in terms.items()}
         run.watch(terms, without_scaling=terms.keys() - PLAIN_LOSSES)
         if not accelerator.sync_gradients:
@@ -178,15 +152,7 @@ def train(args):
             run.record(rows, show=("loss", "l1", "codes"))
         if run.due(args.sample_every):
             with averaged_weights(vae, average):
-                calibrated = calibration.follow()
-                figures = {
-                    split: evaluate(accelerator, plain_vae, loader, processor, picture)
-                    for (split, loader), picture in zip(test_loaders.items(), chain([run.picture()], repeat(None)))
-                }
-            if accelerator.is_main_process:
-                held_out = [figures[args.test_split[0]][f"test_share_{side}"] for side in args.granularities[1:]]
-                warn_of_shares(held_out, config.budget_targets, "held-out images")
-            run.report(figures, **calibrated)
+                measure(run, plain_vae, calibration, test_loaders, processor)
         run.save_when_due()
 
     if accelerator.is_main_process and not run.stopped:
@@ -194,6 +160,65 @@ def train(args):
             run.save_model(plain_vae, processor)
         publish(run, None if args.streaming else len(train_set), calibration.shares, start)
     run.end()
+
+
+class Objective:
+    """What tokenizer and discriminator learn from (method section 5); a method gives a loss, and its terms by name.
+
+    Args:
+        args: `TokenizerArguments`.
+        accelerator: of the run.
+        vae, discriminator: without what DDP and compiling wrap around them.
+    """
+
+    def __init__(self, args, accelerator, vae, discriminator):
+        self.args = args
+        self.scaler = accelerator.scaler
+        self.vae = vae
+        self.discriminator = discriminator
+        self.perceptual = self.lecam = None
+        if args.perceptual_weight > 0:
+            self.perceptual = PERCEPTUAL_LOSSES[args.perceptual]().to(accelerator.device)
+        if args.disc_lecam > 0:
+            self.lecam = LeCam().to(accelerator.device)
+
+    @property
+    def scale(self):
+        """The gradient scaler's factor, 1 without fp16."""
+        return self.scaler.get_scale() if self.scaler is not None else 1.0
+
+    def of_tokenizer(self, output, pixel_values, factor):
+        """L1 + perceptual + VQ (+ budget) + adversarial loss, of which the share `factor` counts."""
+        args, loss, reconstruction = self.args, output.loss, output.reconstruction_loss
+        terms = {"l1": reconstruction, "vq": output.vq_loss}
+        if output.budget_loss is not None:
+            terms["budget"] = output.budget_loss
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output.sample, pixel_values)
+            reconstruction = reconstruction + args.perceptual_weight * terms["perceptual"]
+            loss = loss + args.perceptual_weight * terms["perceptual"]
+        if factor > 0:
+            self.discriminator.requires_grad_(False)
+            terms["g_loss"] = generator_loss(self.discriminator(output.sample))
+            self.discriminator.requires_grad_(True)
+            last_weight = self.vae.decoder.output.conv.weight
+            terms["lambda"] = adaptive_weight(
+                reconstruction, terms["g_loss"], last_weight, args.disc_weight, self.scale
+            )
+            loss = loss + factor * terms["lambda"] * terms["g_loss"]
+        return loss, terms
+
+    def of_discriminator(self, real_logits, fake_logits, pixel_values):
+        """Hinge loss (+ R1 penalty at the real images) (+ LeCam)."""
+        loss = hinge_loss(real_logits, fake_logits)
+        terms = {"d_loss": loss}
+        if self.args.disc_r1 > 0:
+            terms["d_r1"] = r1_penalty(self.discriminator, pixel_values, self.scale)
+            loss = loss + self.args.disc_r1 / 2 * terms["d_r1"]
+        if self.lecam is not None:
+            terms["d_lecam"] = self.lecam(real_logits, fake_logits)
+            loss = loss + self.args.disc_lecam * terms["d_lecam"]
+        return loss, terms
 
 
 def sizes_of(config):
@@ -241,6 +266,21 @@ def codebook_use(quantizer):
     """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together)."""
     uses = quantizer.cluster_size
     return {"codebook_usage": (uses > 1).float().mean().item(), "perplexity": perplexity(uses)}
+
+
+def measure(run, model, calibration, loaders, processor):
+    """Report held-out figures of each split, with a picture of the first; a router that learns is calibrated before."""
+    config, calibrated = model.config, calibration.follow()
+    pictures = chain([run.picture()], repeat(None))
+    figures = {
+        split: evaluate(run.accelerator, model, loader, processor, picture)
+        for (split, loader), picture in zip(loaders.items(), pictures)
+    }
+    if run.accelerator.is_main_process:
+        held_out = figures[run.options.test_split[0]]
+        achieved = [held_out[f"test_share_{side}"] for side in config.granularities[1:]]
+        warn_of_shares(achieved, config.budget_targets, "held-out images")
+    run.report(figures, **calibrated)
 
 
 @torch.no_grad()
