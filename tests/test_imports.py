@@ -11,7 +11,7 @@ import dq_hf
 
 ROOT = Path(dq_hf.__file__).parent
 GROUND_TO_TOP = [  # a room may import those of the rows before its own, and itself
-    {"assets", "command_line", "hub", "data", "networks", "quiet"},
+    {"assets", "hub", "data", "networks", "quiet", "refusals"},
     {"modeling"},
     {"pipelines", "codec", "release"},
     {"public"},

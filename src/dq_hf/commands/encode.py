@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..command_line import refuse_unknown
+from ..refusals import refuse_unknown
 from .options import (
     add_broken_option,
     add_fine_ratio_option,

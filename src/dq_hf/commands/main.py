@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..command_line import errors_in_one_line, refuse_unknown
 from ..quiet import quiet_imports
+from ..refusals import errors_in_one_line, refuse_unknown
 from . import (
     calibrate,
     compress,

@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
-from ..command_line import errors_in_one_line, refuse_unknown
+from ..refusals import errors_in_one_line, refuse_unknown
 
 EMOJI = "examples/data/emoji"  # in a checkout of the repository
 SMALL = "small"  # the text encoder that is made for a run
