@@ -43,8 +43,7 @@ def load_part(model_class, subfolder, model, revision, **options):
 
 def load_pipeline(model, revision=None):
     """The `DQPipeline` of a folder or repository with both models; errors as of `DQPipeline.from_pretrained`."""
-    folder = model if Path(model).is_dir() else DQPipeline.download(model, revision=revision)
-    return DQPipeline.from_pretrained(folder)
+    return DQPipeline.from_pretrained(model, revision=revision)
 
 
 def load_models(model):

@@ -457,7 +457,7 @@ def test_all_files_of_a_model_are_of_one_commit(hub, met):
         ),
         (
             "weights of a pipeline",
-            "FileNotFoundError: .*user--no-weights/.*/transformer has no file named model.safetensors",
+            "OSError: user/no-weights, revision 'main': .*/transformer has no file named model.safetensors",
         ),
         ("shard", "OSError: user/no-shard.*/vae/model-00002-of-0000\\d.safetensors is not there"),
         (

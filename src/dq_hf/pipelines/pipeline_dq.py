@@ -1,7 +1,6 @@
 """Images from prompts and class labels, the diffusers way."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..hub.card import read_source_card
-from ..hub.download import HUB_ARGUMENTS, local_folder, refuse_run_folder
+from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
@@ -302,29 +301,29 @@ class DQPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, but a text encoder is read as strictly as the other parts; arguments and errors as there."""
-        folder = pretrained_model_name_or_path
-        if not Path(folder).is_dir():
-            folder = cls.download(folder, **kwargs)
-        encoder, index = Path(folder, "text_encoder"), check_index(Path(folder, cls.config_name))
-        is_listed = "text_encoder" in index and "text_encoder" not in kwargs
-        is_checked = is_listed and kwargs.get("use_safetensors") is not False
-        if is_checked:
-            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
-            files = weight_files(encoder, kwargs.get("variant"))
-            encoder_class = text_encoder_class(config)
-            if index["text_encoder"][1] != encoder_class.__name__:
-                raise ValueError(
-                    f"{Path(folder, cls.config_name)}: text_encoder must be {encoder_class.__name__}, as in "
-                    f"{encoder / 'config.json'}; got {index['text_encoder'][1]}"
-                )
-            check_weight_files(encoder_class, config, files)
-        pipe = super().from_pretrained(folder, **kwargs)
-        pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)  # not its folder in the cache
-        if is_checked:
-            check_finite(pipe.text_encoder, files)
-            pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
-        return pipe
+        """As in diffusers, but a text encoder is read as strictly as the other parts; arguments and errors as for a model."""
+        place = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        files = DQForImageGeneration.files(kwargs.get("variant"), kwargs.get("use_safetensors"))
+        with local_folder(pretrained_model_name_or_path, files, **place) as folder:
+            encoder, index = folder / "text_encoder", check_index(folder / cls.config_name)
+            is_listed = "text_encoder" in index and "text_encoder" not in kwargs
+            is_checked = is_listed and kwargs.get("use_safetensors") is not False
+            if is_checked:
+                config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+                files = weight_files(encoder, kwargs.get("variant"))
+                encoder_class = text_encoder_class(config)
+                if index["text_encoder"][1] != encoder_class.__name__:
+                    raise ValueError(
+                        f"{folder / cls.config_name}: text_encoder must be {encoder_class.__name__}, as in "
+                        f"{encoder / 'config.json'}; got {index['text_encoder'][1]}"
+                    )
+                check_weight_files(encoder_class, config, files)
+            pipe = super().from_pretrained(str(folder), **kwargs)
+            pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)  # not its folder in the cache
+            if is_checked:
+                check_finite(pipe.text_encoder, files)
+                pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
+            return pipe
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
@@ -335,27 +334,9 @@ class DQPipeline(DiffusionPipeline):
             raise TypeError(f"DQPipeline.from_pretrained has no argument {', '.join(typos)}")
         return init_dict, unused, hidden
 
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, but an index that is missing, damaged or not this pipeline's is an error that names it."""
-        if Path(pretrained_model_name_or_path).is_dir():
-            check_index(Path(pretrained_model_name_or_path, cls.config_name))
-        return super().load_config(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name, **kwargs):
-        """Fetch a repository, its code files excepted, and return its folder in the cache; errors as for a model."""
-        options = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        with local_folder(
-            pretrained_model_name, DQForImageGeneration.files(kwargs.get("variant")), **options
-        ) as folder:
-            check_index(folder / cls.config_name)
-            return str(folder)
-
 
 def check_index(file):
     """What a `model_index.json` holds; `OSError` or `ValueError` if it is not one that `save_pretrained` writes."""
-    refuse_run_folder(file.parent, file.name)
     if not file.is_file():
         raise OSError(f"{file.parent} has no file {file.name}; {NEEDS_BOTH}")
     index = read_json_object(file)
