@@ -125,12 +125,12 @@ def test_only_a_code_cache_is_overwritten(cache, tmp_path):
     check_output_dir(tmp_path / "new", overwrite=False)
     check_output_dir(tmp_path, overwrite=False)  # empty
     check_output_dir(cache, overwrite=True)
-    with pytest.raises(ValueError, match="holds a code cache; choose another folder, or replace it by --overwrite"):
+    with pytest.raises(FileExistsError, match="is not empty; choose another or give --overwrite"):
         check_output_dir(cache, overwrite=False)
     (tmp_path / "holiday.png").touch()
-    with pytest.raises(ValueError, match="holds files that are no code cache; choose another folder"):
+    with pytest.raises(FileExistsError, match="is not empty; choose another$"):
         check_output_dir(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="must be a folder, got the file"):
+    with pytest.raises(FileExistsError, match="must be a folder, got the file"):
         check_output_dir(tmp_path / "holiday.png", overwrite=True)
 
 

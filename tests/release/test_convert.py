@@ -579,7 +579,7 @@ def test_output_is_not_overwritten_without_force(tmp_path):
     folder.mkdir()
     convert_checkpoint(*vae, folder)  # an empty folder is fine
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="is not empty; choose another or overwrite with force"):
+    with pytest.raises(FileExistsError, match="is not empty; choose another or give --force"):
         convert_checkpoint(*both, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

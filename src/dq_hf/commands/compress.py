@@ -8,9 +8,8 @@ from .options import (
     add_fine_ratio_option,
     add_force_option,
     add_model_options,
-    check_absent,
     check_device,
-    check_writable,
+    check_output,
     fine_ratio,
     name_or_id,
     read_image,
@@ -43,8 +42,7 @@ def register(commands):
 
 
 def run(args):
-    check_absent(args.output, args.force)
-    check_writable(args.output, args.output.parent)
+    check_output(args.output, args.force)
     image = read_image(args.input)
     device = check_device(args.device)
 

@@ -11,9 +11,8 @@ from .options import (
     add_model_options,
     add_resize_option,
     add_script,
-    check_absent,
     check_device,
-    check_writable,
+    check_output,
     fine_ratio,
     run_script,
 )
@@ -70,8 +69,7 @@ def write_table(args):
     """Write the Parquet file."""
     if args.output.suffix != ".parquet":
         raise ValueError(f"--output must end in .parquet, got {args.output}")
-    check_absent(args.output, args.force)
-    check_writable(args.output, args.output.parent)
+    check_output(args.output, args.force)
     if not args.folder.is_dir():
         raise OSError(f"{args.folder} must be a folder of images; for {OTHER_SETS}")
     device = check_device(args.device)

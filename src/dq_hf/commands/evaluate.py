@@ -11,9 +11,8 @@ from .options import (
     add_group,
     add_sampling_options,
     add_source_options,
-    check_absent,
     check_at_least_one,
-    check_writable,
+    check_output,
     chosen_sampling,
     fine_ratio,
 )
@@ -224,8 +223,7 @@ def check_report(args):
     """Raise OSError or ValueError now, not after the work, if the report cannot be written."""
     if args.output.suffix != ".json":
         raise ValueError(f"--output must end in .json, got {args.output}")
-    check_absent(args.output, args.force)
-    check_writable(args.output, args.output.parent)
+    check_output(args.output, args.force)
     check_at_least_one(batch_size=args.batch_size)
     check_seed(args.seed)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -78,34 +77,25 @@ def check_at_least_one(**numbers):
 
 
 def check_outputs(paths, force, make_folder=False):
-    """Raise OSError or ValueError now, not after the work, if images cannot be written to `paths`, of one folder.
+    """Raise OSError or ValueError now, not after the work, if images of one format cannot be written to `paths`.
 
     Args:
         make_folder: the folder need not exist; it is made later.
     """
     from PIL import Image
 
-    suffix, folder = paths[0].suffix.lower(), paths[0].parent
-    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+    if Image.registered_extensions().get(paths[0].suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{paths[0]} must end like an image file, for example .png")
     for path in paths:
-        check_absent(path, force)
-    while make_folder and not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    for path in paths:
-        check_writable(path, folder)
+        check_output(path, force, make_folder)
 
 
-def check_absent(path, force):
-    """Raise OSError if there is a file that must not be overwritten."""
+def check_output(path, force, make_folder=False):
+    """Raise OSError now, not after the work, if a file cannot be written, or must not be overwritten."""
     if path.exists() and not force:
         raise OSError(f"{path} exists; choose another name or give --force")
-
-
-def check_writable(path, folder):
-    """Raise OSError if a file cannot be written into a folder."""
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(f"{path} cannot be written; its folder must exist and be writable")
+    if path.is_dir() or not (make_folder or path.parent.is_dir()):
+        raise OSError(f"{path} cannot be written; its folder must exist, and it must be no folder itself")
     check_place(path)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,32 +64,25 @@ def put_in_place(folder):
 def check_place(path):
     """Raise `OSError` now, not after the work, if a file or folder could not be put in place as `path`."""
     place = Path(path).resolve()  # through a link
-    if is_mount(place):
+    if os.path.ismount(place):
         raise OSError(f"{path} is a mount point, which nothing can take the place of; give a name in it instead")
     parent = next(parent for parent in place.parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise OSError(f"{path} cannot be put in place, because {parent} is no folder that can be written")
+        raise OSError(f"{path} cannot be written, because {parent} is no folder that can be written")
 
 
-def check_output_folder(folder, force=None):
-    """Raise `FileExistsError` if this is a file or, unless forced, a folder that is not empty; None: nobody can force it."""
+def check_output_folder(folder, force=None, option="--force"):
+    """Raise `FileExistsError` if this is a file or, unless forced, a folder that is not empty.
+
+    Args:
+        force: None: nothing can force it, so that the message names no option.
+        option: that forces it.
+    """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"the output must be a folder, got the file {folder}; choose another name")
     if folder.exists() and any(folder.iterdir()) and not force:
-        remedy = "choose another" if force is None else "choose another or overwrite with force"
+        remedy = "choose another" if force is None else f"choose another or give {option}"
         raise FileExistsError(f"the output folder {folder} is not empty; {remedy}")
-
-
-def is_mount(place):
-    """Whether another file system, or another part of the same, is mounted as this path."""
-    table = Path("/proc/self/mountinfo")
-    mounted = [line.split()[4] for line in table.read_bytes().splitlines()] if table.exists() else []
-    return os.path.ismount(place) or os.fsencode(place) in [re.sub(rb"\\(\d{3})", unescape, name) for name in mounted]
-
-
-def unescape(match):
-    """The byte of an octal escape in the table of mounts."""
-    return bytes([int(match[1], 8)])
 
 
 def recover(parent):

@@ -48,7 +48,7 @@ from dq_hf.data.codes import (
 )
 from dq_hf.data.images import ImageCollator, check_column, drop_broken_images, find_labels, first_rows, load_images
 from dq_hf.hub.card import lasting_name
-from dq_hf.hub.folders import check_place, partial_of, put_in_place
+from dq_hf.hub.folders import check_output_folder, check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.scripts.arguments import EncodeArguments
 from dq_hf.training.checkpoints import together
@@ -120,18 +120,10 @@ def beside(args, rows, pictures, epoch):
 
 
 def check_output_dir(output_dir, overwrite):
-    """Raise `OSError` or `ValueError` at a place for no folder, or at files but those of a code cache to be replaced."""
+    """Raise `OSError` at a place for no folder, or at files but those of a code cache to be replaced."""
     check_place(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir must be a folder, got the file {output_dir}")
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return
-    if not (output_dir / INDEX_FILE).exists():
-        raise ValueError(f"--output_dir {output_dir} holds files that are no code cache; choose another folder")
-    if not overwrite:
-        raise ValueError(
-            f"--output_dir {output_dir} holds a code cache; choose another folder, or replace it by --overwrite"
-        )
+    is_cache = (output_dir / INDEX_FILE).exists()
+    check_output_folder(output_dir, overwrite if is_cache else None, "--overwrite")
 
 
 def load_split(args, name):
