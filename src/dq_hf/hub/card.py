@@ -30,7 +30,7 @@ from .card_text import (
     term,
 )
 from .download import check_model_links, repository_of
-from .folders import MAX_DEPTH, check_links, whole_file
+from .folders import check_links, plain_yaml, whole_file
 from .weights import RESULTS_FILE
 
 logger = logging.get_logger(__name__)
@@ -142,23 +142,11 @@ def is_picture(path):
 def split_card(text):
     """Header (a dictionary, empty if there is none that can be read) and body."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
-    header = read_header(match[1]) if match else None
-    return (header, match[2]) if isinstance(header, dict) else ({}, text)
-
-
-def read_header(text):
-    """What the YAML of a card's header holds; None if it is none, or one that could take long to read."""
-    if len(text) > MAX_HEADER:
-        return None
-    depth = 0
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):  # few aliases may stand for gigabytes
-                return None
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return None
+        header = plain_yaml(match[1]) if match and len(match[1]) <= MAX_HEADER else None
+    except ValueError:
+        header = None
+    return (header, match[2]) if isinstance(header, dict) else ({}, text)
 
 
 # Writing

@@ -7,9 +7,11 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 STAGE = ".partial"  # where a model's new files wait until all are written
 MAX_JSON = 2**26  # bytes: a million class names
-MAX_DEPTH = 50  # of objects and lists in each other
+MAX_DEPTH = 50  # of values in each other, in JSON and YAML
 
 
 @contextmanager
@@ -166,3 +168,27 @@ def read_json_object(path):
     if level:
         raise OSError(f"{path} is nested more than {MAX_DEPTH} deep; {remedy}")
     return content
+
+
+def plain_yaml(text):
+    """What a text in YAML of plain values holds; `ValueError` if it is none, or could take long to read."""
+    try:
+        return yaml.load(text, Loader=PlainLoader)
+    except (yaml.YAMLError, LookupError) as error:  # LookupError: an empty number
+        raise ValueError(str(error)) from error
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Refuses aliases, which can stand for any number of values, and deep nesting, before it builds anything."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or self.depth == MAX_DEPTH:
+            problem = f"more than {MAX_DEPTH} levels of nesting" if self.depth == MAX_DEPTH else "an alias"
+            raise ValueError(f"line {event.start_mark.line + 1} has {problem}; write the values out")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node

@@ -4,7 +4,8 @@ import math
 import os
 from pathlib import Path
 
-from .text import read_json, shown
+from ..hub.folders import read_json_object
+from .text import shown
 
 # Entropies in nats below which a share of the patches of a data set's training images lies, in percent.
 PUBLISHED_THRESHOLDS = {
@@ -50,8 +51,7 @@ def find_beside_or_above(config_path, name):
 
 def read_threshold(path, percentile):
     """Entropy threshold in nats of a percentile, from a table {percentile: threshold}."""
-    table = read_json(path, "table of entropy thresholds")
-    threshold = table.get(str(percentile)) if isinstance(table, dict) else None
+    threshold = read_json_object(path).get(str(percentile))
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
         raise ValueError(
             f"{path} must give a number for percentile {percentile}, got {shown(threshold)}; choose a "
