@@ -8,7 +8,7 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from .card_text import PICTURES
-from .errors import loading_from
+from .errors import plain_errors
 from .folders import check_links, read_json_object
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -42,7 +42,9 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
         above = subfolder.rpartition("/")[0]
         allowed += [f"{above}/{name}".removeprefix("/") for name in SMALL_FILES]
     revision, incomplete = hub_arguments.get("revision") or "main", None
-    told = partial(loading_from, source, revision, subfolder)
+    offline = hub_arguments.get("local_files_only") or is_offline_mode()
+    failure = f"{source} is no local folder, and as a repository (revision {revision!r}) it cannot be loaded"
+    told = partial(plain_errors, failure, source, offline)
     with told():
         try:
             root = snapshot_download(str(source), allow_patterns=allowed, **hub_arguments)
@@ -51,14 +53,17 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
             if root is None:
                 raise
     folder = Path(root, subfolder)
-    offline = bool(incomplete or hub_arguments.get("local_files_only") or is_offline_mode())
-    if not (offline or (folder / patterns[0]).is_file()):
-        raise FileNotFoundError(f"{source} has no file {allowed[0]} at revision {revision!r}")
-    with told(offline=offline), nesting_named(folder):
+    try:
         if not (folder / patterns[0]).is_file():
-            raise incomplete or FileNotFoundError(f"no file {allowed[0]}")
+            raise FileNotFoundError(f"there is no file {allowed[0]}")
         check_model_links(folder)
-        yield folder
+        with nesting_named(folder):
+            yield folder
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (incomplete or offline):  # it may be in the repository
+            with told():
+                raise incomplete or LocalEntryNotFoundError(str(error)) from error
+        raise OSError(f"{source}, revision {revision!r}: {error}") from error
 
 
 def refuse_run_folder(folder, name):

@@ -32,7 +32,7 @@ def check_push(repo_id, private=None, token=None, create_pr=False):
     if not token:
         raise PermissionError(f"{repo_id} cannot be uploaded without a token; run `hf auth login` or set HF_TOKEN")
     api = HfApi(token=token)
-    with plain_errors(f"{repo_id} cannot be written"):
+    with plain_errors(f"{repo_id} cannot be written", repo_id):
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         if create_pr:  # may be opened without the right to write
@@ -68,7 +68,7 @@ def upload(
     folder, api = Path(folder), HfApi(token=token)
     names = files_of(folder) if files is None else files
     check_links(folder, names)
-    with plain_errors(f"the upload to {repo_id} failed"):
+    with plain_errors(f"the upload to {repo_id} failed", repo_id):
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         for attempt in range(ATTEMPTS):
