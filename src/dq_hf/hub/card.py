@@ -114,12 +114,13 @@ def read_source_card(model, folder):
                 f"no card of {repository_of(folder)} is in the cache; where this model is saved, it will have a new one"
             )
         return None
-    pictures = {name: place / name for name in PICTURES if f"]({name})" in text}
-    for name in [name for name, path in pictures.items() if not is_picture(path)]:
-        del pictures[name]
-        whose = repository_of(folder) or place
-        logger.warning_once(f"{name} of {whose} is not there; where this model is saved, it will be missing")
-    pictures = {name: path.read_bytes() for name, path in pictures.items()}
+    pictures = {}
+    for name in (name for name in PICTURES if f"]({name})" in text):
+        if is_picture(place / name):
+            pictures[name] = (place / name).read_bytes()
+        else:
+            whose = repository_of(folder) or place
+            logger.warning_once(f"{name} of {whose} is not there; where this model is saved, it will be missing")
     return SourceCard(text, pictures, repository_of(folder), part, model_state(model))
 
 
@@ -374,19 +375,18 @@ def tell_origins(parts):
     sections, files = [], {}
     for names in told.values():
         card = parts[names[0]].source_card
-        whose = "" if is_whole(names) else f" of the {NOUNS[names[0]]}"
+        whose, folder = ("", "origin") if is_whole(names) else (f" of the {NOUNS[names[0]]}", f"origin-{names[0]}")
         same = all(parts[name].source_card.still_describes(parts[name]) for name in names)
-        link = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
-        whole = f"the {NOUNS[card.part]} of {link}" if len(names) == 1 and card.part in NOUNS else link
         words = "Weights and configuration are those of" if same else "Weights or configuration are no longer those of"
+        link = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
+        source = f"the {NOUNS[card.part]} of {link}" if len(names) == 1 and card.part in NOUNS else link
         licence = licence_of(split_card(card.text)[0])
-        folder = "origin" if is_whole(names) else f"origin-{names[0]}"
-        sections += [
-            f"## Origin{whose}",
-            f"{words} {whole}, whose card says:",
-            *([f"Licence: {licence}"] if licence else []),
-            *quote(card, folder),
-        ]
+        sections += section(
+            f"Origin{whose}",
+            f"{words} {source}, whose card says:",
+            licence and f"Licence: {licence}",
+            quote(card, folder),
+        )
         files |= {f"{folder}/{path}": content for path, content in card.pictures.items()}
     return sections, files
 
@@ -397,13 +397,8 @@ def is_whole(names):
 
 
 def quote(card, folder):
-    """A card's body, as a part of a section, with its pictures in `folder`."""
-    body = split_card(card.text)[1].replace(MARK, "").replace(f"## Citation\n\n{CITATION}", "")
+    """A card's body as a quotation, with its pictures in `folder`."""
+    body = split_card(card.text)[1].replace(MARK, "").strip()
     for name in card.pictures:
         body = body.replace(f"]({name})", f"]({folder}/{name})")
-    lines, is_code = [], False
-    for line in body.splitlines():
-        is_code ^= line.startswith("```")
-        lines.append(line if is_code else re.sub(r"^(#{1,4}) ", r"\1## ", line))  # code stays as it is
-    body = "\n".join(lines).strip()
-    return [body] if body else []
+    return "\n".join(f"> {line}".rstrip() for line in body.splitlines())
