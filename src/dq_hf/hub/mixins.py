@@ -179,42 +179,45 @@ class HubMixin(PushMixin):
             TypeError: unknown arguments, or those of `push_to_hub` without it.
             ValueError: a state_dict with other keys than the model's, or another format than safetensors.
         """
-        push_arguments = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
-        given = [name for name, value in {**push_arguments, "repo_id": repo_id}.items() if value]
+        push = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
+        given = sorted(name for name, value in {**push, "repo_id": repo_id}.items() if value)
         if given and not push_to_hub:
-            raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(sorted(given))}")
+            raise TypeError(f"argument(s) for the Hub without push_to_hub=True: {', '.join(given)}")
         arguments = usual_arguments(arguments)
         if arguments.get("state_dict") is not None:
             check_state_dict(self, arguments["state_dict"])
         folder = Path(save_directory)
+        name = repo_id or folder.absolute().name
         if not is_main_process:
             arguments.pop("export_code", None)
             super().save_pretrained(folder, is_main_process=False, **arguments)
             return None
-        if push_to_hub:
-            target = {name: push_arguments.pop(name, None) for name in ("private", "token")}
-            create_pr = push_arguments.get("create_pr", False)
-            repo_id = check_push(repo_id or folder.absolute().name, **target, create_pr=create_pr)
-        is_new = not folder.exists()
+        if not push_to_hub:
+            self.replace_folder(folder, name, **arguments)
+            return None
+        private, message = push.pop("private", None), push.pop("commit_message", None)
+        repo_id = check_push(name, private, push.get("token"), push.get("create_pr", False))
+        written = self.replace_folder(folder, repo_id, repository=repo_id, **arguments)
+        return upload(folder, repo_id, message or f"Upload {type(self).__name__}", files=written, **push)
+
+    def replace_folder(self, folder, title, **arguments):
+        """`write_folder`, beside what a folder holds and then in its place; the names of the files."""
+        is_new, stage = not folder.exists(), folder / STAGE
         folder.mkdir(parents=True, exist_ok=True)
-        stage = folder / STAGE
         shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
         try:
-            self.write_folder(stage, title=repo_id or folder.absolute().name, repository=repo_id, **arguments)
+            self.write_folder(stage, title, **arguments)
             keep_owners_card(stage, folder)
             written = files_of(stage)
             there = files_beside(folder, [*written, RESULTS_FILE])
             replace_files(stage, folder, stale_files(there, written))
+            return written
         except Exception:
             if is_new:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-        if not push_to_hub:
-            return None
-        message = push_arguments.pop("commit_message", None) or f"Upload {type(self).__name__}"
-        return upload(folder, repo_id, message, files=written, token=target["token"], **push_arguments)
 
     def write_folder(self, folder, title, repository=None, export_code=None, **arguments):
         """Write all that a saved folder holds into an empty one."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,26 +39,18 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
     Raises:
         OSError, TypeError, ValueError: as `HubMixin.from_pretrained`.
     """
-    if kwargs.get("use_safetensors") is None:
-        kwargs["use_safetensors"] = True
-    try:
+    kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
+    with folder_named(folder):
         if config is None and (folder / "config.json").is_file():
             model_class.config_class.get_config_dict(folder)  # or it is of another model, whose weights lie elsewhere
         files = weight_files(folder, kwargs.get("variant")) if kwargs["use_safetensors"] else []
         if files and not isinstance(config, PreTrainedConfig):
-            dtypes = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}  # not its own
-            config_class = model_class.config_class
-            config, kwargs = config_class.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
-            kwargs |= dtypes
+            config, kwargs = read_config(model_class.config_class, config or folder, kwargs)
         is_quantized = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
         if files and not is_quantized:  # else the shapes are others
             check_weight_files(model_class, config, files)
         kwargs["ignore_mismatched_sizes"] = True  # only so that they are listed; below they are an error
         model, info = load(folder, *args, config=config, output_loading_info=True, **kwargs)
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        if str(folder) in str(error):
-            raise
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{folder}: {error}") from error
     mismatched = [
         f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
     ]
@@ -65,6 +58,25 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
     refuse_weights(model_class, files or [folder], **problems)
     check_finite(model, files or [folder])
     return model, info
+
+
+@contextmanager
+def folder_named(folder):
+    """Where a folder is loaded: a `TypeError` or `ValueError` names it, or a file in it."""
+    try:
+        yield
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        if str(folder) in str(error):
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{folder}: {error}") from error
+
+
+def read_config(config_class, source, arguments):
+    """A configuration, changed by those of the arguments of `from_pretrained` that are its fields, and the others."""
+    dtypes = {name: value for name, value in arguments.items() if name in ("dtype", "torch_dtype")}  # of the weights
+    changes = {name: value for name, value in arguments.items() if name not in dtypes}
+    config, others = config_class.from_pretrained(source, return_unused_kwargs=True, **changes)
+    return config, others | dtypes
 
 
 def check_finite(model, files):
