@@ -193,31 +193,12 @@ class HubMixin(PushMixin):
             super().save_pretrained(folder, is_main_process=False, **arguments)
             return None
         if not push_to_hub:
-            self.replace_folder(folder, name, **arguments)
+            replace_folder(self, folder, name, **arguments)
             return None
         private, message = push.pop("private", None), push.pop("commit_message", None)
         repo_id = check_push(name, private, push.get("token"), push.get("create_pr", False))
-        written = self.replace_folder(folder, repo_id, repository=repo_id, **arguments)
+        written = replace_folder(self, folder, repo_id, repository=repo_id, **arguments)
         return upload(folder, repo_id, message or f"Upload {type(self).__name__}", files=written, **push)
-
-    def replace_folder(self, folder, title, **arguments):
-        """`write_folder`, beside what a folder holds and then in its place; the names of the files."""
-        is_new, stage = not folder.exists(), folder / STAGE
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
-        try:
-            self.write_folder(stage, title, **arguments)
-            keep_owners_card(stage, folder)
-            written = files_of(stage)
-            there = files_beside(folder, [*written, RESULTS_FILE])
-            replace_files(stage, folder, stale_files(there, written))
-            return written
-        except Exception:
-            if is_new:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
 
     def write_folder(self, folder, title, repository=None, export_code=None, **arguments):
         """Write all that a saved folder holds into an empty one."""
@@ -232,6 +213,26 @@ class HubMixin(PushMixin):
         if (folder / "config.json").is_file():  # else these are an adapter's weights
             save_card(folder, self.config, self.parts, title, repository)
             add_tags(folder / "README.md", getattr(self, "model_tags", None) or ())
+
+
+def replace_folder(model, folder, title, **arguments):
+    """Write all that a saved folder holds beside what is there, then in its place; the names of the files."""
+    is_new, stage = not folder.exists(), folder / STAGE
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(stage, ignore_errors=True)  # what a killed process left
+    try:
+        model.write_folder(stage, title, **arguments)
+        keep_owners_card(stage, folder)
+        written = files_of(stage)
+        there = files_beside(folder, [*written, RESULTS_FILE])
+        replace_files(stage, folder, stale_files(there, written))
+        return written
+    except Exception:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def load_model(model_class, load, folder, *args, **kwargs):
