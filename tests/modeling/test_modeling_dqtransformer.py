@@ -9,9 +9,8 @@ from slow_sampling import SlowTransformer
 from transformers import CompileConfig
 
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Draw, Replay, evaluation_mode, own_generators, uniform_numbers
-from dq_hf.modeling.sampling_options_dq import SamplingOptions
-from dq_hf.modeling.step_loop_dq import CONTENT, POSITION, next_element
+from dq_hf.modeling.generation_dq import Replay, evaluation_mode
+from dq_hf.modeling.step_loop_dq import CONTENT, POSITION
 
 NUM_CODES = 16
 KINDS = {
@@ -514,26 +513,6 @@ def test_replaying_a_stream_gives_it_back_whatever_the_model_would_say(models):
     output = model.generation_output(state)
     assert torch.equal(output.codes, codes) and torch.equal(output.grain_map, grain_map)
     assert torch.equal(output.contents, stream.contents) and torch.equal(output.positions, stream.positions)
-
-
-@torch.no_grad()
-def test_an_element_is_the_same_with_the_cache_and_from_the_whole_prefix(models):
-    model = models["guidance"]
-    labels = torch.tensor([0, 2])
-    generated = model.generate(labels, generator=seeded(1), guidance_scale=2.0)
-    condition = model.condition(labels)
-    uniforms = uniform_numbers(own_generators(seeded(1), 2), model.config.longest_stream)
-    source = Draw(uniforms, SamplingOptions())
-    state = StreamState(model.layout, labels)
-    granularities = []
-    for i in range(generated.contents.shape[1]):
-        if i > 0:
-            prefix = generated.contents[:, :i], generated.positions[:, :i], torch.stack(granularities, dim=1)
-            options = dict(hidden=condition.hidden(), guidance_scale=2.0)
-            drawn = next_element(model, prefix, torch.arange(i), state, source, source.inputs(i), **options)
-            assert torch.equal(torch.stack(drawn), torch.stack([generated.positions[:, i], generated.contents[:, i]]))
-        granularities.append(state.granularity)
-        state.append(generated.positions[:, i], generated.contents[:, i])
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"lookahead": 4}, {"guidance_scale": 2.0}])

@@ -71,36 +71,26 @@ def check_finite(finite):
 
 
 def append_next(model, state, place, source, inputs, stacks, hidden, guidance_scale):
-    """Choose the element behind `state.last`, whose place in the streams is `place` (1,) long, and append it."""
-    last = [column[:, None] for column in state.last]
-    state.append(*next_element(model, last, place, state, source, inputs, stacks, hidden, guidance_scale))
-
-
-def next_element(model, elements, places, state, source, inputs, stacks=None, hidden=None, guidance_scale=1.0):
-    """Position and content (B,) of the element behind these.
+    """Choose the element behind `state.last` and append it.
 
     Args:
-        elements: contents, positions and granularities, (B, L) each: the last one, or all, without caches.
-        places: (L,) long, of these elements in the streams.
-        state: `StreamState` that says what may come.
-        source, inputs: choose from it, see `Greedy`.
-        stacks: the Position- and the Content-Transformer with their caches; None: without.
+        model, state, source, guidance_scale: as in `generation_steps`.
+        place: (1,) long, of the last element in the streams.
+        inputs: what the source chooses by, see `Greedy`.
+        stacks: the Position- and the Content-Transformer with their caches.
         hidden: twin of the condition, for a guidance scale other than 1.
     """
-    contents, positions, granularities = elements
-    position_stack, content_stack = stacks or (model.position_transformer, model.content_transformer)
-    hidden_states = position_stack(model.embed(*with_twin(model, hidden, *elements), places))
+    position_stack, content_stack = stacks
+    last = [column[:, None] for column in state.last]
+    hidden_states = position_stack(model.embed(*with_twin(model, hidden, *last), place))
     logits = state.watch(guide(model.position_head(hidden_states[:, -1]), guidance_scale))
-    next_positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
+    positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
 
-    contents = torch.cat([contents[:, 1:], torch.zeros_like(next_positions)[:, None]], 1)  # of the next one: not read
-    positions = torch.cat([positions[:, 1:], next_positions[:, None]], 1)
-    granularities = torch.cat([granularities[:, 1:], state.granularity[:, None]], 1)
-    _, positions, granularities = with_twin(model, hidden, contents, positions, granularities)
-    hidden_states = hidden_states + model.embed_positions(positions, granularities)
-    logits = state.watch(guide(model.content_head(content_stack(hidden_states)[:, -1]), guidance_scale))
-    allowed = state.allowed_contents(next_positions)
-    return next_positions, source.choose(CONTENT, logits, allowed, inputs)
+    following = last[0], positions[:, None], state.granularity[:, None]  # contents are not read
+    _, *following = with_twin(model, hidden, *following)
+    hidden_states = content_stack(hidden_states + model.embed_positions(*following))
+    logits = state.watch(guide(model.content_head(hidden_states[:, -1]), guidance_scale))
+    state.append(positions, source.choose(CONTENT, logits, state.allowed_contents(positions), inputs))
 
 
 def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidance_scale=1.0, lookahead=1):
@@ -108,7 +98,7 @@ def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidan
 
     Args:
         prefix_length: elements that the caches hold before the streams.
-        model, state, source, stacks, hidden, guidance_scale, lookahead: as in `generation_steps` and `next_element`.
+        model, state, source, stacks, hidden, guidance_scale, lookahead: as in `generation_steps` and `append_next`.
     """
     rest, (position_stack, content_stack) = FixedPart(state, lookahead), stacks
     granularities = torch.full_like(rest.targets, state.layout.num_granularities - 1)
