@@ -142,7 +142,7 @@ def measure(args, vae, pipe, perceptual, processor, dataset, conditions):
             regions = encoded.grain_map[0].numel()
             counts = {
                 "codes": encoded.num_codes,
-                FIXED: count_bits(encoded.num_codes, regions, vae.config.codebook_size, num_granularities),
+                FIXED: sum(count_bits(encoded.num_codes, regions, vae.config.codebook_size, num_granularities)),
             }
             grids = list(zip(encoded.codes.cpu(), encoded.grain_map.cpu()))
             ways = {"static": [static] * len(chosen)}
@@ -340,7 +340,7 @@ def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images
         f"over the images. {receiver(vae, pipe)}",
         "",
         f"Quality, and bits an image. {FIXED.capitalize()}: codes of {math.log2(vae.config.codebook_size):g} bits, and "
-        f"{count_bits(0, math.prod(vae.config.grid_sizes[0]), 1, len(vae.config.granularities)):g} bits of the grain map.",
+        f"{math.prod(vae.config.grid_sizes[0]) * math.log2(len(vae.config.granularities)):g} bits of the grain map.",
         "",
         *table("fine ratio", "codes", *names, *columns, *(["ideal", "payload above ideal"] if pipe else [])),
     ]

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQImageProcessor
-from dq_hf.codec.cost import coding_cost
+from dq_hf.metrics.code_statistics import count_bits
 from dq_hf.pictures import GRAIN_COLOURS, draw_grain_map, score_bounds
 
 EMOJI = Path(__file__).parents[1] / "examples" / "data" / "emoji"
@@ -74,8 +74,9 @@ def draw_rates(vae, processor, images):
             faded = Image.blend(original, Image.new("RGB", original.size, "white"), 0.5)
             row[first].imshow(draw_grain_map(faded, grain_map, scale=6))
             row[first + 1].imshow(smooth(image))
-        cost = coding_cost(encoded.grain_map[0], vae.config)  # the same for all images, as their share is
-        title = f"{rate:.0%} of the regions fine\n{cost.num_codes} codes, {cost.bits:.0f} bits"
+        num_codes, num_regions = int(encoded.num_codes[0]), encoded.grain_map[0].numel()  # of all, as their share is
+        bits = sum(count_bits(num_codes, num_regions, vae.config.codebook_size, len(vae.config.granularities)))
+        title = f"{rate:.0%} of the regions fine\n{num_codes} codes, {bits:.0f} bits"
         write_above(figure, panels[0, first], panels[0, first + 1], top, title)
     return figure
 

@@ -1,4 +1,4 @@
-"""Images as bytes, as tokens for other models, and what they cost."""
+"""Images as bytes, and as tokens for other models."""
 
 from .compress import compress, decompress, read_codes
 from .rows import load_rows

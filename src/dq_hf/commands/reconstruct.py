@@ -30,7 +30,7 @@ def run(args):
 
     import torch
 
-    from ..codec.cost import coding_cost
+    from ..metrics.code_statistics import count_bits
     from ..metrics.psnr import psnr
     from ..pictures import draw_grain_map, enlarge, image_grid
 
@@ -44,7 +44,8 @@ def run(args):
         result = image_grid([overlay, enlarge(result, overlay.width // result.width)], columns=2)
     save_image(result, args.output)
 
-    cost = coding_cost(encoded.grain_map[0], vae.config)
-    print(f"codes  {cost.num_codes} ({encoded.codes.numel()} if all regions were fine)")
-    print(f"bits   {cost.bits:.0f} ({cost.code_bits:.0f} codes + {cost.map_bits:.0f} grain map)")
+    num_codes, num_regions, config = int(encoded.num_codes), encoded.grain_map.numel(), vae.config
+    code_bits, map_bits = count_bits(num_codes, num_regions, config.codebook_size, len(config.granularities))
+    print(f"codes  {num_codes} ({encoded.codes.numel()} if all regions were fine)")
+    print(f"bits   {code_bits + map_bits:.0f} ({code_bits:.0f} codes + {map_bits:.0f} grain map)")
     print(f"PSNR   {psnr(decoded, pixel_values).item():.2f} dB")

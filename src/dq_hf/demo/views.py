@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..codec.cost import coding_cost
+from ..metrics.code_statistics import count_bits
 from ..metrics.psnr import psnr
 from ..modeling.configuration_dqvae import DQVAEConfig
-from ..modeling.grain_map_dq import repeat_cells
+from ..modeling.grain_map_dq import count_codes, repeat_cells
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..pictures import (
     GRAIN_COLOURS,
@@ -200,14 +200,15 @@ def edit_painted(inpaint, pixel_values, painting, class_label, seed, prompt=None
 
 def cost_cells(grain_map, config):
     """Cells of a table, by their headings, that say what a grain map (h, w) costs with a `DQVAEConfig`."""
-    cost = coding_cost(grain_map, config)
-    num_regions = torch.bincount(grain_map.flatten(), minlength=len(config.granularities)).tolist()
+    num_codes, num_granularities = int(count_codes(grain_map[None])), len(config.granularities)
+    code_bits, map_bits = count_bits(num_codes, grain_map.numel(), config.codebook_size, num_granularities)
+    num_regions = torch.bincount(grain_map.flatten(), minlength=num_granularities).tolist()
     num_pixels = grain_map.numel() * config.granularities[0] ** 2
     return {
         **{f"{side}x{side} regions": str(count) for side, count in zip(config.granularities, num_regions)},
-        "codes": f"{cost.num_codes} of at most {grain_map.numel() * 4 ** (len(config.granularities) - 1)}",
-        "bits": f"{cost.bits:.0f} ({cost.code_bits:.0f} codes + {cost.map_bits:.0f} grain map)",
-        "bits a pixel": f"{cost.bits / num_pixels:.3f}",
+        "codes": f"{num_codes} of at most {grain_map.numel() * 4 ** (num_granularities - 1)}",
+        "bits": f"{code_bits + map_bits:.0f} ({code_bits:.0f} codes + {map_bits:.0f} grain map)",
+        "bits a pixel": f"{(code_bits + map_bits) / num_pixels:.3f}",
     }
 
 

@@ -10,8 +10,8 @@ from dq_hf.modeling.modeling_utils_dq import check_indices
 
 
 def count_bits(num_codes, num_regions, codebook_size, num_granularities):
-    """Bits of codes and of the grain map that says where they go, each as numbers of fixed length, not entropy coded."""
-    return num_codes * math.log2(codebook_size) + num_regions * math.log2(num_granularities)
+    """Bits of codes, and of the grain map that says where they go: numbers of fixed length, not entropy coded."""
+    return num_codes * math.log2(codebook_size), num_regions * math.log2(num_granularities)
 
 
 def count_uses(codes, grain_maps, codebook_size, num_granularities):
@@ -72,7 +72,7 @@ class CodeStatistics(StreamingMetric):
     def result(self, state):
         count = per_image(state["count"])
         uses = state["uses"].sum(0)
-        bits = count_bits(state["codes"], state["regions"], self.codebook_size, self.num_granularities)
+        bits = sum(count_bits(state["codes"], state["regions"], self.codebook_size, self.num_granularities))
         return {
             "codes": state["codes"] / count,
             "bits": bits / count,

@@ -77,7 +77,7 @@ def evaluate_likelihood(
     for side, position, content in zip(vae_config.granularities, positions.tolist(), contents.tolist()):
         results[f"bits of {side}x{side} positions"] = position / math.log(2)
         results[f"bits of {side}x{side} contents"] = content / math.log(2)
-    results["bits of fixed length"] = count_bits(codes, regions, vae_config.codebook_size, num_granularities)
+    results["bits of fixed length"] = sum(count_bits(codes, regions, vae_config.codebook_size, num_granularities))
     protocol = {
         "evaluation": "likelihood",
         "model": str(name),
