@@ -86,7 +86,7 @@ def compress(
         return write(prior, *grids)
 
     file = file_of(chosen)
-    if chosen is static or decode(chosen, file) is not None:
+    if chosen is static or decode(chosen, *read_file(file)) is not None:
         return file
     logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
     return file_of(static)
@@ -106,10 +106,7 @@ def decompress(model, data):
             format, or of the prior "generator" where this machine comes to other probabilities.
         OSError: a model that cannot be loaded.
     """
-    header, _, _ = read_file(data)
-    model = find_model(model, header)
-    codes, _ = read_codes(model, data)
-    vae, _ = parts(model)
+    header, vae, codes, _ = read(model, data)
     with evaluation_mode(vae):
         pixel_values = vae.decode_codes(codes).sample[..., : header.height, : header.width]
     (image,) = DQImageProcessor.for_model(vae.config).post_process(pixel_values)
@@ -118,7 +115,12 @@ def decompress(model, data):
 
 def read_codes(model, data):
     """Codes (1, H, W) and grain map (1, h, w) of a file, as `DQVAEModel.encode` gave them; arguments, errors: `decompress`."""
-    header, _, _ = read_file(data)
+    return read(model, data)[2:]
+
+
+def read(model, data):
+    """(`Header`, tokenizer of the model, codes (1, H, W), grain map (1, h, w)); arguments, errors: `decompress`."""
+    header, *rest = read_file(data)
     model = find_model(model, header)
     vae, transformer = parts(model)
     if header.flag == GENERATOR and transformer is None:
@@ -131,10 +133,10 @@ def read_codes(model, data):
             "give the model that wrote it"
         )
     prior = StaticPrior(vae) if header.flag == STATIC else GeneratorPrior(model, header.class_label, header.prompt)
-    grids = decode(prior, data)
+    grids = decode(prior, header, *rest)
     if grids is None:
         raise ValueError(DAMAGED if prior.flag == STATIC else NOT_REPRODUCED)
-    return tuple(grid[None].to(vae.device) for grid in grids)
+    return header, vae, *(grid[None].to(vae.device) for grid in grids)
 
 
 NOT_REPRODUCED = (
@@ -143,9 +145,8 @@ NOT_REPRODUCED = (
 )
 
 
-def decode(prior, data):
-    """Codes (H, W) and grain map (h, w) of a file, or None where they are not those that were written."""
-    header, payload, holds = read_file(data)
+def decode(prior, header, payload, holds):
+    """Codes (H, W) and grain map (h, w) of what `read_file` gave, or None where they are not those that were written."""
     try:
         codes, grain_map = prior.decode(payload, region_shape(prior.factor, header.height, header.width))
     except ValueError:
