@@ -117,20 +117,17 @@ class DQTokens:
             if len(shape) != 2 or not all(isinstance(side, Integral) and side > 0 for side in shape):
                 raise TypeError(f"shape must be rows and columns of regions, two whole numbers, got {shape}")
         ids, first = self._from_start(whole_numbers(tokens))
+        if not ids:
+            return [self.bos_token_id]
         if END in ids:
             self._open.pop((shape, *ids[: ids.index(END)]), None)
             return [self.pad_token_id]
-        sequence = self._open.pop((shape, *ids[:-1]), None) if ids else None
-        if sequence is None:  # read from the beginning, the next time only what is new
-            sequence, new = Sequence(self, shape), ids
-        else:
-            new = ids[-1:]
-        for token in new:
+        sequence = self._open.pop((shape, *ids[:-1]), None) or Sequence(self, shape)
+        for token in ids[sequence.length :]:
             sequence.read(token, first)
         if len(self._open) >= MOST_OPEN:
             self._open.clear()
-        if ids:
-            self._open[shape, *ids] = sequence
+        self._open[shape, *ids] = sequence
         return [token + self.offset for token in chain(*sequence.allowed)]
 
     def places(self, tokens):
@@ -148,7 +145,7 @@ class DQTokens:
         sequence = Sequence(self)
         for token in ids:
             sequence.read(token, first)
-        rows = [*sequence.rows, *[sequence.row] * bool(sequence.row)] or [[0]]
+        rows = [row for row in (*sequence.rows, sequence.row) if row] or [[0]]
         rows = [row + [0] * (len(rows[0]) - len(row)) for row in rows]  # as if it went on coarsely
         side = 2 ** (self.num_granularities - 1)
         codes = torch.zeros(len(rows) * side, len(rows[0]) * side, dtype=torch.long)
@@ -232,6 +229,7 @@ class Sequence:
         shape: (rows, columns) of regions; None: any.
 
     Attributes:
+        length: tokens that were read.
         rows: of the grain map, those that are whole; `row`: the one that is being read.
         allowed: which tokens may come next, a list of ranges, without the offset.
     """
@@ -270,16 +268,19 @@ class Sequence:
 
     def _in_map(self):
         """What may follow in the grain map, or behind it."""
-        rows, row, shape, tokens = self.rows, self.row, self.shape, self.tokens
-        regions = range(NUM_SPECIAL, tokens.first_code)
-        width = len(rows[0]) if rows else None if shape is None else shape[1]
-        if row:
-            end_of_row = [range(ROW, ROW + 1)] if width in (None, len(row)) else []
-            return end_of_row + ([] if len(row) == width else [regions])
-        may_end = rows and (shape is None or len(rows) == shape[0])
-        coarsest = min((g for line in rows for g in line), default=0)
-        may_go_on = shape is None or len(rows) < shape[0]
-        return [tokens.codes_of(coarsest)] * bool(may_end) + [regions] * may_go_on
+        num_rows, num_columns = self.shape or (None, len(self.rows[0]) if self.rows else None)  # None: any number
+        regions, allowed = range(NUM_SPECIAL, self.tokens.first_code), []
+        if self.row:
+            if num_columns in (None, len(self.row)):
+                allowed.append(range(ROW, ROW + 1))
+            if num_columns != len(self.row):
+                allowed.append(regions)
+        else:
+            if self.rows and num_rows in (None, len(self.rows)):
+                allowed.append(self.tokens.codes_of(min(map(min, self.rows))))
+            if num_rows != len(self.rows):
+                allowed.append(regions)
+        return allowed
 
 
 def sequences_of(ids):
