@@ -74,7 +74,7 @@ def generation(place, pipe, extractor):
     """Evaluates samples in a folder, with other settings if any are given."""
 
     def generation(folder, data=place / "data", **settings):
-        settings = dict(num_images=8, batch_size=3, networks={"extractor": extractor}) | settings
+        settings = dict(num_images=8, batch_size=3, extractor=extractor) | settings
         return evaluate_generation(pipe, "tiny", data, "test", folder, **settings)
 
     return generation
@@ -101,7 +101,7 @@ def to_array(pixel_values):
 
 
 def test_reconstruction_figures_are_those_of_images_one_by_one(place, vae, networks, tmp_path):
-    report = evaluate_reconstruction(vae, "tiny", place / "data", "test", batch_size=4, networks=networks)
+    report = evaluate_reconstruction(vae, "tiny", place / "data", "test", batch_size=4, **networks)
     options, values = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=2), []
     for _, pixel_values in prepared(place):
         encoded = vae.encode(pixel_values)
@@ -171,7 +171,7 @@ def test_captions_are_prompts_and_what_likelihood_knows(captioned, tmp_path, ext
     assert reports["caption"]["protocol"]["captions"] == "caption" and "captions" not in reports[None]["protocol"]
     with pytest.raises(ValueError, match="got 2 of 6"):
         evaluate_likelihood(pipe, "tiny", folder, "test", caption_column="partly")
-    options = dict(caption_column="caption", num_images=8, batch_size=3, networks={"extractor": extractor})
+    options = dict(caption_column="caption", num_images=8, batch_size=3, extractor=extractor)
     evaluate_generation(pipe, "tiny", folder, "test", tmp_path / "samples", **options)
     order = np.random.default_rng(0).permutation(6)
     captions = ["sun", "a red heart", "blue", "a sun", "heart", "red and blue"]
@@ -183,7 +183,7 @@ def test_captions_are_prompts_and_what_likelihood_knows(captioned, tmp_path, ext
 
 def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae, networks):
     def evaluated(**settings):
-        return evaluate_reconstruction(vae, "tiny", place / "data", "test", networks=networks, **settings)
+        return evaluate_reconstruction(vae, "tiny", place / "data", "test", **networks, **settings)
 
     whole, in_batches = evaluated(), evaluated(batch_size=3)
     protocol = whole["protocol"]

@@ -162,7 +162,8 @@ def run_reconstruction(args):
             args.data,
             args.split,
             fine_ratio=fine_ratio(args),
-            networks={"extractor": args.extractor, "perceptual": args.perceptual},
+            extractor=args.extractor,
+            perceptual=args.perceptual,
             **chosen(args),
         ),
     )
@@ -185,7 +186,7 @@ def run_generation(args):
             args.image_dir or args.output.with_suffix(""),
             label_rule=args.class_labels,
             sampling=sampling,
-            networks={"extractor": args.extractor},
+            extractor=args.extractor,
             **chosen(args, "num_references", "label_column", "caption_column"),
         ),
     )

@@ -44,9 +44,9 @@ def evaluate_generation(
     label_rule="reference",
     label_column="label",
     caption_column=None,
+    image_column="image",
     sampling=None,
-    networks=None,
-    **columns,
+    extractor="auto",
 ):
     """Sample images into a folder, those that are not yet there, and compare them with real ones.
 
@@ -56,7 +56,7 @@ def evaluate_generation(
     Args:
         pipe: a `DQPipeline`.
         model: its name, for the protocol.
-        data, split, columns: real images, as for `ReferenceImages`.
+        data, split, image_column: real images, as for `ReferenceImages`.
         folder: path for `<number>.png` and `protocol.json`, seen by all processes.
         num_images: of samples; None: as many as there are real images.
         num_references: as many real images, drawn by the seed; None: all.
@@ -66,7 +66,7 @@ def evaluate_generation(
         caption_column: of the real images, whose captions are the prompts of a model with text, one of each image, mixed
             by the seed as the labels are; None: no text.
         sampling: arguments of the pipeline, temperature and the like.
-        networks: {"extractor": ...}, as for `FrechetDistance`.
+        extractor: as for `FrechetDistance`.
 
     Returns:
         {"protocol": ..., "results": {figure: value}}, the same on all processes.
@@ -77,56 +77,60 @@ def evaluate_generation(
         ImportError, OSError: a network that cannot be had.
     """
     state = Accelerator().state
-    references = ReferenceImages(pipe.vae, data, split, num_images=num_references, seed=seed, **columns)
+    references = ReferenceImages(pipe.vae, data, split, image_column, num_references, seed)
     num_images = len(references) if num_images is None else num_images
     with state.main_process_first():  # which downloads
-        extractor = make_extractor((networks or {}).get("extractor", "auto"))
-    frechet, score, neighbours = (kind(extractor) for kind in (FrechetDistance, InceptionScore, PrecisionRecall))
-    check_number(num_images, neighbours.num_neighbours + 1, "samples")
-    check_number(len(references), neighbours.num_neighbours + 1, "references")
+        extractor = make_extractor(extractor)
+    least = PrecisionRecall(extractor).num_neighbours + 1
+    check_number(num_images, least, "samples")
+    check_number(len(references), least, "references")
 
-    pipe = pipe.to(state.device)
+    pipe, sampling = pipe.to(state.device), sampling or {}
     config = pipe.transformer.config
     labels = label_cycle(config, references.dataset, label_rule, label_column, seed)
-    prompts = reference_captions(config, references.dataset, caption_column, seed)
-    if prompts is not None:
-        prompts = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
-    protocol = {
+    prompts = mixed(reference_captions(config, references.dataset, caption_column, seed) or [], seed)
+    making = {
         "vae_fingerprint": fingerprint(pipe.vae),
         "transformer_fingerprint": fingerprint(pipe.transformer),
         "seed": seed,
-        "sampling": pipe.transformer.config.sampling_defaults | (sampling or {}),
+        "sampling": config.sampling_defaults | sampling,
         "class_labels": label_rule if labels else None,
         "class_labels_sha256": digest(labels),
-        **({} if prompts is None else {"captions": caption_column, "captions_sha256": digest(prompts)}),
+        **({"captions": caption_column, "captions_sha256": digest(prompts)} if prompts else {}),
         **environment(pipe.vae),
     }
-    claim_folder(folder, protocol)
+    claim_folder(folder, making)
     paths = [folder / f"{number:06d}.png" for number in range(num_images)]
-    sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling or {})
+    sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling)
     state.wait_for_everyone()
+    results = compare(paths, references, extractor, batch_size, state.device)
+    protocol = {
+        "evaluation": "generation",
+        "model": str(model),
+        "num_images": num_images,
+        **making,
+        **references.protocol,
+        "references_sha256": references.sha256(),
+        "extractor": extractor.description,
+    }
+    return {"protocol": protocol, "results": results}
 
+
+def compare(paths, references, extractor, batch_size, device):
+    """{figure: value} of the samples in files against `ReferenceImages`, the same on all processes."""
+    frechet, score, neighbours = (kind(extractor) for kind in (FrechetDistance, InceptionScore, PrecisionRecall))
     size = tuple(references.protocol["image_size"])
-    for numbers in share_out(num_images, batch_size, "samples"):
-        images = torch.stack([read_sample(paths[number], size) for number in numbers]).to(state.device)
+    for numbers in share_out(len(paths), batch_size, "samples"):
+        images = torch.stack([read_sample(paths[number], size) for number in numbers]).to(device)
         features, logits = extractor.features_and_logits(frechet.unit_images(images))
         frechet.add_features(predictions=features)
         neighbours.add_features(predictions=features)
         score.add_logits(logits)
     for _, images in references.batches(batch_size):
-        features = extractor.features(frechet.unit_images(images.to(state.device)))
+        features = extractor.features(frechet.unit_images(images.to(device)))
         frechet.add_features(references=features)
         neighbours.add_features(references=features)
-    protocol = {
-        "evaluation": "generation",
-        "model": str(model),
-        "num_images": num_images,
-        **protocol,
-        **references.protocol,
-        "references_sha256": references.sha256(),
-        "extractor": extractor.description,
-    }
-    return {"protocol": protocol, "results": figures(*(metric.compute() for metric in (frechet, score, neighbours)))}
+    return figures(*(metric.compute() for metric in (frechet, score, neighbours)))
 
 
 def label_cycle(config, dataset, rule, label_column, seed):
@@ -137,8 +141,12 @@ def label_cycle(config, dataset, rule, label_column, seed):
         return []
     if rule == "balanced":
         return list(range(config.num_classes))
-    labels = reference_labels(config, dataset, label_column)
-    return [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
+    return mixed(reference_labels(config, dataset, label_column), seed)
+
+
+def mixed(values, seed):
+    """A list in an order drawn by the seed."""
+    return [values[i] for i in np.random.default_rng(seed).permutation(len(values))]
 
 
 def digest(values):
@@ -176,31 +184,33 @@ def sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling):
     state = PartialState()
     mine = range(state.process_index, len(paths), state.num_processes)
     missing = [number for number in mine if not paths[number].exists()]
-    source, drawn = torch.Generator().manual_seed(seed), 0
+    generators = image_generators(seed, missing)
     pipe.set_progress_bar_config(disable=True)
     with tqdm(
         total=len(mine), initial=len(mine) - len(missing), desc="sample", disable=not state.is_main_process
     ) as bar:
         for first in range(0, len(missing), batch_size):
             numbers = missing[first : first + batch_size]
-            generators = []
-            for number in numbers:  # the pipeline takes image i's seed from the i-th draw
-                for _ in range(number - drawn):
-                    torch.randint(2**63 - 1, (), generator=source)
-                drawn = number
-                generators.append(torch.Generator())
-                generators[-1].set_state(source.get_state())
             images = pipe(
                 prompt=[prompts[number % len(prompts)] for number in numbers] if prompts else None,
                 class_labels=[labels[number % len(labels)] for number in numbers] if labels else None,
                 num_images_per_prompt=1 if labels or prompts else len(numbers),
-                generator=generators,
+                generator=[next(generators) for _ in numbers],
                 **sampling,
             ).images
             for image, number in zip(images, numbers):
                 with whole_file(paths[number]) as partial:
                     image.save(partial)
             bar.update(len(numbers))
+
+
+def image_generators(seed, numbers):
+    """A generator for each image of these ascending numbers, whose first draw is that number's draw of the seed's own."""
+    source, wanted = torch.Generator().manual_seed(seed), set(numbers)
+    for number in range(max(numbers, default=-1) + 1):
+        if number in wanted:
+            yield source.clone_state()
+        torch.randint(2**63 - 1, (), generator=source)  # as the pipeline draws one for each image
 
 
 def read_sample(path, size):

@@ -25,7 +25,7 @@ def evaluate_likelihood(
     batch_size=32,
     label_column="label",
     caption_column=None,
-    **columns,
+    image_column="image",
 ):
     """Encode real images and measure the code length of their streams under the generator.
 
@@ -35,7 +35,7 @@ def evaluate_likelihood(
     Args:
         model: a `DQForImageGeneration` or `DQPipeline`.
         name: of the model, for the protocol.
-        data, split, num_images, seed, columns: as for `ReferenceImages`.
+        data, split, image_column, num_images, seed: as for `ReferenceImages`.
         batch_size: images at a time.
         label_column: of a model with classes; its names must be the model's.
         caption_column: of a model with text; None: no text. Of several captions one is drawn by the seed.
@@ -47,7 +47,7 @@ def evaluate_likelihood(
         ValueError: no image, an image that cannot be read, or labels that do not fit.
     """
     state = Accelerator().state
-    references = ReferenceImages(model.vae, data, split, num_images=num_images, seed=seed, **columns)
+    references = ReferenceImages(model.vae, data, split, image_column, num_images, seed)
     check_number(len(references), 1, "images")
     vae, transformer = (part.to(state.device).eval() for part in (model.vae, model.transformer))
     config, vae_config = transformer.config, vae.config

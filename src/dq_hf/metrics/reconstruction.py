@@ -15,17 +15,28 @@ from .ssim import SSIM
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae, model, data, split, *, num_images=None, seed=0, batch_size=32, fine_ratio=None, networks=None, **columns
+    vae,
+    model,
+    data,
+    split,
+    *,
+    num_images=None,
+    seed=0,
+    batch_size=32,
+    fine_ratio=None,
+    image_column="image",
+    extractor="auto",
+    perceptual="auto",
 ):
     """Encode and decode images, and measure what is lost and what the codes take.
 
     Args:
         vae: a `DQVAEModel`.
         model: its name, for the protocol.
-        data, split, num_images, seed, columns: as for `ReferenceImages`.
+        data, split, image_column, num_images, seed: as for `ReferenceImages`.
         batch_size: images at a time.
         fine_ratio: as for `DQVAEModel.encode`.
-        networks: {"extractor": ..., "perceptual": ...}, as for `FrechetDistance` and `PerceptualDistance`.
+        extractor, perceptual: networks, as for `FrechetDistance` and `PerceptualDistance`.
 
     Returns:
         {"protocol": ..., "results": {figure: value}}, the same on all processes.
@@ -35,12 +46,11 @@ def evaluate_reconstruction(
         ImportError, OSError: a network that cannot be had.
     """
     state = Accelerator().state  # which, other than PartialState, heeds ACCELERATE_USE_CPU
-    references = ReferenceImages(vae, data, split, num_images=num_images, seed=seed, **columns)
+    references = ReferenceImages(vae, data, split, image_column, num_images, seed)
     check_number(len(references), 2, "images")
-    networks = {"extractor": "auto", "perceptual": "auto"} | (networks or {})
     with state.main_process_first():  # which downloads
-        frechet = FrechetDistance(networks["extractor"])
-        perceptual = PerceptualDistance(networks["perceptual"])
+        frechet = FrechetDistance(extractor)
+        perceptual = PerceptualDistance(perceptual)
     codes = CodeStatistics(vae.config.codebook_size, len(vae.config.granularities))
     pairwise = [PSNR(), SSIM(), perceptual, frechet]
     vae = vae.to(state.device).eval()
