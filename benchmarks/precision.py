@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from report import describe_device, write_section
+from report import describe_device, table, write_section
 from torch.utils.data import DataLoader
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import HfArgumentParser, TorchAoConfig
@@ -129,19 +129,23 @@ def compare_samples(samples, reference):
 def make_report(args, rows, num_images, num_samples):
     """A Markdown table, and how it was made."""
     base = rows["float32"]
-    lines = [
-        f"{num_images} held-out images, {num_samples} samples, seed 0; "
-        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}.",
-        "",
-        "| | generator, MB | same codes | PSNR, dB | nats a code | more than float32 | same samples | stream before the first difference |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    cells = [
+        {
+            "": name,
+            "generator, MB": f"{row['megabytes']:.1f}",
+            "same codes": f"{row['same_codes']:.2%}",
+            "PSNR, dB": f"{row['psnr']:.2f}",
+            "nats a code": f"{row['nats']:.4f}",
+            "more than float32": f"{row['nats'] - base['nats']:+.4f}",
+            "same samples": f"{row['same_samples']:.0%}",
+            "stream before the first difference": f"{row['before_first_difference']:.0%}",
+        }
+        for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        lines.append(
-            f"| {name} | {row['megabytes']:.1f} | {row['same_codes']:.2%} | {row['psnr']:.2f} | {row['nats']:.4f} | "
-            f"{row['nats'] - base['nats']:+.4f} | {row['same_samples']:.0%} | {row['before_first_difference']:.0%} |"
-        )
-    return "\n".join(lines)
+    return (
+        f"{num_images} held-out images, {num_samples} samples, seed 0; "
+        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}.\n\n{table(cells, texts=[''])}"
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from report import describe_device, write_section
+from report import describe_device, table, write_section
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -324,64 +324,56 @@ def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images
     columns = [FIXED, *(f"{way} {what}" for way in seconds for what in ("file", "payload") if way not in CODECS)]
     best = columns[-2]  # the file of the best prior
     height, width = vae.config.image_height_width
+    map_bits = math.prod(vae.config.grid_sizes[0]) * math.log2(len(vae.config.granularities))
 
     def texts(figures):
-        return [f"{figures[name]:.{DIGITS.get(name, 4)}f}" for name in names]
+        return {name: f"{figures[name]:.{DIGITS.get(name, 4)}f}" for name in names}
 
-    def row(*cells):
-        return f"| {' | '.join(map(str, cells))} |"
+    def bits(figures, columns):
+        return {name: f"{figures[name]:.0f}" for name in columns}
 
-    def table(*heads):
-        return [row(*heads), "|" + "---:|" * len(heads)]
-
-    lines = [
-        f"{Path(args.model).name} on {num_images} images of {args.data}, split {args.split}, {width}x{height}; JPEG and AVIF "
-        f"{args.subsampling}; {perceptual.network_description}; torch {torch.__version__}, Pillow {PIL.__version__}. All means "
-        f"over the images. {receiver(vae, pipe)}",
-        "",
-        f"Quality, and bits an image. {FIXED.capitalize()}: codes of {math.log2(vae.config.codebook_size):g} bits, and "
-        f"{math.prod(vae.config.grid_sizes[0]) * math.log2(len(vae.config.granularities)):g} bits of the grain map.",
-        "",
-        *table("fine ratio", "codes", *names, *columns, *(["ideal", "payload above ideal"] if pipe else [])),
-    ]
+    rates, equal_psnr, equal_bits = [], [], []
     for ratio, figures in points.items():
-        cells = [ratio, f"{figures['codes']:.1f}", *texts(figures), *(f"{figures[name]:.0f}" for name in columns)]
+        row = {"fine ratio": ratio, "codes": f"{figures['codes']:.1f}"} | texts(figures) | bits(figures, columns)
         if pipe:
             excess = figures["generator payload"] - figures["ideal"]
-            cells += [f"{figures['ideal']:.0f}", f"{excess:.1f} ({excess / figures['ideal']:.1%})"]
-        lines.append(row(*cells))
-    lines += [
-        "",
-        f"Bits for equal PSNR (–: the codec has no setting so bad or so good). {receiver(vae, pipe)}",
-        "",
-        *table("PSNR", *columns[1:], *curves),
+            row["ideal"] = f"{figures['ideal']:.0f}"
+            row["payload above ideal"] = f"{excess:.1f} ({excess / figures['ideal']:.1%})"
+        rates.append(row)
+
+        row = {"PSNR": f"{figures['PSNR']:.2f}"} | bits(figures, columns[1:])
+        for curve, settings in curves.items():
+            found = at_equal(settings, "PSNR", figures["PSNR"], "bits")
+            row[curve] = "–" if math.isnan(found) else f"{found:.0f}"
+        equal_psnr.append(row)
+
+        row = {"bits": f"{figures[best]:.0f}", "DQ-VAE": " / ".join(texts(figures).values())}
+        for curve, settings in curves.items():
+            found = {name: at_equal(settings, "bits", figures[best], name) for name in names}
+            row[curve] = "–" if math.isnan(found["PSNR"]) else " / ".join(texts(found).values())
+        equal_bits.append(row)
+    times = [
+        {"": name} | {way: f"{each[i]:.4f}" for way, each in seconds.items()}
+        for i, name in enumerate(("to bytes", "back"))
     ]
-    for figures in points.values():
-        others = [at_equal(curve, "PSNR", figures["PSNR"], "bits") for curve in curves.values()]
-        others = ["–" if math.isnan(bits) else f"{bits:.0f}" for bits in others]
-        lines.append(row(f"{figures['PSNR']:.2f}", *(f"{figures[name]:.0f}" for name in columns[1:]), *others))
-    lines += [
-        "",
-        f"{' / '.join(names)} at as many bits as the {best} has (–: the codec has no setting with so few). "
-        f"{receiver(vae, pipe)}",
-        "",
-        *table("bits", "DQ-VAE", *curves),
-    ]
-    for figures in points.values():
-        cells = [texts(figures)]
-        for curve in curves.values():
-            cells.append(texts({name: at_equal(curve, "bits", figures[best], name) for name in names}))
-        lines.append(row(f"{figures[best]:.0f}", *("–" if "nan" in cell else " / ".join(cell) for cell in cells)))
-    lines += [
-        "",
-        f"Seconds an image, {describe_devices(args)}, mean of {min(args.timed_images, num_images)} images; load of "
-        f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. To bytes with the generator includes decoding once.",
-        "",
-        *table("", *seconds),
-        row("to bytes", *(f"{to_bytes:.4f}" for to_bytes, _ in seconds.values())),
-        row("back", *(f"{back:.4f}" for _, back in seconds.values())),
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(
+        [
+            f"{Path(args.model).name} on {num_images} images of {args.data}, split {args.split}, {width}x{height}; JPEG and AVIF "
+            f"{args.subsampling}; {perceptual.network_description}; torch {torch.__version__}, Pillow {PIL.__version__}. All means "
+            f"over the images. {receiver(vae, pipe)}",
+            f"Quality, and bits an image. {FIXED.capitalize()}: codes of {math.log2(vae.config.codebook_size):g} bits, and "
+            f"{map_bits:g} bits of the grain map.",
+            table(rates),
+            f"Bits for equal PSNR (–: the codec has no setting so bad or so good). {receiver(vae, pipe)}",
+            table(equal_psnr),
+            f"{' / '.join(names)} at as many bits as the {best} has (–: the codec has no setting with so few). "
+            f"{receiver(vae, pipe)}",
+            table(equal_bits),
+            f"Seconds an image, {describe_devices(args)}, mean of {min(args.timed_images, num_images)} images; load of "
+            f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. To bytes with the generator includes decoding once.",
+            table(times),
+        ]
+    )
 
 
 def receiver(vae, pipe):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the device's name, and sections of a Markdown file."""
+"""What the benchmarks share: clocks, the device's name, tables, and sections of a Markdown file."""
 
 import platform
 import time
@@ -28,6 +28,13 @@ def cpu_name():
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def table(rows, texts=()):
+    """Markdown of rows {heading: cell}, at least one; columns are those of numbers, but for the headings `texts`."""
+    marks = "|".join("---" if heading in texts else "---:" for heading in rows[0])
+    heads, *lines = (f"| {' | '.join(map(str, line))} |" for line in (rows[0], *(row.values() for row in rows)))
+    return "\n".join([heads, f"|{marks}|", *lines])
 
 
 def write_section(path, title, report):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from report import CLOCKS, describe_device, write_section
+from report import CLOCKS, describe_device, table, write_section
 from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
@@ -101,32 +101,25 @@ def time_sampling(model, batch_size, args):
 def make_report(args, seconds):
     """Two Markdown tables, and how they were made."""
     compiled = "" if args.compile is None else f" The step is compiled ({args.compile})."
-    lines = [
-        f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
-        f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; "
-        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}; {args.clock} time.{compiled}",
-        "",
-        "| codes | batch | s/image | ms/code |",
-        "|---:|---:|---:|---:|",
-    ]
-    for (codes, batch_size), times in seconds.items():
-        image = times[-1] / batch_size
-        lines.append(f"| {codes} | {batch_size} | {image:.3g} | {1000 * image / codes:.3g} |")
     longest = max(args.codes)
     edges = [(longest + 3) * quarter // 4 for quarter in range(5)]  # the first element is the start token
-    lines += [
-        "",
-        f"Milliseconds an element (a code of each image) along the streams of {longest} codes; only the attention has more "
-        "to do for later ones:",
-        "",
-        "| batch | " + " | ".join(f"{a + 2} to {b + 1}" for a, b in zip(edges, edges[1:])) + " |",
-        "|---:|---:|---:|---:|---:|",
-    ]
+    lengths, quarters = [], []
+    for (codes, batch_size), times in seconds.items():
+        image = times[-1] / batch_size
+        figures = {"s/image": f"{image:.3g}", "ms/code": f"{1000 * image / codes:.3g}"}
+        lengths.append({"codes": codes, "batch": batch_size} | figures)
     for batch_size in args.batch_sizes:
         clock = [0.0, *seconds[longest, batch_size]]
-        each = [f"{1000 * (clock[b] - clock[a]) / (b - a):.3g}" for a, b in zip(edges, edges[1:])]
-        lines.append(f"| {batch_size} | " + " | ".join(each) + " |")
-    return "\n".join(lines)
+        each = {f"{a + 2} to {b + 1}": 1000 * (clock[b] - clock[a]) / (b - a) for a, b in zip(edges, edges[1:])}
+        quarters.append({"batch": batch_size} | {name: f"{value:.3g}" for name, value in each.items()})
+    return (
+        f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
+        f"{args.num_content_layers} layers, {args.codebook_size} codes to choose from, float32; "
+        f"{describe_device(args.device, args.threads)}; torch {torch.__version__}; {args.clock} time.{compiled}\n\n"
+        f"{table(lengths)}\n\n"
+        f"Milliseconds an element (a code of each image) along the streams of {longest} codes; only the attention has more "
+        f"to do for later ones:\n\n{table(quarters)}"
+    )
 
 
 if __name__ == "__main__":

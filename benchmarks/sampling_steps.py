@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from report import CLOCKS, describe_device, write_section
+from report import CLOCKS, describe_device, table, write_section
 from sampling import make_model
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
@@ -191,33 +191,25 @@ def codes_a_pass(args, lookahead):
 def make_report(args, ours, others, step_rows, pass_rows):
     """Two Markdown tables, and how they were made."""
     sizes = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M" for model in (ours, *others)]
-    lines = [
+    names = "ours", "ours, by calls of modules", "GPT-2", "Llama", "our products alone"
+    steps, passes = [], []
+    for batch, *figures in step_rows:
+        row = {"batch": batch} | {name: f"{value:.3g}" for name, value in zip(names, figures)}
+        steps.append(row | {"ours / products": f"{figures[0] / figures[-1]:.2f}"})
+    for batch, lookahead, milliseconds, codes in pass_rows:
+        (first,) = [row[2] / row[3] for row in pass_rows if row[:2] == (batch, args.lookahead[0])]
+        row = {"batch": batch, "lookahead": lookahead, "ms a pass": f"{milliseconds:.3g}"}
+        row |= {"codes a pass": f"{codes:.2f}", "ms a code": f"{milliseconds / codes:.3g}"}
+        passes.append(row | {"against 1": f"{first / (milliseconds / codes):.2f} times"})
+    return (
         f"Width {args.hidden_size}, {args.num_attention_heads} heads, {args.num_position_layers} + "
         f"{args.num_content_layers} layers; parameters: {sizes[0]}, GPT-2 {sizes[1]}, Llama {sizes[2]}; float32; "
         f"{describe_device(args.device, args.threads)}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; {args.clock} time. Milliseconds a step, the mean of the first {args.steps}:",
-        "",
-        "| batch | ours | ours, by calls of modules | GPT-2 | Llama | our products alone | ours / products |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for batch, mine, *rest, products in step_rows:
-        figures = [f"{value:.3g}" for value in (mine, *rest, products)]
-        lines.append(f"| {batch} | " + " | ".join(figures) + f" | {mine / products:.2f} |")
-    lines += [
-        "",
+        f"{transformers.__version__}; {args.clock} time. Milliseconds a step, the mean of the first {args.steps}:\n\n"
+        f"{table(steps)}\n\n"
         f"Looking ahead in the finest part; codes a pass are those of one image, the mean of {args.num_images} of "
-        f"{args.model or 'the embedded model'}, at whose size nothing here was timed:",
-        "",
-        "| batch | lookahead | ms a pass | codes a pass | ms a code | against 1 |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
-    for batch, lookahead, milliseconds, codes in pass_rows:
-        (first,) = [row[2] / row[3] for row in pass_rows if row[:2] == (batch, args.lookahead[0])]
-        each = milliseconds / codes
-        lines.append(
-            f"| {batch} | {lookahead} | {milliseconds:.3g} | {codes:.2f} | {each:.3g} | {first / each:.2f} times |"
-        )
-    return "\n".join(lines)
+        f"{args.model or 'the embedded model'}, at whose size nothing here was timed:\n\n{table(passes)}"
+    )
 
 
 if __name__ == "__main__":

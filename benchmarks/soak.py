@@ -25,7 +25,7 @@ import httpx  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from report import describe_device, write_section  # noqa: E402
+from report import describe_device, table, write_section  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 from dq_hf import DEFAULT_MODEL  # noqa: E402
@@ -170,19 +170,23 @@ def expect(words, answer):
 
 def make_report(tables, left, args):
     """Markdown."""
-    lines = [
-        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}; {Path(args.model).name}; one process.",
-        "",
-        "| | calls | memory in the middle, MB | at the end, MB | descriptors in the middle | at the end |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, points in tables.items():
         middle, end = points[(len(points) - 1) // 2], points[-1]
-        lines.append(
-            f"| {name} | {end['calls']:,} | {middle['megabytes']:.0f} | {end['megabytes']:.0f} "
-            f"| {middle['descriptors']} | {end['descriptors']} |"
+        rows.append(
+            {
+                "": name,
+                "calls": f"{end['calls']:,}",
+                "memory in the middle, MB": f"{middle['megabytes']:.0f}",
+                "at the end, MB": f"{end['megabytes']:.0f}",
+                "descriptors in the middle": middle["descriptors"],
+                "at the end": end["descriptors"],
+            }
         )
-    return "\n".join([*lines, "", f"Left in the temporary folder: {', '.join(left) or 'nothing'}."])
+    return (
+        f"{describe_device('cpu', args.threads)}; torch {torch.__version__}; {Path(args.model).name}; one process.\n\n"
+        f"{table(rows, texts=[''])}\n\nLeft in the temporary folder: {', '.join(left) or 'nothing'}."
+    )
 
 
 if __name__ == "__main__":

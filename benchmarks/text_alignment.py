@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
-from report import write_section
+from report import table, write_section
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
@@ -137,40 +137,33 @@ class Gallery:
 
 def obedience(args, pipe, gallery):
     """The two tables."""
-    names = [f"{column}, R@{k}" for column in ("samples", "reconstructions", "real pictures", "chance") for k in RANKS]
-    lines = [
-        f"{args.prompts} prompts of each kind (fewer where there are fewer), seed {args.seed}, the model's sampling "
-        f"defaults; {len(gallery.rows):,} real pictures; {gallery.extractor.description}.",
-        "",
-        f"| prompts | number | {' | '.join(names)} |",
-        f"|---|{'---:|' * (len(names) + 1)}",
-    ]
+    lines = []
     for split, name in SPLITS.items():
         rows, prompts = gallery.prompts(split, args.prompts, args.seed)
         samples, real = draw(args, pipe, prompts), gallery.images(rows)
         others = [gallery.concepts[row] for row in rows[1:] + rows[:1]]
-        figures = [
-            gallery.recalls(samples, rows),
-            gallery.recalls(torch.cat([reconstruct(pipe.vae, part) for part in real.split(args.batch_size)]), rows),
-            gallery.recalls(real, rows),
-            gallery.recalls(samples, rows, others),
-        ]
-        cells = " | ".join(f"{value:.2f}" for pair in figures for value in pair)
-        lines.append(f"| {name} | {len(rows)} | {cells} |")
-    return "\n".join([*lines, "", *colour_table(args, pipe)])
+        reconstructions = torch.cat([reconstruct(pipe.vae, part) for part in real.split(args.batch_size)])
+        figures = {
+            "samples": gallery.recalls(samples, rows),
+            "reconstructions": gallery.recalls(reconstructions, rows),
+            "real pictures": gallery.recalls(real, rows),
+            "chance": gallery.recalls(samples, rows, others),
+        }
+        cells = {f"{who}, R@{k}": f"{value:.2f}" for who, each in figures.items() for k, value in zip(RANKS, each)}
+        lines.append({"prompts": name, "number": len(rows)} | cells)
+    return (
+        f"{args.prompts} prompts of each kind (fewer where there are fewer), seed {args.seed}, the model's sampling "
+        f"defaults; {len(gallery.rows):,} real pictures; {gallery.extractor.description}.\n\n"
+        f"{table(lines, texts=['prompts'])}\n\n"
+        f"Samples whose main colour is the one asked for, of {len(COLOURS)} colours:\n\n{table([colour_row(args, pipe)])}"
+    )
 
 
 def sweep(args, pipe, gallery):
     """Fréchet distance, recall and retrieval by the sampling options, on prompts of seen concepts."""
     rows, prompts = gallery.prompts("train", args.prompts, args.seed)
     real = gallery.images(rows)
-    lines = [
-        f"{len(rows)} prompts of seen concepts, seed {args.seed}; against the prompts' own pictures; "
-        f"{gallery.extractor.description}.",
-        "",
-        "| guidance | temperature | top-p | FD | precision | recall | R@1 | R@10 |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for guidance, temperature, top_p in itertools.product(GUIDANCE, TEMPERATURES, TOP_PS):
         samples = draw(args, pipe, prompts, guidance_scale=guidance, temperature=temperature, top_p=top_p)
         metrics = FrechetDistance(gallery.extractor), PrecisionRecall(gallery.extractor)
@@ -180,11 +173,13 @@ def sweep(args, pipe, gallery):
         distance = frechet[gallery.extractor.frechet_distance_name]
         precision, recall = (shares[f"{name}-{gallery.extractor.suffix}"] for name in ("precision", "recall"))
         first, tenth = gallery.recalls(samples, rows)
-        lines.append(
-            f"| {guidance:g} | {temperature:g} | {top_p:g} | {distance:.1f} | {precision:.2f} | "
-            f"{recall:.2f} | {first:.2f} | {tenth:.2f} |"
-        )
-    return "\n".join(lines)
+        line = {"guidance": f"{guidance:g}", "temperature": f"{temperature:g}", "top-p": f"{top_p:g}"}
+        line |= {"FD": f"{distance:.1f}", "precision": f"{precision:.2f}", "recall": f"{recall:.2f}"}
+        lines.append(line | {"R@1": f"{first:.2f}", "R@10": f"{tenth:.2f}"})
+    return (
+        f"{len(rows)} prompts of seen concepts, seed {args.seed}; against the prompts' own pictures; "
+        f"{gallery.extractor.description}.\n\n{table(lines)}"
+    )
 
 
 def draw(args, pipe, prompts, **options):
@@ -202,22 +197,16 @@ def reconstruct(vae, images):
     return to_bytes(vae.decode_codes(vae.encode(from_bytes(images).to(vae.device)).codes).sample).cpu()
 
 
-def colour_table(args, pipe):
-    """Lines of a table: of how many samples of each coloured shape the main colour is the one asked for."""
+def colour_row(args, pipe):
+    """A row of a table: of how many samples of each coloured shape the main colour is the one asked for."""
     wanted = [(colour, shape) for shape in SHAPES for colour in COLOURS for _ in range(args.samples_per_colour)]
     colours = main_colours(draw(args, pipe, [f"{colour} {shape}" for colour, shape in wanted]))
     right = [(shape, colour == found) for (colour, shape), found in zip(wanted, colours)]
-    cells = []
-    for shape in (*SHAPES, None):
-        hits = [hit for each, hit in right if shape in (each, None)]
-        cells.append(f"{sum(hits)} of {len(hits)}")
-    return [
-        f"Samples whose main colour is the one asked for, of {len(COLOURS)} colours:",
-        "",
-        f"| {' | '.join(SHAPES)} | all |",
-        "|---:|---:|---:|---:|",
-        f"| {' | '.join(cells)} |",
-    ]
+    row = {}
+    for shape in (*SHAPES, "all"):
+        hits = [hit for each, hit in right if shape in (each, "all")]
+        row[shape] = f"{sum(hits)} of {len(hits)}"
+    return row
 
 
 def main_colours(images):

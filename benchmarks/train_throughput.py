@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from report import CLOCKS, describe_device, synchronize, write_section
+from report import CLOCKS, describe_device, synchronize, table, write_section
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
@@ -254,33 +254,36 @@ class StepClock:
 def make_report(args, sizes, runs):
     """A Markdown table, how it was made, and what the code cache gains."""
     memory = "allocated on the GPU" if args.device == "cuda" else "of the whole process"
-    lines = [
-        f"{sizes[0].upper()}{sizes[1:]}; {describe_device(args.device, args.threads)}; torch {torch.__version__}; "
-        f"{args.clock} time. Medians; warm-up: the first {args.warmup_steps} steps, and compilation that no earlier row or run "
-        f"did; memory: the most that was {memory}.",
-        "",
-        "| stage | trains on | precision | images/s | ms/step | steps timed | warm-up, s | peak memory, GB |",
-        "|---:|---|---|---:|---:|---:|---:|---:|",
-    ]
-    seconds = {}
+    rows, seconds = [], {}
     for row in args.rows:
         for setting in args.settings:
             repeats = runs[row, setting]
             steps = [step for run in repeats for step in run.steps]
-            seconds[row, setting] = median(steps)
-            warmup = median(run.warmup for run in repeats)
-            peak_memory = max(run.peak_memory for run in repeats)
-            lines.append(
-                f"| {ROWS[row].stage} | {ROWS[row].text} | {setting.replace('-', ', ')} | {args.batch_size / seconds[row, setting]:.4g} | "
-                f"{1000 * seconds[row, setting]:.4g} | {len(steps)} | {warmup:.3g} | {peak_memory / 1e9:.3g} |"
+            seconds[row, setting] = step = median(steps)
+            rows.append(
+                {
+                    "stage": ROWS[row].stage,
+                    "trains on": ROWS[row].text,
+                    "precision": setting.replace("-", ", "),
+                    "images/s": f"{args.batch_size / step:.4g}",
+                    "ms/step": f"{1000 * step:.4g}",
+                    "steps timed": len(steps),
+                    "warm-up, s": f"{median(run.warmup for run in repeats):.3g}",
+                    "peak memory, GB": f"{max(run.peak_memory for run in repeats) / 1e9:.3g}",
+                }
             )
+    report = (
+        f"{sizes[0].upper()}{sizes[1:]}; {describe_device(args.device, args.threads)}; torch {torch.__version__}; "
+        f"{args.clock} time. Medians; warm-up: the first {args.warmup_steps} steps, and compilation that no earlier row or run "
+        f"did; memory: the most that was {memory}.\n\n{table(rows, texts=['trains on', 'precision'])}"
+    )
     if {"images", "codes"} <= set(args.rows):
         gains = [
             f"{seconds['images', setting] / seconds['codes', setting]:.1f} times ({setting.replace('-', ', ')})"
             for setting in args.settings
         ]
-        lines += ["", f"With the code cache a step of stage 2 is faster: {'; '.join(gains)}."]
-    return "\n".join(lines)
+        report += f"\n\nWith the code cache a step of stage 2 is faster: {'; '.join(gains)}."
+    return report
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from report import write_section
+from report import table, write_section
 from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,21 +140,24 @@ def random_lpips():
 
 def make_report(args, counts, num_codes):
     """A Markdown table with a row a stage."""
-    lines = [
-        f"Counted for one image with {num_codes} codes; a step has {args.batch_size} images; the device is assumed to sustain "
-        f"{args.tflops:g} TFLOP/s. Memory is that of float32.",
-        "",
-        "| stage | parameters | GFLOP an image | seconds a step | GB an image | GB a step |",
-        "|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for stage, count in enumerate(counts, 1):
         seconds = count.operations * args.batch_size / (args.tflops * TERA)
         memory = (count.state + count.activations * args.batch_size) / GIGA
-        lines.append(
-            f"| {stage} | {count.parameters:,} | {count.operations / GIGA:.4g} | {seconds:.2g} | "
-            f"{count.activations / GIGA:.2g} | {memory:.2g} |"
+        rows.append(
+            {
+                "stage": stage,
+                "parameters": f"{count.parameters:,}",
+                "GFLOP an image": f"{count.operations / GIGA:.4g}",
+                "seconds a step": f"{seconds:.2g}",
+                "GB an image": f"{count.activations / GIGA:.2g}",
+                "GB a step": f"{memory:.2g}",
+            }
         )
-    return "\n".join(lines)
+    return (
+        f"Counted for one image with {num_codes} codes; a step has {args.batch_size} images; the device is assumed to sustain "
+        f"{args.tflops:g} TFLOP/s. Memory is that of float32.\n\n{table(rows)}"
+    )
 
 
 if __name__ == "__main__":
