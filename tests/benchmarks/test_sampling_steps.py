@@ -24,6 +24,7 @@ def test_tables_have_a_row_for_every_batch_size_and_lookahead(tmp_path):
     text = output.read_text()
     number = r" [\d.e+-]+ \|"
     assert re.findall(rf"^\| (\d) \|{number * 6}$", text, flags=re.MULTILINE) == ["1", "2"]
-    rows = re.findall(rf"^\| (\d) \| (\d) \|{number * 3} ([\d.]+) times \|$", text, flags=re.MULTILINE)
+    rows = re.findall(rf"^\| (\d) \| (\d) \|{number * 3} ([-\d.]+) times \|$", text, flags=re.MULTILINE)
+    # Times of two passes differ by noise alone at these sizes, and may even come out negative.
     assert [row[:2] for row in rows] == [("1", "1"), ("1", "4"), ("2", "1"), ("2", "4")]
     assert rows[0][2] == rows[2][2] == "1.00"
