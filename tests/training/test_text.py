@@ -11,6 +11,9 @@ from transformers import (
     ByT5Tokenizer,
     CLIPConfig,
     CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SiglipTextConfig,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
@@ -66,6 +69,7 @@ def save_encoder(folder, kind):
     model = {
         "bert": lambda: BertModel(BertConfig(**sizes, **bert)),
         "t5": lambda: T5ForConditionalGeneration(T5Config(**sizes, **t5)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes, n_embd=12, n_layer=1, n_head=2)),
         "clip": lambda: CLIPModel(
             CLIPConfig(
                 text_config={**sizes, **bert, "eos_token_id": 1},
@@ -78,10 +82,11 @@ def save_encoder(folder, kind):
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "clip"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip", "gpt2"])
 def test_any_text_encoder_gives_its_states_at_once_or_beforehand(tmp_path, kind):
     saved = save_encoder(tmp_path, kind)
-    saved = {"bert": lambda: saved, "t5": lambda: saved.encoder, "clip": lambda: saved.text_model}[kind]()
+    part = {"bert": None, "t5": "encoder", "clip": "text_model", "gpt2": "transformer"}[kind]
+    saved = saved if part is None else getattr(saved, part)
     ids = torch.tensor([learn_vocabulary(CAPTIONS, 8)("a red heart")["input_ids"]])
     expected = saved(input_ids=ids).last_hidden_state
     rows = [{"text": caption} for caption in ["a red heart", "", "clock 1"]]
@@ -98,6 +103,12 @@ def test_any_text_encoder_gives_its_states_at_once_or_beforehand(tmp_path, kind)
         assert not any(parameter.requires_grad for parameter in text.encoder.parameters())
         generator = make_transformer(text_hidden_size=12, text_length=6)
         assert text.join(generator) is generator
+
+
+def test_a_model_that_is_no_text_encoder_is_named(tmp_path):
+    SiglipTextConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="text must have a model that .* loads, got one with a SiglipTextConfig"):
+        load_text_encoder(str(tmp_path / "text"))
 
 
 def test_an_encoder_whose_tokenizer_is_written_in_python_is_trained_along(tmp_path):

@@ -9,12 +9,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
     DistilBertConfig,
     DistilBertModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..data.captions import CaptionDraw
 from ..modeling.text_dq import check_tokenizer, encode_tokens, pad_tokens, tokenize
@@ -78,11 +80,23 @@ def small_encoder(tokenizer, length):
 
 
 def load_text_encoder(name):
-    """Tokenizer and text encoder, in float32, of a folder or repository; of a saved model with text, its own two."""
+    """Tokenizer and text encoder, in float32, of a folder or repository; of a saved model with text, its own two.
+
+    Raises:
+        OSError, ValueError: there are none, or none that transformers loads as such.
+    """
     parts = Path(name, "tokenizer"), Path(name, "text_encoder")
     tokens, states = parts if all(part.is_dir() for part in parts) else (name, name)
     config = AutoConfig.from_pretrained(states).get_text_config()  # of CLIP, that of its text model
-    encoder = AutoModelForTextEncoding.from_pretrained(states, config=config, dtype=torch.float32)
+    kind = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    try:
+        encoder = kind.from_pretrained(states, config=config, dtype=torch.float32)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have a model that AutoModelForTextEncoding or AutoModel of transformers loads, got one with a "
+            f"{type(config).__name__}; save its text encoder alone, or take another"
+        ) from error
+    encoder.config.architectures = [type(encoder).__name__]  # not the class that the checkpoint was saved from
     return AutoTokenizer.from_pretrained(tokens), encoder
 
 
