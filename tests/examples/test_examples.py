@@ -793,7 +793,15 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("an epoch has no batch: expected at least one; lower the batch size", "--batch_size 23"),
+        (
+            "a batch, of all processes, has 23 images, but there are 22 to train on; lower --batch_size",
+            "--batch_size 23",
+        ),
+        (
+            "--output_dir tables/run lies in --data tables, where its pictures would be taken",
+            "--output_dir tables/run",
+        ),
+        ("--report_to wandb needs its package: pip install wandb", "--report_to wandb"),
         ("needs images of at least 24 x 24", "--disc_layers 3 --disc_weight 1 --disc_start 1"),
         ("file could not be written: .*Make sure that file is a folder", "--output_dir file"),
         ("expected no checkpoint in plain, got checkpoint-3", "--output_dir plain --resume never"),
@@ -822,6 +830,26 @@ def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
     assert re.search(message, refused), refused
     assert not list((place / "never-begun").glob("[!.]*"))
     assert len(training_rows(plain[0])) == 3
+
+
+def test_what_was_tidied_away_from_a_run_is_left_out_of_its_card(place, plain, unconditional):
+    """Its best step is the first; its pictures, and the rows of the log with its figures, are gone."""
+    shutil.copytree(unconditional, place / "tidied")
+    for name in ("log.jsonl", *(path.name for path in unconditional.glob("samples-*.png"))):
+        (place / "tidied" / name).unlink()
+    command = f"{STAGE_2} --output_dir tidied --vae plain/model --codes codes --label_column none --learning_rate 0"
+    command += " --save_every 1 --keep_checkpoints 3 --sample_every 1 --report_to none"
+    (place / "tidied" / "model" / "README.md").unlink()
+    run_here(place, f"{command} --max_steps 4")
+    card = (place / "tidied" / "model" / "README.md").read_text().partition("\n## Origin")[0]
+    assert "step of the smallest held-out loss, which is this model | 1 |" in card and "held out" not in card
+    assert "model is gone: put it back" in refusal_without(place, f"{command} --max_steps 4", "tidied/model")
+
+
+def refusal_without(place, command, name):
+    """The one line with which an example ends once this folder is gone."""
+    shutil.rmtree(place / name)
+    return refusal(place, command)
 
 
 def test_a_resumed_run_refuses_another_size_of_a_model():

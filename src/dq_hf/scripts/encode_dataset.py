@@ -65,7 +65,7 @@ def encode(args):
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     output_dir = Path(args.output_dir).resolve()  # what a link leads to
     check_output_dir(output_dir, args.overwrite)
-    check_data(args.data)
+    check_data(args.data, args.output_dir)
     hold = output_dir.with_name(f".{output_dir.name}.lock")
     held = together(lambda: lock(hold, output_dir) if accelerator.is_main_process else None)
     vae = load_tokenizer(args.vae).to(accelerator.device)

@@ -104,6 +104,8 @@ def train(args):
         average.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     if not (run.dir / "model").exists():  # the checkpoint may be another run's
+        if run.step == args.max_steps:
+            raise ValueError(f"{run.dir / 'model'} is gone: put it back, or give more --max_steps to make another")
         best.value = math.inf
 
     for batch in run.batches(train_loader, train_collate.set_epoch):
@@ -274,7 +276,7 @@ def publish(run, num_classes, text, test_sets, step, sources):
     args, figures = run.options, [f"test_{name}" for name in LOSSES[:3]]
     prompts = "; ".join(prompts_of(test_sets[args.test_split[0]], args)[1]) if text is not None else None
     rows = (row for row in run.log.read() if "test_loss" in row and row["step"] == step)
-    measured = min(rows, key=lambda row: row["test_loss"])
+    measured = min(rows, key=lambda row: row["test_loss"], default={"step": step})  # the user may have deleted the log
     run.publish(
         DQConfig.from_pretrained(run.dir / "model"),
         measured=measured,  # of the model that was kept

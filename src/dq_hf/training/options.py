@@ -102,7 +102,8 @@ class RunOptions(ImageOptions):
         "folder of a checkpoint goes on from that one.",
     )
     report_to: str | None = option(
-        None, "Tracker of accelerate that gets the rows of the log, too, such as tensorboard or trackio."
+        None,
+        "Tracker of accelerate that gets the rows of the log, too, such as tensorboard or trackio; none means none.",
     )
     push_to_hub: str | None = option(None, "Repository of the Hub for the finished model, such as user/name.")
 
@@ -113,6 +114,7 @@ class RunOptions(ImageOptions):
         require(self, 0, "learning_rate", "warmup_steps", "save_minutes")
         require_above_0(self, "max_grad_norm")
         require_different(self, "test_split")
+        self.report_to = None if self.report_to == "none" else self.report_to
 
 
 def require(args, least, *names):
@@ -160,8 +162,12 @@ def shown(args, name):
     return " ".join(map(str, values_of(args, name)))
 
 
-def check_data(data):
-    """Raise `ValueError` where the images of the repository are meant and are not there."""
+def check_data(data, output_dir):
+    """Raise `ValueError` where the images of the repository are meant and are not there, or the output would join the images."""
+    if Path(data).is_dir() and Path(output_dir).resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"--output_dir {output_dir} lies in --data {data}, where its pictures would be taken for images; choose another"
+        )
     if data == EMOJI and not Path(data).exists():
         raise ValueError(
             f"--data {EMOJI} is a folder of the repository, which is not in {Path.cwd()}; start the script from the "

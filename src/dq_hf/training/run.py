@@ -91,6 +91,8 @@ class Run:
             # One process checks the images, the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
         )
+        if options.report_to is not None and not self.accelerator.log_with:
+            raise ValueError(f"--report_to {options.report_to} needs its package: pip install {options.report_to}")
         check_writable(self.dir)
         check_place(self.dir / "model")
         self.lock = together(
@@ -124,7 +126,7 @@ class Run:
     def load_images(self):
         """Images to train on, and {split: images to measure on}; see `load_train_and_test`."""
         options = self.options
-        check_data(options.data)
+        check_data(options.data, options.output_dir)
         train_set, test_sets = load_train_and_test(
             self.accelerator,
             options.data,
@@ -155,7 +157,13 @@ class Run:
         return {name: self.accelerator.prepare(loader) for name, loader in zip(test_sets, loaders)}
 
     def train_loader(self, dataset, collate, sampler=None):
-        """Batches to train on, mixed unless a sampler or a stream does that."""
+        """Batches to train on, mixed unless a sampler or a stream does that; ValueError if there are too few rows for one."""
+        batch_size = self.options.batch_size * self.accelerator.num_processes
+        if not self.options.streaming and len(dataset) < batch_size:
+            raise ValueError(
+                f"a batch, of all processes, has {batch_size} images, but there are {len(dataset)} to train on; lower "
+                "--batch_size or add images"
+            )
         return DataLoader(
             dataset,
             self.options.batch_size,
@@ -298,16 +306,17 @@ class Run:
 
         Args:
             config: of the model.
-            measured: row of the log with the model's held-out figures.
+            measured: row of the log with the model's step and its held-out figures.
             metrics: names of those in the card.
             losses: names in the last row of training that go into the card.
-            picture: name in `model/` for the picture of that step.
+            picture: name in `model/` for the picture of that step, if it is there.
             dataset: name of the images.
             data, training: more facts for the card's tables.
             sources: {name: model} that this one was made of.
         """
         options, folder = self.options, self.dir / "model"
-        shutil.copy(self.picture(measured["step"]), folder / picture)
+        if self.picture(measured["step"]).exists():
+            shutil.copy(self.picture(measured["step"]), folder / picture)
         trained = next(row for row in reversed(self.log.read()) if "loss" in row)
         write_model_card(
             folder,
@@ -318,7 +327,7 @@ class Run:
             dataset=dataset,
             test_split=options.test_split[0],
             held_out=options.test_split[0] != options.train_split,
-            metrics={name: measured[name] for name in metrics},
+            metrics={name: measured[name] for name in metrics if name in measured},
             losses={name: trained[name] for name in losses if name in trained},
             data=data,
             training={
