@@ -145,7 +145,7 @@ class Visitor:
             edit = {"Paint here": painting, "Seed": i, "Prompt": PROMPTS[0], "Candidates": 1}
             expect("event: complete", self.ask("edit", edit, f"visitor {i}"))
         else:
-            expect("the seed must be one number", self.ask("sample", {"Seed": "seven"}))
+            expect("Seed must be one number", self.ask("sample", {"Seed": "seven"}))
 
     def ask(self, endpoint, sent, session=None):
         """What an endpoint answers.

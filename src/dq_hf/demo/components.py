@@ -14,12 +14,10 @@ from ..modeling.image_processing_dq import DQImageProcessor
 from .views import (
     MAX_PROMPT,
     MAX_SEED,
-    check_class,
-    check_number,
     check_painting,
     check_prompt,
-    check_whole,
     enlarged,
+    read_number,
     read_upload,
     to_pixel_values,
     view_scale,
@@ -84,6 +82,15 @@ def paint_editor(label, config, **options):
     )
 
 
+def number(component, value):
+    """The number that a visitor sent for a component with bounds, an int where its steps are 1.
+
+    Raises:
+        TypeError, ValueError: anything else, named by the component's label.
+    """
+    return read_number(component.label, value, component.minimum, component.maximum, whole=component.step == 1)
+
+
 def blank_editor(pixel_values):
     """Value of the editor: the image, with nothing painted."""
     path = served(enlarged(DQImageProcessor().post_process(pixel_values)[0]))
@@ -133,12 +140,13 @@ class Condition:
         """
         if self.has_prompts:
             check_prompt(prompt)
-        check_class(label, self.config)
-        check_whole("the seed", seed, 0, MAX_SEED)
-        arguments = dict(class_label=label, seed=int(seed), prompt=prompt)
+        if self.config.num_classes > 0:
+            label = read_number(self.label.label, label, 0, self.config.num_classes - 1, whole=True)
+        elif label is not None:
+            raise ValueError("this model has no classes, and takes none")
+        arguments = dict(class_label=label, seed=number(self.seed, seed), prompt=prompt)
         if is_guided(self.config):
-            check_number("guidance_scale", guidance, self.guidance.minimum, self.guidance.maximum)
-            arguments["guidance_scale"] = guidance
+            arguments["guidance_scale"] = number(self.guidance, guidance)
         return arguments
 
 

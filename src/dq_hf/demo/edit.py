@@ -3,8 +3,8 @@
 import gradio as gr
 
 from ..pipelines.inpaint import DQInpaintPipeline
-from .components import ImageSource, add_condition, open_painting, paint_editor, picture, served, told
-from .views import check_whole, edit_painted
+from .components import ImageSource, add_condition, number, open_painting, paint_editor, picture, served, told
+from .views import edit_painted
 
 HINT = (
     "Drop an image into the box, or take the sample of the other tab; paint over a part of it and press *Draw again*."
@@ -42,11 +42,11 @@ def add_edit_tab(pipe, turn, sample):
     def run_edit(values, painting, label, seed, guidance, num_candidates, prompt=None):
         with told():
             arguments = condition.read(label, seed, guidance, prompt)
-            check_whole("candidates", num_candidates, candidates.minimum, candidates.maximum)
+            arguments["num_candidates"] = number(candidates, num_candidates)
             painting = open_painting(editor, painting)
             if values is None:
                 raise ValueError("there is no image; upload one, or take a sample")
-            view = edit_painted(inpaint, values, painting, num_candidates=int(num_candidates), **arguments)
+            view = edit_painted(inpaint, values, painting, **arguments)
         return served(view.coding), served(view.image), view.figures
 
     outputs = [coding, image, figures]

@@ -9,20 +9,14 @@ from .components import (
     PRIVATE,
     add_condition,
     blank_editor,
+    number,
     open_painting,
     paint_editor,
     picture,
     served,
     told,
 )
-from .views import (
-    check_number,
-    cost_cells,
-    enlarged,
-    markdown_table,
-    painted_detail,
-    sample_frames,
-)
+from .views import cost_cells, enlarged, markdown_table, painted_detail, sample_frames
 
 NUM_STRIP_FRAMES, STRIP_SIDE = 8, 128
 
@@ -73,8 +67,7 @@ def add_generate_tab(pipe, turn):
         with told():
             arguments = condition.read(label, seed, guidance, prompt)
             options = dict(temperature=temperature, position_temperature=position_temperature, top_p=top_p)
-            for name, value in options.items():
-                check_number(name, value, sliders[name].minimum, sliders[name].maximum)
+            options = {name: number(sliders[name], value) for name, value in options.items()}
             grain_map = painted_detail(open_painting(editor, painting), config)
             frames = []
             for frame in sample_frames(pipe, grain_map=grain_map, **arguments, **options):

@@ -2,8 +2,8 @@
 
 import gradio as gr
 
-from .components import PRIVATE, ImageSource, open_painting, paint_editor, picture, served, told
-from .views import check_number, reconstruct_painted
+from .components import PRIVATE, ImageSource, number, open_painting, paint_editor, picture, served, told
+from .views import reconstruct_painted
 
 NO_IMAGE = "Drop an image into the box, or take the sample of the other tab."
 
@@ -22,7 +22,7 @@ def add_reconstruct_tab(vae, turn, sample):
         with gr.Column(scale=1, min_width=260):
             source = ImageSource.add(has_samples=sample is not None)
             by_router = gr.Checkbox(True, label="The router decides", visible=len(finer) > 0)
-            shares = [
+            sliders = [
                 gr.Slider(
                     0,
                     1,
@@ -46,11 +46,10 @@ def add_reconstruct_tab(vae, turn, sample):
             painting = open_painting(editor, painting)
             if not isinstance(by_router, bool):
                 raise TypeError("whether the router decides must be true or false")
-            for share in shares:
-                check_number("a share", share, 0, 1)
+            shares = [number(*each) for each in zip(sliders, shares)]
             if values is None:
                 return None, None, NO_IMAGE
-            view = reconstruct_painted(vae, values, painting, None if by_router else list(shares))
+            view = reconstruct_painted(vae, values, painting, None if by_router else shares)
         return served(view.coding), served(view.image), view.figures
 
     def run_shares(values, painting, *shares):
@@ -58,7 +57,7 @@ def add_reconstruct_tab(vae, turn, sample):
 
     update = dict(
         fn=run_reconstruct,
-        inputs=[pixel_values, editor, by_router, *shares],
+        inputs=[pixel_values, editor, by_router, *sliders],
         outputs=[coding, image, figures],
         preprocess=False,  # `run_reconstruct` checks what was sent
         trigger_mode="always_last",
@@ -67,7 +66,7 @@ def add_reconstruct_tab(vae, turn, sample):
     )
     source.connect(vae, sample, [pixel_values, editor], erase, "open", update)
     by_router.input(**update, api_name="reconstruct")
-    for share in shares:
-        share.input(None, None, by_router, js="() => false", **PRIVATE)
-        share.input(**{**update, "fn": run_shares, "inputs": [pixel_values, editor, *shares]}, **PRIVATE)
+    for slider in sliders:
+        slider.input(None, None, by_router, js="() => false", **PRIVATE)
+        slider.input(**{**update, "fn": run_shares, "inputs": [pixel_values, editor, *sliders]}, **PRIVATE)
     editor.input(**update, **PRIVATE)

@@ -218,18 +218,6 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def check_class(label, config):
-    """Raise TypeError or ValueError unless this is one class id of a `DQTransformerConfig`, or None without classes."""
-    if config.num_classes == 0:
-        if label is not None:
-            raise ValueError("this model has no classes, and takes none")
-        return
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise TypeError(f"the class must be one id, a whole number, got {kind_of(label)}")
-    if not 0 <= label < config.num_classes:
-        raise ValueError(f"class labels must lie in 0 ... {config.num_classes - 1}, got {label}")
-
-
 def check_prompt(prompt):
     """Raise TypeError or ValueError unless this is one text that is not endless."""
     if not isinstance(prompt, str):
@@ -238,19 +226,15 @@ def check_prompt(prompt):
         raise ValueError(f"the prompt may have {MAX_PROMPT} characters, got {len(prompt)}")
 
 
-def check_number(name, value, low, high):
-    """Raise TypeError or ValueError unless a value is one number from `low` to `high`."""
+def read_number(name, value, low, high, whole=False):
+    """The number from `low` to `high` that was sent, an int if `whole`; TypeError or ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be one number, got {kind_of(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in {low} ... {high}, got {value}")
-
-
-def check_whole(name, value, low, high):
-    """Raise TypeError or ValueError unless a value is one whole number from `low` to `high`."""
-    check_number(name, value, low, high)
-    if value != int(value):
+    if whole and value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value}")
+    return int(value) if whole else value
 
 
 def check_painting(painting):
