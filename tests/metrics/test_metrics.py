@@ -402,6 +402,36 @@ def test_batches_change_nothing_and_compute_starts_anew_and_memory_does_not_grow
         assert (sizes[1] > sizes[0] + 1000) == grows and abs(sizes[1] - sizes[0]) < (20_000 if grows else 20)
 
 
+def test_a_batch_that_is_refused_counts_for_nothing(extractor, images):
+    predictions, references = images
+    for metric in (FrechetDistance(extractor), PrecisionRecall(extractor)):
+        with pytest.raises(ValueError, match=r"lie in \[-1, 1\]"):
+            metric.add_batch(predictions=predictions, references=references.float())
+        metric.add_batch(predictions=predictions, references=references)
+        figures = metric.compute()
+        assert figures["num_predictions"] == figures["num_references"] == 6
+
+
+def test_too_few_images_are_kept_for_more(extractor, images):
+    predictions, references = images
+    metric, whole = PrecisionRecall(extractor), PrecisionRecall(extractor)
+    metric.add_batch(predictions=predictions[:3], references=references)
+    with pytest.raises(ValueError, match="at least 4 predictions, got 3"):
+        metric.compute()
+    metric.add_batch(predictions=predictions[3:])
+    assert metric.compute() == whole.compute(predictions=predictions, references=references)
+
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_may_not_be_written_to_are_taken(images):
+    arrays = [image.numpy() for image in images]
+    for array in arrays:
+        array.setflags(write=False)
+    assert PSNR().compute(predictions=arrays[0], references=arrays[1]) == PSNR().compute(
+        predictions=images[0], references=images[1]
+    )
+
+
 def test_what_is_no_image_is_refused(images):
     metric, (predictions, references) = PSNR(), images
     for wrong, error, message in (

@@ -31,9 +31,9 @@ class FeatureMetric(StreamingMetric, ABC):
         return images
 
     def update(self, predictions, references):
-        for side, images in (("predictions", predictions), ("references", references)):
-            if images is not None:
-                self.add_features(**{side: self.extractor.features(self.unit_images(images))})
+        given = {"predictions": predictions, "references": references}
+        images = {side: self.unit_images(images) for side, images in given.items() if images is not None}
+        self.add_features(**{side: self.extractor.features(each) for side, each in images.items()})
 
     def add_features(self, predictions=None, references=None):
         """Add features (B, D) of this metric's extractor instead of images."""

@@ -102,9 +102,10 @@ class FrechetDistance(FeatureMetric):
         return {side: FeatureStatistics(self.extractor.description) for side in self.inputs}
 
     def add_features(self, predictions=None, references=None):
-        for side, features in (("predictions", predictions), ("references", references)):
-            if features is not None:
-                self.state[side].update(features)
+        given = {"predictions": predictions, "references": references}
+        checked = {side: check_features(each) for side, each in given.items() if each is not None}
+        for side, features in checked.items():
+            self.state[side].update(features)
 
     def result(self, state):
         return {

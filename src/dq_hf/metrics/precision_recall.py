@@ -37,10 +37,14 @@ class PrecisionRecall(FeatureMetric):
         return {side: [] for side in self.inputs}
 
     def add_features(self, predictions=None, references=None):
-        for side, features in (("predictions", predictions), ("references", references)):
-            if features is not None:
-                earlier = self.state["predictions"] or self.state["references"]
-                self.state[side].append(check_features(features, earlier[0].shape[1] if earlier else None))
+        earlier = [*self.state["predictions"], *self.state["references"]]
+        width = earlier[0].shape[1] if earlier else None
+        given = {"predictions": predictions, "references": references}
+        checked = {side: check_features(each, width) for side, each in given.items() if each is not None}
+        if len({each.shape[1] for each in checked.values()}) > 1:
+            raise ValueError("features of predictions and references must have as many columns")
+        for side, features in checked.items():
+            self.state[side].append(features)
 
     def result(self, state):
         device = next(self.extractor.parameters()).device

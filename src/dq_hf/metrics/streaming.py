@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from ..modeling.image_processing_dq import to_tensor
+from ..modeling.image_processing_dq import as_tensor, to_tensor
 from ..modeling.modeling_utils_dq import seems_to_be_unit
 
 
@@ -72,15 +72,16 @@ class StreamingMetric(evaluate.Metric, ABC):
         """The figures of all batches, and of those given here, over all processes; the next batch starts anew.
 
         Raises:
-            ValueError: too few images, or processes that do not measure the same.
+            ValueError: too few images, which are kept, or processes that do not measure the same.
         """
         if any(value is not None for value in inputs.values()):
             self.add_batch(**inputs)
-        state, self.state = self.state, self.empty_state()
-        identities, states = zip(*gather((self.identity, state)))
+        identities, states = zip(*gather((self.identity, self.state)))
         if any(identity != identities[0] for identity in identities):
             raise ValueError(f"all processes must measure with the same, got {', '.join(map(str, identities))}")
-        return self.result({name: reduce(add, (each[name] for each in states)) for name in state})
+        figures = self.result({name: reduce(add, (each[name] for each in states)) for name in self.state})
+        self.state = self.empty_state()
+        return figures
 
     def __bool__(self):
         """True, though `evaluate` counts no rows: `if metric` asks whether there is one."""
@@ -117,7 +118,7 @@ def unit_images(images):
             raise ValueError(f"images must have one size, got {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}")
         return torch.stack([to_tensor(image) for image in images])
     try:
-        images = torch.as_tensor(images)
+        images = as_tensor(images) if isinstance(images, np.ndarray) else torch.as_tensor(images)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"images must be a tensor or array (B, 3, H, W), got {type(images).__name__}; or a list of PIL images"
@@ -140,7 +141,7 @@ def unit_images(images):
 def warn_of_unit_range(images):
     """Warn of a batch of float images that seems to lie in [0, 1]: with a metric that is what users forget."""
     if isinstance(images, (torch.Tensor, np.ndarray)) and images.ndim == 4:
-        images = torch.as_tensor(images)
+        images = as_tensor(images)
         if images.is_floating_point() and images.numel() and seems_to_be_unit(images.min(), images.max()):
             warnings.warn(
                 "float images are read as [-1, 1], and no value of these is below 0: if they lie in [0, 1], give uint8 or "

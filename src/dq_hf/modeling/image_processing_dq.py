@@ -232,9 +232,9 @@ def to_tensor(image, data_format=None):
         raise TypeError(
             f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}{remedy}"
         )
-    is_array = isinstance(image, np.ndarray)
-    tensor = as_tensor(image) if is_array else image
-    tensor = channels_first(tensor, data_format or find_channels(tensor, FORMATS[is_array]))
+    tensor = as_tensor(image)
+    usual = FORMATS[isinstance(image, np.ndarray)]
+    tensor = channels_first(tensor, data_format or find_channels(tensor, usual))
     if tensor.dtype == torch.uint8:
         return to_rgb(tensor.float() / 255)
     if not tensor.is_floating_point():
@@ -248,10 +248,13 @@ def to_tensor(image, data_format=None):
     return to_rgb(tensor.float())
 
 
-def as_tensor(array):
-    """A tensor of any numpy array, whose memory it has if torch takes that: in order, to be written to, with native bytes."""
-    array = np.asarray(array)
-    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), requirements=["C", "W"]))
+def as_tensor(values):
+    """A tensor of a tensor or of any numpy array, whose memory it has if torch takes that: in order, to be written to, with
+    native bytes.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    return torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), requirements=["C", "W"]))
 
 
 def find_channels(tensor, usual):

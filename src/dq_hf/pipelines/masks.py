@@ -22,7 +22,7 @@ def read_masks(masks):
         return [to_unit_mask(pil_to_grey(masks)) >= MASKED]
     if not isinstance(masks, (np.ndarray, torch.Tensor)):
         raise TypeError(f"a mask must be a PIL image, a numpy array or a torch tensor, got {type(masks).__name__}")
-    masks = as_tensor(masks) if isinstance(masks, np.ndarray) else masks.detach().cpu()
+    masks = as_tensor(masks).detach().cpu()
     unit = to_unit_mask(masks)
     if unit.dim() in (3, 4) and unit.shape[-1] == 4:  # what is transparent is black
         unit = unit[..., :3] * unit[..., 3:]
