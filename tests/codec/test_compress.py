@@ -1,5 +1,6 @@
 """Images as bytes: what comes back, how long it is, and what damaged, foreign and newer files give."""
 
+import copy
 import logging
 import math
 import random
@@ -13,6 +14,7 @@ from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transfor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import BertConfig
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline
 from dq_hf.codec import compress, decompress, read_codes
@@ -388,6 +390,19 @@ def test_a_file_without_a_models_name_asks_for_the_model(vae, files, tmp_path):
     assert decompress(None, named) == decompress(vae, files[0])
     with pytest.raises(ValueError, match="names no model.*[0-9a-f]{16}"):
         decompress(None, files[1])
+
+
+def test_a_file_that_names_another_kind_of_model_is_refused_before_that_is_loaded(vae, tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    named = compress(vae, picture(7), model_id=str(tmp_path))
+    with pytest.raises(ValueError, match=r"must be a tokenizer, or that and a generator \(dqvae, dq\); got 'bert'"):
+        decompress(None, named)
+
+
+def test_the_same_weights_in_another_precision_are_told_what_to_do(vae):
+    data = compress(vae, picture(7))
+    with pytest.raises(ValueError, match="another model.*in the precision that it had then"):
+        decompress(copy.deepcopy(vae).half(), data)
 
 
 def test_the_frame_is_small(vae, files):

@@ -244,6 +244,8 @@ def test_force_overwrites(run, place):
         (["--output", "model.png/"], "must exist|exists"),
         (["--output", "grid"], "grid must end like an image file, for example .png"),
         (["--output", "grid.psd"], "grid.psd must end like an image file"),
+        (["--output", "grid.xbm"], "grid.xbm must end like an image file that holds colours and any size"),
+        (["--output", "grid.ico"], "grid.ico must end like an image file that holds colours and any size"),
         (["--output-dir", "half.png"], "cannot be written"),
         (["--output-dir", "half.png/sub"], "cannot be written"),
         (["--output-dir", "taken"], "taken/00001.png exists"),
@@ -455,6 +457,8 @@ def test_compress_and_decompress_refuse_what_cannot_be(refused, run):
     assert "generator" in refused("compress", "noise.png", "noise.dq", "--model", "model", "--class-label", "sun")
     run("compress", "noise.png", "noise.dq", "--model", "model")
     assert "--force" in refused("compress", "noise.png", "noise.dq", "--model", "model")
+    for place in ("-", "/dev/null"):
+        assert "an ordinary file" in refused("compress", "noise.png", place, "--model", "model", "--force")
     assert re.search("another model.*; give the model that wrote it", refused("decompress", "noise.dq", "back.png"))
     assert "begin with DQ" in refused("decompress", "noise.png", "back.png")
     assert "nothing.dq" in refused("decompress", "nothing.dq", "back.png")

@@ -1,5 +1,6 @@
 """`dq-hf evaluate`: its figures, its protocol, and one set of samples however it was made."""
 
+import copy
 import json
 import math
 import os
@@ -179,6 +180,12 @@ def test_captions_are_prompts_and_what_likelihood_knows(captioned, tmp_path, ext
     expected = pipe(prompts, generator=torch.Generator().manual_seed(0)).images
     for i, image in enumerate(expected):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "samples" / f"{i:06d}.png"))), i
+    with torch.no_grad():
+        other = copy.deepcopy(pipe.text_encoder)
+        next(other.parameters()).add_(0.1)
+    with pytest.raises(ValueError, match="text_fingerprint"):
+        other = DQPipeline(pipe.vae, pipe.transformer, other, pipe.tokenizer)
+        evaluate_generation(other, "tiny", folder, "test", tmp_path / "samples", **options)
 
 
 def test_the_protocol_of_a_reconstruction_says_what_was_measured_and_how(place, vae, networks):

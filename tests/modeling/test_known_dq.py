@@ -281,7 +281,7 @@ def test_grain_maps_are_arrays_of_any_strides_lists_or_tensors(models):
         (
             lambda codes, grain_map: dict(grain_map=grain_map + 1, fine_ratio=0.5),
             ValueError,
-            "means 8 of 16 regions of granularity 1, but grain_map prescribes 16",
+            "means 8 of 16 regions of granularity 1, but grain_map, or what stays of the image, has 16",
         ),
         (lambda codes, grain_map: dict(fine_ratio=1.5), ValueError, r"fine_ratio must lie in \[0, 1\]"),
         (lambda codes, grain_map: dict(fine_ratio=[0.5, 0.1]), ValueError, "needs 1 share"),

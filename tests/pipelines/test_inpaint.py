@@ -318,10 +318,23 @@ def test_it_loads_saved_folders_and_shares_the_parts_of_a_pipeline(pipe, image, 
     plain = DQPipeline.from_pretrained(tmp_path)
     shared = DQInpaintPipeline.from_pipe(plain)
     assert shared.vae is plain.vae and shared.transformer is plain.transformer
+    assert type(shared) is DQInpaintPipeline
     results = [
         each(image=image, mask_image=WHITE, generator=seeded(2)).codes.tolist() for each in (pipe, loaded, shared)
     ]
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_sharing_models_leaves_them_their_precision_unless_another_is_asked_for(dtype):
+    vae, transformer = make_vae(image_size=16), make_transformer()
+    plain = DQPipeline(vae, transformer.bfloat16())
+    before = plain(generator=seeded(0)).codes
+    for kind in (DQInpaintPipeline, DQPipeline):
+        assert kind.from_pipe(plain, dtype=dtype).transformer is transformer
+        assert vae.dtype == (dtype or torch.float32) and transformer.dtype == (dtype or torch.bfloat16)
+        assert dtype is not None or torch.equal(plain(generator=seeded(0)).codes, before)
+    assert DQInpaintPipeline.from_pipe(plain, vae=(other := make_vae(image_size=16))).vae is other
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,21 @@ class Classes(Dataset):
         return self.items[i]
 
 
+class Rows(torch.utils.data.IterableDataset):
+    """Of a known length, but without numbered places."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self):
+        return len(self.items)
+
+
 STREAMS = {
+    "rows": Rows,
     "generator": lambda items: (item for item in items),
     "torch": Classes,
     "iterator": iter,
@@ -207,6 +221,7 @@ STREAMS = {
         ("torch", dict(batch_size=3, num_workers=2)),
         ("iterator", dict(batch_size=4)),
         ("column", dict(num_workers=1)),
+        ("rows", dict(num_workers=2)),
         ("plain column", dict(batch_size=2)),
     ],
 )

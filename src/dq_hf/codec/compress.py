@@ -5,11 +5,13 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-from transformers import AutoModel
 
 from ..data.fingerprint import decoding_fingerprint
+from ..hub.download import local_folder
+from ..hub.folders import read_json_object
 from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
 from ..pipelines.class_labels import class_ids
 from .container import DAMAGED, GENERATOR, MOST_SIDE, STATIC, Header, read_file, write_file
@@ -130,7 +132,7 @@ def read(model, data):
         name = "" if header.model_id is None else f", {header.model_id}"
         raise ValueError(
             f"this file is of another model: fingerprint {header.fingerprint.hex()}{name}, got one with {own.hex()}; "
-            "give the model that wrote it"
+            "give the model that wrote it, in the precision that it had then (dtype=torch.float32, or as its weights were saved)"
         )
     prior = StaticPrior(vae) if header.flag == STATIC else GeneratorPrior(model, header.class_label, header.prompt)
     grids = decode(prior, header, *rest)
@@ -177,7 +179,14 @@ def find_model(model, header):
     name = header.model_id if model is None else model
     if name is None:
         raise ValueError(f"this file names no model: give the one with fingerprint {header.fingerprint.hex()}")
-    return AutoModel.from_pretrained(name).eval() if isinstance(name, (str, Path)) else name
+    if not isinstance(name, (str, Path)):
+        return name
+    with local_folder(name, ["config.json"]) as folder:
+        kind = read_json_object(folder / "config.json").get("model_type")
+    classes = {each.config_class.model_type: each for each in (DQVAEModel, DQForImageGeneration)}
+    if kind not in classes:
+        raise ValueError(f"{name} must be a tokenizer, or that and a generator ({', '.join(classes)}); got {kind!r}")
+    return classes[kind].from_pretrained(name).eval()
 
 
 def region_shape(factor, height, width):

@@ -65,7 +65,10 @@ def load_rows(path, vae):
         ) from error
     own = decoding_fingerprint(parts(vae)[0])
     if theirs != own:
-        raise ValueError(f"{path} holds the codes of another model: fingerprint {theirs}, {name}, got one with {own}")
+        raise ValueError(
+            f"{path} holds the codes of another model: fingerprint {theirs}, {name}, got one with {own}; "
+            "give that one, in the precision that it had then"
+        )
     return datasets.Dataset.from_parquet(as_pattern(path))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -84,14 +85,22 @@ def check_outputs(paths, force, make_folder=False):
     """
     from PIL import Image
 
-    if Image.registered_extensions().get(paths[0].suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{paths[0]} must end like an image file, for example .png")
+    trial, file = Image.new("RGB", (16, 8)), io.BytesIO()
+    try:
+        trial.save(file, Image.registered_extensions()[paths[0].suffix.lower()])
+        keeps_size = Image.open(file).size == trial.size  # icons have sizes of their own
+    except (KeyError, OSError, ValueError):
+        keeps_size = False
+    if not keeps_size:
+        raise ValueError(f"{paths[0]} must end like an image file that holds colours and any size, for example .png")
     for path in paths:
         check_output(path, force, make_folder)
 
 
 def check_output(path, force, make_folder=False):
     """Raise OSError now, not after the work, if a file cannot be written, or must not be overwritten."""
+    if path.exists() and not path.is_file() and not path.is_dir() or str(path) == "-":
+        raise OSError(f"{path} must be the name of an ordinary file, not of a pipe or device")
     if path.exists() and not force:
         raise OSError(f"{path} exists; choose another name or give --force")
     if path.is_dir() or not (make_folder or path.parent.is_dir()):

@@ -6,8 +6,6 @@ import zlib
 import torch
 from torch.nn import functional as F
 
-from ..modeling.image_processing_dq import upright
-
 
 class Augmentation:
     """Crops, shifts and mirrors images at random.
@@ -31,10 +29,9 @@ class Augmentation:
         self.max_shift = max_shift
 
     def crop(self, image, height, width, epoch):
-        """A part of a PIL image, upright, of the shape of (height, width); the whole image without `random_crop`."""
+        """A part of an upright PIL image, of the shape of (height, width); the whole image without `random_crop`."""
         if not self.random_crop:
             return image
-        image = upright(image)
         scale = min(image.width / width, image.height / height)
         sides = max(1, round(width * scale)), max(1, round(height * scale))
         _, places = self._draw(image.tobytes(), epoch)

@@ -52,6 +52,12 @@ def decoding_fingerprint(vae, transformer=None, text_encoder=None, text_tokenize
     return digits
 
 
+def text_fingerprint(text_encoder, text_tokenizer):
+    """16 hex digits that tell text encoders, or their vocabularies, apart."""
+    facts = type(text_encoder).__name__, text_tokenizer.get_vocab()
+    return hash_weights(text_encoder.state_dict(), json.dumps(facts, sort_keys=True))
+
+
 def fields_and_weights(model):
     """What a fingerprint is made of. A router's thresholds are a field, as they were before they became weights."""
     fields = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}

@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .image_folders import is_image_folder, load_image_folder, table_beside_images
 
@@ -206,18 +206,20 @@ def labels_of(rows, label_column):
 
 
 def decode_image(value):
-    """The whole PIL image of a row's value: a PIL image, a path, bytes, or a dict of both.
+    """The whole PIL image, upright, of a row's value: a PIL image, a path, bytes, or a dict of both.
 
     Raises:
         ValueError: the image is broken, or of a kind that `DQImageProcessor` refuses.
     """
     try:
-        image, feature = value, datasets.Image()
-        if not isinstance(value, (Image.Image, dict)):
-            value = feature.encode_example(value)
-        if isinstance(value, dict):
-            image = feature.decode_example({"path": None, "bytes": None} | value)
+        if isinstance(value, Image.Image):
+            image = ImageOps.exif_transpose(value)
+        else:
+            feature = datasets.Image()
+            files = value if isinstance(value, dict) else feature.encode_example(value)
+            image = feature.decode_example({"path": None, "bytes": None} | files)
         image.load()
+        image.info.pop("exif", None)  # damaged EXIF data do no harm, but where a copy of the image is read
     except UnidentifiedImageError:
         raise ValueError("no image that Pillow can read") from None
     except Exception as error:  # Pillow's decoders raise almost any kind on damaged data

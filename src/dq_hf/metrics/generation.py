@@ -9,7 +9,7 @@ from accelerate import Accelerator, PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.fingerprint import fingerprint
+from ..data.fingerprint import fingerprint, text_fingerprint
 from ..hub.folders import whole_file
 from ..networks.extractors import make_extractor
 from .frechet_distance import FrechetDistance
@@ -97,6 +97,7 @@ def evaluate_generation(
         "class_labels": label_rule if labels else None,
         "class_labels_sha256": digest(labels),
         **({"captions": caption_column, "captions_sha256": digest(prompts)} if prompts else {}),
+        **({"text_fingerprint": text_fingerprint(pipe.text_encoder, pipe.tokenizer)} if prompts else {}),
         **environment(pipe.vae),
     }
     claim_folder(folder, making)

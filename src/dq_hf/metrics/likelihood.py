@@ -5,7 +5,7 @@ import math
 import torch
 from accelerate import Accelerator
 
-from ..data.fingerprint import fingerprint
+from ..data.fingerprint import fingerprint, text_fingerprint
 from ..modeling.image_processing_dq import from_bytes
 from ..modeling.text_dq import prompt_arguments
 from .code_statistics import count_bits
@@ -84,6 +84,7 @@ def evaluate_likelihood(
         "vae_fingerprint": fingerprint(vae),
         "transformer_fingerprint": fingerprint(transformer),
         **({} if captions is None else {"captions": caption_column}),
+        **({} if captions is None else {"text_fingerprint": text_fingerprint(model.text_encoder, model.tokenizer)}),
         **references.protocol,
         "references_sha256": references.sha256(),
         **environment(vae),

@@ -88,7 +88,7 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
         if most > count:
             raise ValueError(
                 f"fine_ratio {fine_ratio} means {count} of {rows * columns} regions of granularity {granularity}, but "
-                f"grain_map prescribes {most}"
+                f"grain_map, or what stays of the image, has {most}"
             )
     return Known(codes, grain_map, counts)
 

@@ -195,12 +195,14 @@ class Stream(IterableDataset):
 
 
 def read_ahead(inputs, batch_size, num_workers):
-    """Lists of inputs, in their order; of what has no length one process can read ahead."""
-    has_length = isinstance(inputs, Sized) and hasattr(inputs, "__getitem__")
+    """Lists of inputs, in their order; of what has no numbered places one process can read ahead."""
+    has_places = (
+        isinstance(inputs, Sized) and hasattr(inputs, "__getitem__") and not isinstance(inputs, IterableDataset)
+    )
     return DataLoader(
-        inputs if has_length else Stream(inputs),
+        inputs if has_places else Stream(inputs),
         batch_size=batch_size,
-        num_workers=num_workers if has_length else min(num_workers, 1),
+        num_workers=num_workers if has_places else min(num_workers, 1),
         collate_fn=list,
         generator=torch.Generator(),  # else it takes a draw from torch's own
     )

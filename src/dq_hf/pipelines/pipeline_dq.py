@@ -140,7 +140,7 @@ class DQPipeline(DiffusionPipeline):
             raise TypeError(
                 "num_images is of the model's generate; here it is num_images_per_prompt, or num_images_per_label"
             )
-        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         self.check_inputs(output_type, tensor_inputs)
         texts = self.encode_prompt(
             prompt,
@@ -324,6 +324,16 @@ class DQPipeline(DiffusionPipeline):
                 check_finite(pipe.text_encoder, files)
                 pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
             return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As in diffusers, but without a dtype the models stay as they are; there they become float32, in both pipelines."""
+        if kwargs.get("dtype") or kwargs.get("torch_dtype") or not isinstance(pipeline, DQPipeline):
+            return super().from_pipe(pipeline, **kwargs)
+        changes = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+        shared = cls(**pipeline.components | changes)
+        shared.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return shared
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
