@@ -5,7 +5,7 @@ import gradio as gr
 from .components import PRIVATE, ImageSource, number, open_painting, paint_editor, picture, served, told
 from .views import reconstruct_painted
 
-NO_IMAGE = "Drop an image into the box, or take the sample of the other tab."
+NO_IMAGE = "Drop an image into the box."
 
 
 def add_reconstruct_tab(vae, turn, sample):
