@@ -242,7 +242,7 @@ def test_force_overwrites(run, place):
         (["--output", "no/grid.png"], "no/grid.png cannot be written; its folder must exist"),
         (["--output", "half.png/grid.png"], "half.png/grid.png cannot be written"),
         (["--output", "model.png/"], "must exist|exists"),
-        (["--output", "grid"], "grid must end like an image file, for example .png"),
+        (["--output", "grid"], "grid must end like an image file that holds colours and any size, for example .png"),
         (["--output", "grid.psd"], "grid.psd must end like an image file"),
         (["--output", "grid.xbm"], "grid.xbm must end like an image file that holds colours and any size"),
         (["--output", "grid.ico"], "grid.ico must end like an image file that holds colours and any size"),

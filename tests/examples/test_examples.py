@@ -527,7 +527,7 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
         ("codes holds the codes of another VAE", "--vae full/model --codes codes"),
         ("--streaming reads images as they come, but --codes has their codes", "--codes codes --streaming"),
         (
-            "label column 'label' must hold .*, or train without labels .--label_column none",
+            "label column 'label' must hold .*, or train without classes .--label_column none",
             "--codes unlabelled --label_column label",
         ),
     ):
