@@ -309,7 +309,7 @@ def test_unknown_labels_and_too_few_images_are_refused_before_any_is_made(place,
     (tmp_path / "data/test/sun").rename(tmp_path / "data/test/cloud")
     for settings, message in (
         (dict(data=tmp_path / "data"), "no class 'cloud' as the real images do; use \"balanced\""),
-        (dict(label_column="kind"), "label column 'kind' must hold class labels .* use \"balanced\""),
+        (dict(label_column="kind"), "label column 'kind' must hold class labels: .* use \"balanced\""),
         (dict(num_images=3), "at least 4 samples are needed, got 3"),
         (dict(num_references=3), "at least 4 references are needed, got 3"),
     ):

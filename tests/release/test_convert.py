@@ -540,7 +540,7 @@ def test_the_table_of_thresholds_is_found_given_or_published(checkout, tmp_path)
     assert convert("published").entropy_thresholds == [1.677775]
     assert any(re.search(r"no file .*imagenet.*1\.677775 nats, the published one", line) for line in lines)
     assert convert("given", thresholds_path=tmp_path / "table.json").entropy_thresholds == [1.25]
-    with pytest.raises(FileNotFoundError, match="no table of entropy thresholds .*none.json"):
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.json"):
         convert("none", thresholds_path=tmp_path / "none.json")
     os.symlink(folder / "configs" / "stage1" / "entropy.yml", tmp_path / "link.yml")
     linked = convert_checkpoint(tmp_path / "link.yml", checkpoint, tmp_path / "linked")

@@ -153,6 +153,8 @@ def replace_files(stage, folder, stale):
 def read_json_object(path):
     """The dictionary that a JSON file holds; `OSError` if it is damaged, too large or too deep, or holds something else."""
     path, remedy = Path(path), "save it again or, where it came from the Hub, load it with force_download=True"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size > MAX_JSON:
         raise OSError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_JSON:,} are read")
     try:
