@@ -267,6 +267,8 @@ def test_splits_may_lie_in_a_folder_named_data(tmp_path):
     for split in ("train", "test"):
         dataset = load_images(tmp_path / "splits", split)
         assert len(dataset) == 1 and dataset.features["label"].names == ["cat", "dog"]
+    (tmp_path / "splits" / "data" / "metadata.csv").write_text("file_name,text\ntrain/cat/a.png,a cat\n")
+    assert load_images(tmp_path / "splits", "train")["text"][:] == ["a cat"]
     write(tmp_path / "classes", ["data/cat/a.png", "data/dog/b.png"])
     assert load_images(tmp_path / "classes", "train").features["label"].names == ["cat", "dog"]
     write(tmp_path / "both", ["data/a.png", "b.png"])

@@ -233,6 +233,13 @@ def test_columns_that_nobody_asked_for_are_not_decoded(tmp_path, streaming):
     assert decode_image(row["image"]).getpixel((0, 0)) == (7, 7, 7) and row["label"] == 1
 
 
+def test_images_of_several_files_are_looked_at_file_by_file():
+    """Joined, those of a large data set would not fit into one array."""
+    images = [Dataset.from_dict({"image": [{"bytes": png(grey), "path": None}]}) for grey in (0, 1)]
+    dataset = datasets.concatenate_datasets(images).cast_column("image", datasets.Image(decode=False))
+    assert dataset.data.column("image").num_chunks == 2 and greys(drop_broken_images(dataset)) == [0, 1]
+
+
 def test_a_file_that_is_no_table_is_named(tmp_path):
     write_images(tmp_path, ["0.png"])
     with pytest.raises(ValueError, match=r"a folder, a data set of the Hub, or one of \.parquet, .*; got .*0\.png"):

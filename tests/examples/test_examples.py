@@ -798,7 +798,7 @@ def test_stage_2_goes_on_from_a_finished_generator(place, generator, codes):
             "--batch_size 23",
         ),
         (
-            "--output_dir tables/run lies in --data tables, where its pictures would be taken",
+            "--output_dir tables/run lies in --data tables, where its files would be taken",
             "--output_dir tables/run",
         ),
         ("--report_to wandb needs its package: pip install wandb", "--report_to wandb"),

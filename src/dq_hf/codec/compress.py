@@ -183,10 +183,11 @@ def find_model(model, header):
         return name
     with local_folder(name, ["config.json"]) as folder:
         kind = read_json_object(folder / "config.json").get("model_type")
+        revision = None if Path(name).is_dir() else folder.name  # all files of one commit
     classes = {each.config_class.model_type: each for each in (DQVAEModel, DQForImageGeneration)}
     if kind not in classes:
         raise ValueError(f"{name} must be a tokenizer, or that and a generator ({', '.join(classes)}); got {kind!r}")
-    return classes[kind].from_pretrained(name).eval()
+    return classes[kind].from_pretrained(name, revision=revision).eval()
 
 
 def region_shape(factor, height, width):

@@ -89,6 +89,8 @@ def check_outputs(paths, force, make_folder=False):
     try:
         trial.save(file, Image.registered_extensions()[paths[0].suffix.lower()])
         keeps_size = Image.open(file).size == trial.size  # icons have sizes of their own
+    except Image.UnidentifiedImageError:  # such as PDF, which Pillow only writes
+        keeps_size = True
     except (KeyError, OSError, ValueError):
         keeps_size = False
     if not keeps_size:
@@ -380,7 +382,9 @@ def add_broken_option(command):
 def add_source_options(command, split):
     """Where a data set is, which images of it, and how many at a time."""
     command.add_argument(
-        "--data", required=True, help="Read images from this folder, Parquet file or data set of the Hub."
+        "--data",
+        required=True,
+        help="Read images from this folder, table (Parquet, CSV or JSON Lines) or data set of the Hub.",
     )
     command.add_argument("--split", default=split, help="Read this split of the data (default %(default)s).")
     command.add_argument("--image-column", default="image", help="Read images from this column (default %(default)s).")

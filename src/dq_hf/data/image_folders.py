@@ -109,7 +109,8 @@ def load_image_folder(folder, split, streaming=False):
         whole = (
             ": it has no folders of splits, so all its images are in that one" if places == {"train": folder} else ""
         )
-        remedy = f"put images into {folder / split}, or name another split"
+        home = folder if folder in places.values() else next(iter(places.values())).parent
+        remedy = f"put images into {home / split}, or name another split"
         raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(places)}{whole}; {remedy}")
     rows, features = read_split(folder, places, name)
     arguments = {"generator": give, "gen_kwargs": {"rows": rows}, "features": features}
@@ -141,7 +142,9 @@ def split_folders(folder):
 
 def read_split(folder, places, split):
     """Rows of a split, as dictionaries, and their `datasets.Features`."""
-    top, own = sorted(path for path in folder.iterdir() if path.is_file()), visible_files(places[split])
+    own = visible_files(places[split])
+    above = dict.fromkeys([folder, *(place.parent for place in places.values() if place != folder)])
+    top = [path for place in above for path in sorted(place.iterdir()) if path.is_file()]
     files = dict.fromkeys([*top, *own])
     unread = [path for path in files if path.suffix.lower() in NOTES and path.name not in METADATA]
     if unread:

@@ -25,7 +25,7 @@ MAX_NAMES = 20  # broken images that are named; the others are only counted
 
 
 def load_images(data, split, image_column="image", streaming=False):
-    """A split of a data set: a folder of images (see `image_folders`), Parquet, or a Hub id.
+    """A split of a data set: a folder of images (see `image_folders`) or of Parquet files, one of `TABLES`, or a Hub id.
 
     Images are not decoded yet, so that a broken one is no error before `drop_broken_images`, `StreamedImages` or
     `ImageCollator` meets it.
@@ -67,11 +67,11 @@ def load_splits(data, streaming):
     """Whatever `datasets` reads from a table, a folder or the Hub, by split."""
     path = Path(data).absolute()  # in full, because datasets has builders of its own named "csv" or "imagefolder"
     if path.is_file():
-        if path.suffix not in TABLES:
+        if path.suffix.lower() not in TABLES:
             raise ValueError(
                 f"images must be a folder, a data set of the Hub, or one of {', '.join(TABLES)}; got {data}"
             )
-        return datasets.load_dataset(TABLES[path.suffix], data_files=as_pattern(path), streaming=streaming)
+        return datasets.load_dataset(TABLES[path.suffix.lower()], data_files=as_pattern(path), streaming=streaming)
     # A path with []*? datasets would take for a pattern, and test_pairs-00000-of-00001.parquet for a part of "test", too.
     if path.is_dir() and (glob.has_magic(str(path)) or holds_shards(path)):
         return datasets.load_dataset("parquet", data_files=parquet_files(path), streaming=streaming)
@@ -172,7 +172,7 @@ def with_class_ids(sets, label_column, remedy):
                 f"{title} has {len(wrong)} rows of {len(labels)} whose label is no class, such as {wrong[0]!r} (-1 "
                 f"stands for a hidden one); choose a split with labels, or {remedy}"
             )
-        if values is not None:  # not cast_column, which would copy the images
+        if values is not None:  # cast_column would copy the images; this does so only where rows were left out
             rows = rows.add_column(CLASS_IDS, [ids[label] for label in labels], feature=feature)
         converted.append(rows)
     return label_column if values is None else CLASS_IDS, feature.names, converted
@@ -272,8 +272,10 @@ def drop_broken_images(dataset, image_column="image", max_share=0.01, num_proc=N
 
 def files_behind(images, column):
     """The paths of those images of a data set whose bytes are not in it."""
-    values = images.data.column(column).combine_chunks()
-    return values.field("path").filter(pc.is_null(values.field("bytes"))).to_pylist()
+    paths = []
+    for chunk in images.data.column(column).chunks:  # one by one: all images together may be too large for an array
+        paths += chunk.field("path").filter(pc.is_null(chunk.field("bytes"))).to_pylist()
+    return paths
 
 
 def stamp(path):

@@ -61,8 +61,9 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
             yield folder
     except OSError as error:
         if isinstance(error, FileNotFoundError) and (incomplete or offline):  # it may be in the repository
+            reason = incomplete or LocalEntryNotFoundError(str(error))
             with told():
-                raise incomplete or LocalEntryNotFoundError(str(error)) from error
+                raise reason from reason.__cause__
         raise OSError(f"{source}, revision {revision!r}: {error}") from error
 
 

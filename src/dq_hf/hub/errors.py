@@ -24,7 +24,7 @@ def plain_errors(failure, repository, offline=False):
     """
     try:
         yield
-    except TypeError:  # a wrong argument
+    except (TypeError, LookupError, AttributeError, MemoryError):  # none of the Hub's
         raise
     except Exception as error:  # those of the connection have one class in huggingface_hub 1 and another in 2
         kind, reason = explain(error, f"{constants.ENDPOINT}/{repository}", offline or is_offline_mode())

@@ -40,6 +40,15 @@ class FeatureMetric(StreamingMetric, ABC):
         raise NotImplementedError
 
 
+def check_sides(predictions, references, width=None):
+    """{side: features} of what was given, checked as by `check_features`; ValueError if the sides have other widths."""
+    given = {"predictions": predictions, "references": references}
+    checked = {side: check_features(each, width) for side, each in given.items() if each is not None}
+    if len({each.shape[1] for each in checked.values()}) > 1:
+        raise ValueError("features of predictions and references must have as many columns")
+    return checked
+
+
 def check_features(features, width=None):
     """Features (B, D) on the CPU; ValueError for another shape, or NaN."""
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or not features.is_floating_point():

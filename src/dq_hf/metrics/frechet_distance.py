@@ -2,7 +2,7 @@
 
 import torch
 
-from dq_hf.metrics.features import FeatureMetric, check_features  # absolute: `evaluate` copies this file
+from dq_hf.metrics.features import FeatureMetric, check_features, check_sides  # absolute: `evaluate` copies this file
 
 
 class FeatureStatistics:
@@ -102,9 +102,8 @@ class FrechetDistance(FeatureMetric):
         return {side: FeatureStatistics(self.extractor.description) for side in self.inputs}
 
     def add_features(self, predictions=None, references=None):
-        given = {"predictions": predictions, "references": references}
-        checked = {side: check_features(each) for side, each in given.items() if each is not None}
-        for side, features in checked.items():
+        width = next((len(each.total) for each in self.state.values() if each.count), None)
+        for side, features in check_sides(predictions, references, width).items():
             self.state[side].update(features)
 
     def result(self, state):

@@ -2,7 +2,7 @@
 
 import torch
 
-from dq_hf.metrics.features import FeatureMetric, check_features  # absolute: `evaluate` copies this file
+from dq_hf.metrics.features import FeatureMetric, check_sides  # absolute: `evaluate` copies this file
 from dq_hf.metrics.streaming import precise
 
 ROWS = 1024  # of the matrices of distances that are in memory at a time
@@ -39,11 +39,7 @@ class PrecisionRecall(FeatureMetric):
     def add_features(self, predictions=None, references=None):
         earlier = [*self.state["predictions"], *self.state["references"]]
         width = earlier[0].shape[1] if earlier else None
-        given = {"predictions": predictions, "references": references}
-        checked = {side: check_features(each, width) for side, each in given.items() if each is not None}
-        if len({each.shape[1] for each in checked.values()}) > 1:
-            raise ValueError("features of predictions and references must have as many columns")
-        for side, features in checked.items():
+        for side, features in check_sides(predictions, references, width).items():
             self.state[side].append(features)
 
     def result(self, state):

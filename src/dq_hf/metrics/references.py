@@ -96,6 +96,8 @@ def reference_labels(config, dataset, label_column):
         ValueError: no labels, hidden ones, or names that the model does not have.
     """
     remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
+    if label_column in dataset.column_names:
+        dataset = dataset.select_columns([label_column])  # no image is needed
     column, names, (dataset,) = with_class_ids([("the set of real images", dataset)], label_column, remedy)
     if unknown := [name for name in names if name not in config.label2id]:
         raise ValueError(f"the model has no class {', '.join(map(repr, unknown[:5]))} as the real images do; {remedy}")

@@ -36,7 +36,7 @@ def read_masks(masks):
         unit = unit.mean(1)
     if unit.dim() != 3 or unit.numel() == 0:
         raise ValueError(
-            f"a mask must have shape (H, W), (H, W, 1), (1, H, W) or, for several, (B, H, W); got {tuple(masks.shape)}"
+            f"a mask must have shape (H, W), (H, W, 1, 3 or 4), (1, H, W) or, for several, (B, H, W); got {tuple(masks.shape)}"
         )
     return list(unit >= MASKED)
 
@@ -60,13 +60,13 @@ def to_unit_mask(mask):
         return mask.float()
     if mask.is_complex():
         raise TypeError(f"a mask must hold booleans, integers or floats, got {mask.dtype}")
-    is_float = mask.is_floating_point()
+    is_float, kind = mask.is_floating_point(), mask.dtype
     mask = mask.float() if is_float else mask.long()  # torch finds no largest uint16
     low, high = float(mask.min()), float(mask.max())
     most = 1 if is_float else 255
     if not (low >= 0 and high <= most):  # false for NaN, too
         raise ValueError(
-            f"a mask of {mask.dtype} must lie in 0 ... {most}, got values from {low:.4g} to {high:.4g}; 1 marks what is "
+            f"a mask of {kind} must lie in 0 ... {most}, got values from {low:.4g} to {high:.4g}; 1 marks what is "
             "drawn again"
         )
     return mask.float() if is_float or high <= 1 else mask.float() / 255

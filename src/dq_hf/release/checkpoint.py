@@ -78,7 +78,8 @@ def read_state_dict(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        is_zip = zipfile.is_zipfile(path)
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells them
         if is_zip:
             check_archive(path)
         content = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=False, pickle_module=InertPickle)

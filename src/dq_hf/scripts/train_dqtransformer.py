@@ -71,7 +71,7 @@ def train(args):
     run = Run(args, "dqtransformer")
     accelerator = run.accelerator
     vae.to(accelerator.device).eval().requires_grad_(False)
-    start = load_start(args)
+    start, label_column = load_start(args), args.label_column or "label"
     train_set, test_sets, names, captions = load_sets(run, vae)
     text = make_text(args, *captions, accelerator.device) if captions is not None else None
     train_loader, train_collate, test_loaders = make_loaders(run, vae, text, train_set, test_sets)
@@ -96,7 +96,7 @@ def train(args):
     best = BestLoss([args.codes or args.data, held_out, len(test_sets[held_out])])
     facts = {"vae": codes_fingerprint(vae)}  # another tokenizer with the same codes will do
     if names:
-        facts["label_column"] = f"{args.label_column}, with the classes {', '.join(names)}"
+        facts["label_column"] = f"{label_column}, with the classes {', '.join(names)}"
     if text is not None:
         facts["text_encoder"] = f"{args.text_encoder}, whose vocabulary is {text.fingerprint}"
     run.resume(scheduler, best, *([] if average is None else [average]), **facts)

@@ -265,7 +265,7 @@ def shares_of(grain_map, granularities):
 def codebook_use(quantizer):
     """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together)."""
     uses = quantizer.cluster_size
-    return {"codebook_usage": (uses > 1).float().mean().item(), "perplexity": perplexity(uses)}
+    return {"codebook_usage": (uses > 1).float().mean().item(), "perplexity": perplexity(uses.cpu())}
 
 
 def measure(run, model, calibration, loaders, processor):

@@ -169,7 +169,10 @@ def save_thresholds(folder, thresholds, shares):
     place = folder / "vae" if (folder / "vae").is_dir() else folder
     holders = [path for path in place.glob("model*.safetensors") if "-of-" not in path.name]
     for index in place.glob("model.safetensors.index*.json"):
-        holders.append(place / read_json_object(index)["weight_map"][KEY])
+        shard = read_json_object(index)["weight_map"].get(KEY)
+        if shard is None:
+            raise OSError(f"{index} lists no {KEY}; save the model again")
+        holders.append(place / shard)
     with ExitStack() as files:  # they are replaced in the end, the last first
         for path in dict.fromkeys([folder / "config.json", place / "config.json"]):
             content = read_json_object(path)

@@ -43,7 +43,7 @@ def size_option(default, text):
 class ImageOptions:
     """Options of the images that are read, for training or into a code cache."""
 
-    data: str = option(EMOJI, "Images: a folder, Parquet files, or a data set of the Hub.")
+    data: str = option(EMOJI, "Images: a folder, a table (Parquet, CSV or JSON Lines), or a data set of the Hub.")
     train_split: str = option("train", "Split to train on.")
     image_column: str = option("image", "Column with the images.")
     max_broken_share: float = option(
@@ -166,7 +166,7 @@ def check_data(data, output_dir):
     """Raise `ValueError` where the images of the repository are meant and are not there, or the output would join the images."""
     if Path(data).is_dir() and Path(output_dir).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
-            f"--output_dir {output_dir} lies in --data {data}, where its pictures would be taken for images; choose another"
+            f"--output_dir {output_dir} lies in --data {data}, where its files would be taken for images; choose another"
         )
     if data == EMOJI and not Path(data).exists():
         raise ValueError(

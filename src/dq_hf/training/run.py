@@ -91,6 +91,8 @@ class Run:
             # One process checks the images, the others wait.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3)), *handlers],
         )
+        if getattr(options, "codes", None) is None:
+            check_data(options.data, options.output_dir)
         if options.report_to is not None and not self.accelerator.log_with:
             raise ValueError(f"--report_to {options.report_to} needs its package: pip install {options.report_to}")
         check_writable(self.dir)
@@ -126,7 +128,6 @@ class Run:
     def load_images(self):
         """Images to train on, and {split: images to measure on}; see `load_train_and_test`."""
         options = self.options
-        check_data(options.data, options.output_dir)
         train_set, test_sets = load_train_and_test(
             self.accelerator,
             options.data,

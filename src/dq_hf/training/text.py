@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..data.captions import CaptionDraw
-from ..modeling.text_dq import check_tokenizer, encode_tokens, pad_tokens, tokenize
+from ..modeling.text_dq import check_tokenizer, encode_tokens, pad_tokens, text_encoder_class, tokenize
 from .options import SMALL
 
 SMALL_SIZES = {"dim": 128, "hidden_dim": 512, "n_layers": 2, "n_heads": 4}
@@ -94,9 +94,10 @@ def load_text_encoder(name):
     except ValueError as error:
         raise ValueError(
             f"{name} must have a model that AutoModelForTextEncoding or AutoModel of transformers loads, got one with a "
-            f"{type(config).__name__}; save its text encoder alone, or take another"
+            f"{type(config).__name__}; save its text encoder alone, or take another ({error})"
         ) from error
     encoder.config.architectures = [type(encoder).__name__]  # not the class that the checkpoint was saved from
+    text_encoder_class(encoder.config)  # raises if it reads more than a text
     return AutoTokenizer.from_pretrained(tokens), encoder
 
 
