@@ -85,7 +85,7 @@ def check_outputs(paths, force, make_folder=False):
     """
     from PIL import Image
 
-    trial, file = Image.new("RGB", (16, 8)), io.BytesIO()
+    trial, file = Image.new("RGB", (64, 32)), io.BytesIO()
     try:
         trial.save(file, Image.registered_extensions()[paths[0].suffix.lower()])
         keeps_size = Image.open(file).size == trial.size  # icons have sizes of their own
