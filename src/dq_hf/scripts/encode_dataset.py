@@ -51,7 +51,7 @@ from dq_hf.hub.card import lasting_name
 from dq_hf.hub.folders import check_output_folder, check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
 from dq_hf.scripts.arguments import EncodeArguments
-from dq_hf.training.checkpoints import together
+from dq_hf.training.checkpoints import by_main_process
 from dq_hf.training.options import check_data, run_script
 from dq_hf.training.run import lock
 
@@ -67,7 +67,7 @@ def encode(args):
     check_output_dir(output_dir, args.overwrite)
     check_data(args.data, args.output_dir)
     hold = output_dir.with_name(f".{output_dir.name}.lock")
-    held = together(lambda: lock(hold, output_dir) if accelerator.is_main_process else None)
+    held = by_main_process(lambda: lock(hold, output_dir))
     vae = load_tokenizer(args.vae).to(accelerator.device)
     with accelerator.main_process_first():  # the others read what it has cached
         splits = {name: load_split(args, name) for name in [args.train_split, *args.test_split]}

@@ -39,26 +39,22 @@ def save_checkpoint(accelerator, run_dir, step, keep=2):
     partial = partial_of(final)
 
     def prepare():
-        if accelerator.is_main_process:
-            tidy(run_dir)
-            partial.mkdir(parents=True)
-
-    def write():
-        accelerator.save_state(str(partial))
+        tidy(run_dir)
+        partial.mkdir(parents=True)
 
     def publish():
-        if accelerator.is_main_process:
-            put_in_place(final)
-            for old in list_checkpoints(run_dir)[:-keep]:
-                shutil.rmtree(old.rename(run_dir / f"partial-{old.name}"))
+        put_in_place(final)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old.rename(run_dir / f"partial-{old.name}"))
 
-    for action in (prepare, write, publish):
-        try:
-            together(action)
-        except CheckpointError as error:
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(cannot_write(final, run_dir, error)) from error
+    try:
+        by_main_process(prepare)
+        together(lambda: accelerator.save_state(str(partial)))
+        by_main_process(publish)
+    except CheckpointError as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(cannot_write(final, run_dir, error)) from error
 
 
 def resume(accelerator, run_dir, choice="auto"):
@@ -67,7 +63,7 @@ def resume(accelerator, run_dir, choice="auto"):
     Raises:
         CheckpointError: on every process: the choice is impossible, or the checkpoint does not fit or is damaged.
     """
-    folder = find_checkpoint(accelerator, run_dir, choice)
+    folder = find_checkpoint(run_dir, choice)
     if folder is None:
         return 0
     try:
@@ -80,7 +76,7 @@ def resume(accelerator, run_dir, choice="auto"):
     return checkpoint_step(folder)
 
 
-def find_checkpoint(accelerator, run_dir, choice="auto"):
+def find_checkpoint(run_dir, choice="auto"):
     """Folder of the checkpoint that a run goes on from, None for a run that starts. All processes call it.
 
     Args:
@@ -90,7 +86,7 @@ def find_checkpoint(accelerator, run_dir, choice="auto"):
     Raises:
         CheckpointError: on every process: the choice is impossible.
     """
-    chosen = together(lambda: choose_checkpoint(Path(run_dir), choice) if accelerator.is_main_process else None)
+    chosen = by_main_process(lambda: choose_checkpoint(Path(run_dir), choice))
     return broadcast_object_list([chosen])[0]
 
 
@@ -129,9 +125,8 @@ def load_checkpoint(accelerator, folder):
             f"expected random states of {accelerator.num_processes} processes, got {processes}; launch as many processes "
             "as saved it, on machines that share the folder"
         )
-    load(
-        folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl"
-    )  # load_state says nothing if this one is damaged
+    # load_state says nothing if this one is damaged.
+    load(folder / f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl")
     accelerator.load_state(str(folder))
 
 
@@ -172,7 +167,7 @@ def writing(path, run_dir):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(cannot_write(path, run_dir, describe(error))) from error
+        raise CheckpointError(cannot_write(path, run_dir, in_one_line(error))) from error
 
 
 def cannot_write(path, run_dir, reason):
@@ -192,7 +187,7 @@ def last_good(run_dir):
     try:
         checkpoints = list_checkpoints(run_dir)
     except OSError as error:
-        return f"The checkpoints there cannot be listed: {describe(error)}."
+        return f"The checkpoints there cannot be listed: {in_one_line(error)}."
     return f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "There is no checkpoint yet."
 
 
@@ -208,15 +203,20 @@ def together(action):
     except Exception as error:  # whatever it is: the other processes would wait for this one for ever
         failure = error
         if PartialState().num_processes > 1:  # at once: sharded training would wait for the others' part of the save
-            logger.error("process %d: %s", PartialState().process_index, describe(error))
-    reasons = gather_object([] if failure is None else [describe(failure)])
+            logger.error("process %d: %s", PartialState().process_index, in_one_line(error))
+    reasons = gather_object([] if failure is None else [in_one_line(failure)])
     if reasons:
         raise CheckpointError("; ".join(dict.fromkeys(reasons))) from failure
     return result
 
 
-def describe(error):
-    """An error in one line."""
+def by_main_process(action):
+    """What `action` gives on the main process, and None on the others, which wait for it, and fail as in `together`."""
+    return together(lambda: action() if PartialState().is_main_process else None)
+
+
+def in_one_line(error):
+    """An error, in words."""
     if isinstance(error, CheckpointError):
         return str(error)
     return shorten(f"{type(error).__name__}: {error}", 500)

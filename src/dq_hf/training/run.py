@@ -29,11 +29,11 @@ from ..hub.folders import check_place, whole_folder
 from ..hub.upload import check_push
 from .checkpoints import (
     CheckpointError,
+    by_main_process,
     check_writable,
     find_checkpoint,
     resume,
     save_checkpoint,
-    together,
     writing,
 )
 from .options import REFUSED, check_data
@@ -51,7 +51,6 @@ from .publish import command_line, machine_facts, push_folder
 
 logger = logging.getLogger(__name__)
 OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change
-LOCK_FILE = ".lock"
 
 
 class Run:
@@ -97,10 +96,8 @@ class Run:
             raise ValueError(f"--report_to {options.report_to} needs its package: pip install {options.report_to}")
         check_writable(self.dir)
         check_place(self.dir / "model")
-        self.lock = together(
-            lambda: lock(self.dir / LOCK_FILE, self.dir) if self.accelerator.is_main_process else None
-        )
-        self.begins = find_checkpoint(self.accelerator, self.dir, options.resume) is None
+        self.lock = by_main_process(lambda: lock(self.dir / ".lock", self.dir))
+        self.begins = find_checkpoint(self.dir, options.resume) is None
         if options.push_to_hub and self.accelerator.is_main_process:
             options.push_to_hub = check_push(options.push_to_hub)  # with the user's name
         if options.train_split in options.test_split and self.accelerator.is_main_process:
@@ -154,8 +151,10 @@ class Run:
     def test_loaders(self, test_sets, collate):
         """{split: prepared batches to measure on}; how often they are read does not change what training draws."""
         settings = {"batch_size": self.options.batch_size, "collate_fn": collate}
-        loaders = (DataLoader(images, **settings, generator=torch.Generator()) for images in test_sets.values())
-        return {name: self.accelerator.prepare(loader) for name, loader in zip(test_sets, loaders)}
+        return {
+            split: self.accelerator.prepare(DataLoader(images, **settings, generator=torch.Generator()))
+            for split, images in test_sets.items()
+        }
 
     def train_loader(self, dataset, collate, sampler=None):
         """Batches to train on, mixed unless a sampler or a stream does that; ValueError if there are too few rows for one."""
@@ -168,7 +167,7 @@ class Run:
         return DataLoader(
             dataset,
             self.options.batch_size,
-            shuffle=None if sampler is not None or self.options.streaming else True,
+            shuffle=sampler is None and not self.options.streaming,
             sampler=sampler,
             drop_last=True,
             collate_fn=collate,
@@ -198,7 +197,7 @@ class Run:
         accelerator.init_trackers(self.name, config={name: str(value) for name, value in vars(options).items()})
         self.log = RunLog(self.dir / "log.jsonl", self.step) if accelerator.is_main_process else None
         self.finite = FiniteCheck(self.step)
-        processes = f"{accelerator.num_processes} process" + "es" * (accelerator.num_processes > 1)
+        processes = "1 process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes"
         accelerator.print(f"{options.max_steps} steps by {processes}, starting at step {self.step}")
 
     def _save_fixed_options(self, models, weights, folder):
