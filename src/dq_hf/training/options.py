@@ -25,18 +25,21 @@ REFUSED = (  # when a run is resumed, another value than the checkpoint's is an 
 )
 
 
+def as_typed(value):
+    """An option's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def option(default, text):
     """A dataclass field with its help, which ends with the default, unless that is None or `MISSING`."""
-    shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    text = text if default in (None, MISSING) else f"{text} Default: {shown}."
+    text = text if default in (None, MISSING) else f"{text} Default: {as_typed(default)}."
     chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": text.replace("%", "%%")}, **chosen)
 
 
 def size_option(default, text):
     """A field that is None where it is not given: a new model then has the default, and another one its own size."""
-    shown = " ".join(map(str, default)) if isinstance(default, list) else default
-    return option(None, f"{text} Default: {shown}, or what the model of --start_from has.")
+    return option(None, f"{text} Default: {as_typed(default)}, or what the model of --start_from has.")
 
 
 @dataclass(kw_only=True)
@@ -112,54 +115,38 @@ class RunOptions(ImageOptions):
         require(self, 1, "max_test_images", "gradient_accumulation_steps", "max_steps")
         require(self, 1, "log_every", "save_every", "keep_checkpoints", "sample_every")
         require(self, 0, "learning_rate", "warmup_steps", "save_minutes")
-        require_above_0(self, "max_grad_norm")
+        require_each(self, ["max_grad_norm"], lambda norm: 0 < norm < math.inf, "be more than 0")
         require_different(self, "test_split")
         self.report_to = None if self.report_to == "none" else self.report_to
 
 
 def require(args, least, *names):
     """Raise `ValueError` unless these options are None or finite, and at least so much; a list in each of its values."""
-    for name in names:
-        if not all(least <= value < math.inf for value in values_of(args, name)):
-            raise ValueError(f"--{name} must be {least} or more, got {shown(args, name)}")
-
-
-def require_above_0(args, *names):
-    """Raise `ValueError` unless these options are finite and above 0."""
-    for name in names:
-        if not all(0 < value < math.inf for value in values_of(args, name)):
-            raise ValueError(f"--{name} must be more than 0, got {shown(args, name)}")
+    require_each(args, names, lambda value: least <= value < math.inf, f"be {least} or more")
 
 
 def require_share(args, *names):
     """Raise `ValueError` unless these options are None or in [0, 1]."""
-    for name in names:
-        if not all(0 <= value <= 1 for value in values_of(args, name)):
-            raise ValueError(f"--{name} must lie in [0, 1], got {shown(args, name)}")
+    require_each(args, names, lambda value: 0 <= value <= 1, "lie in [0, 1]")
 
 
 def require_probability(args, *names):
     """Raise `ValueError` unless these options are None or in [0, 1)."""
-    for name in names:
-        if not all(0 <= value < 1 for value in values_of(args, name)):
-            raise ValueError(f"--{name} must lie in [0, 1), got {shown(args, name)}")
+    require_each(args, names, lambda value: 0 <= value < 1, "lie in [0, 1)")
 
 
 def require_different(args, name):
     """Raise `ValueError` if a list has a value twice."""
-    if len(set(values_of(args, name))) < len(values_of(args, name)):
-        raise ValueError(f"--{name} must name each only once, got {shown(args, name)}")
+    values = getattr(args, name)
+    require_each(args, [name], lambda value: values.count(value) == 1, "name each only once")
 
 
-def values_of(args, name):
-    """An option's values: none, one, or several."""
-    value = getattr(args, name)
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def shown(args, name):
-    """An option's value as it is typed."""
-    return " ".join(map(str, values_of(args, name)))
+def require_each(args, names, holds, what):
+    """Raise `ValueError` unless each value of these options is None, or `holds` is true of it."""
+    for name in names:
+        given = getattr(args, name)
+        if not all(value is None or holds(value) for value in (given if isinstance(given, list) else [given])):
+            raise ValueError(f"--{name} must {what}, got {as_typed(given)}")
 
 
 def check_data(data, output_dir):
