@@ -72,8 +72,9 @@ def find_curves(rows):
                 continue
             name, _, split = name.partition("/")  # of held-out images but those of the first split
             panel = HELD_OUT.get(name, name.removeprefix("test_"))
-            kind = "held out" if split or name in HELD_OUT or name.startswith("test_") else "training"
-            kind += f", {split}" * bool(split)
+            kind = "held out" if name in HELD_OUT or name.startswith("test_") else "training"
+            if split:
+                kind = f"held out, {split}"
             if name.startswith("calibrated_"):
                 panel, kind = name.removeprefix("calibrated_"), "calibration"
             steps, values = panels.setdefault(panel, {}).setdefault(kind, ([], []))

@@ -101,22 +101,23 @@ def encode_split(args, vae, dataset, name, schema, show):
     """Tables of this process's rows of a split: of the images as they are, and in training of their other versions."""
     processor, trains = DQImageProcessor.for_model(vae.config), name == args.train_split
     change = Augmentation(args.seed, random_crop=args.crop == "random", max_shift=args.max_shift)
-    for version in range(args.copies if trains else 1):
+    versions = args.copies if trains else 1
+    for version in range(versions):
         columns = processor, args.image_column, args.label_column
         collate = ImageCollator(*columns, change if version > 0 else None, partial(beside, args))
         collate.set_epoch(version)
         loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
-        title = f"encode {name}" + f", version {version + 1} of {args.copies}" * (trains and args.copies > 1)
+        title = f"encode {name}" if versions == 1 else f"encode {name}, version {version + 1} of {versions}"
         progress = tqdm(loader, desc=title, disable=not show)
         yield from encode_batches(vae, progress, schema, horizontal_flips=args.horizontal_flips and trains)
 
 
 def beside(args, rows, pictures, epoch):
     """What goes into the cache beside the codes: captions, and which images may be mirrored."""
-    captions = (
-        {} if args.caption_column is None else {CAPTIONS: [captions_of(row[args.caption_column]) for row in rows]}
-    )
-    return {"may_flip": may_flip(rows, args.no_flip_column)} | captions
+    entries = {"may_flip": may_flip(rows, args.no_flip_column)}
+    if args.caption_column is not None:
+        entries[CAPTIONS] = [captions_of(row[args.caption_column]) for row in rows]
+    return entries
 
 
 def check_output_dir(output_dir, overwrite):

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -30,8 +30,8 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state):
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+        for name in vars(self):
+            setattr(self, name, state[name])
 
 
 def batches(loader, progress, accelerator, on_epoch=None, max_steps=math.inf):
@@ -153,7 +153,7 @@ class FiniteCheck:
             bad = ~torch.isfinite(value.detach()).all()
             self.bad[name] = self.bad[name] | bad if name in self.bad else bad
 
-    def raise_if_bad(self, step, run_dir, remedy="lower the learning rate, or use bf16 instead of fp16"):
+    def raise_if_bad(self, step, run_dir):
         """Wait for the device; for steps at which all processes log or save.
 
         Raises:
@@ -163,7 +163,7 @@ class FiniteCheck:
         if names:
             raise NotFiniteError(
                 f"not finite between steps {self.step + 1} and {step}: {', '.join(names)}. {last_good(run_dir)} "
-                f"To go on from there: {remedy}"
+                "To go on from there: lower the learning rate, or use bf16 instead of fp16"
             )
         self.step = step
 

@@ -60,7 +60,7 @@ def push_folder(folder, repo_id, private=None, commit_message="Upload the traine
     """
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json; save the model there first")
-    command = ["hf", "upload", repo_id, str(folder), "."] + ["--private"] * bool(private)
+    command = ["hf", "upload", repo_id, str(folder), ".", *(["--private"] if private else [])]
     by_hand = f"\n{folder} is whole; upload it later with `{shlex.join(command)}`"
     try:
         repo_id = check_push(repo_id, private)
