@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..data.fingerprint import fingerprint, text_fingerprint
 from ..hub.folders import whole_file
@@ -17,12 +16,13 @@ from .inception_score import InceptionScore
 from .precision_recall import PrecisionRecall
 from .references import (
     ReferenceImages,
-    check_number,
+    check_enough,
     environment,
     figures,
+    in_batches,
+    own_part,
     reference_captions,
     reference_labels,
-    share_out,
 )
 
 PROTOCOL_FILE = "protocol.json"  # in a folder of samples: how they were made
@@ -82,13 +82,17 @@ def evaluate_generation(
     with state.main_process_first():  # which downloads
         extractor = make_extractor(extractor)
     least = PrecisionRecall(extractor).num_neighbours + 1
-    check_number(num_images, least, "samples")
-    check_number(len(references), least, "references")
+    check_enough(num_images, least, "samples")
+    check_enough(len(references), least, "references")
 
     pipe, sampling = pipe.to(state.device), sampling or {}
     config = pipe.transformer.config
     labels = label_cycle(config, references.dataset, label_rule, label_column, seed)
     prompts = mixed(reference_captions(config, references.dataset, caption_column, seed) or [], seed)
+    text = {}
+    if prompts:
+        text = {"captions": caption_column, "captions_sha256": digest(prompts)}
+        text["text_fingerprint"] = text_fingerprint(pipe.text_encoder, pipe.tokenizer)
     making = {
         "vae_fingerprint": fingerprint(pipe.vae),
         "transformer_fingerprint": fingerprint(pipe.transformer),
@@ -96,8 +100,7 @@ def evaluate_generation(
         "sampling": config.sampling_defaults | sampling,
         "class_labels": label_rule if labels else None,
         "class_labels_sha256": digest(labels),
-        **({"captions": caption_column, "captions_sha256": digest(prompts)} if prompts else {}),
-        **({"text_fingerprint": text_fingerprint(pipe.text_encoder, pipe.tokenizer)} if prompts else {}),
+        **text,
         **environment(pipe.vae),
     }
     claim_folder(folder, making)
@@ -121,7 +124,7 @@ def compare(paths, references, extractor, batch_size, device):
     """{figure: value} of the samples in files against `ReferenceImages`, the same on all processes."""
     frechet, score, neighbours = (kind(extractor) for kind in (FrechetDistance, InceptionScore, PrecisionRecall))
     size = tuple(references.protocol["image_size"])
-    for numbers in share_out(len(paths), batch_size, "samples"):
+    for numbers in in_batches(own_part(len(paths)), batch_size, "samples"):
         images = torch.stack([read_sample(paths[number], size) for number in numbers]).to(device)
         features, logits = extractor.features_and_logits(frechet.unit_images(images))
         frechet.add_features(predictions=features)
@@ -182,27 +185,20 @@ def claim_folder(folder, protocol):
 
 def sample_missing(pipe, paths, labels, prompts, seed, batch_size, sampling):
     """Sample this process's part of the images that are not there."""
-    state = PartialState()
-    mine = range(state.process_index, len(paths), state.num_processes)
-    missing = [number for number in mine if not paths[number].exists()]
+    missing = [number for number in own_part(len(paths)) if not paths[number].exists()]
     generators = image_generators(seed, missing)
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(
-        total=len(mine), initial=len(mine) - len(missing), desc="sample", disable=not state.is_main_process
-    ) as bar:
-        for first in range(0, len(missing), batch_size):
-            numbers = missing[first : first + batch_size]
-            images = pipe(
-                prompt=[prompts[number % len(prompts)] for number in numbers] if prompts else None,
-                class_labels=[labels[number % len(labels)] for number in numbers] if labels else None,
-                num_images_per_prompt=1 if labels or prompts else len(numbers),
-                generator=[next(generators) for _ in numbers],
-                **sampling,
-            ).images
-            for image, number in zip(images, numbers):
-                with whole_file(paths[number]) as partial:
-                    image.save(partial)
-            bar.update(len(numbers))
+    for numbers in in_batches(missing, batch_size, "sample"):
+        images = pipe(
+            prompt=[prompts[number % len(prompts)] for number in numbers] if prompts else None,
+            class_labels=[labels[number % len(labels)] for number in numbers] if labels else None,
+            num_images_per_prompt=1 if labels or prompts else len(numbers),
+            generator=[next(generators) for _ in numbers],
+            **sampling,
+        ).images
+        for image, number in zip(images, numbers):
+            with whole_file(paths[number]) as partial:
+                image.save(partial)
 
 
 def image_generators(seed, numbers):

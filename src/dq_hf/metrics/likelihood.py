@@ -9,7 +9,7 @@ from ..data.fingerprint import fingerprint, text_fingerprint
 from ..modeling.image_processing_dq import from_bytes
 from ..modeling.text_dq import prompt_arguments
 from .code_statistics import count_bits
-from .references import ReferenceImages, check_number, environment, reference_captions, reference_labels
+from .references import ReferenceImages, check_enough, environment, reference_captions, reference_labels
 from .streaming import gather
 
 
@@ -48,7 +48,7 @@ def evaluate_likelihood(
     """
     state = Accelerator().state
     references = ReferenceImages(model.vae, data, split, image_column, num_images, seed)
-    check_number(len(references), 1, "images")
+    check_enough(len(references), 1, "images")
     vae, transformer = (part.to(state.device).eval() for part in (model.vae, model.transformer))
     config, vae_config = transformer.config, vae.config
     labels = reference_labels(config, references.dataset, label_column) if config.num_classes else None
@@ -56,8 +56,8 @@ def evaluate_likelihood(
     if model.text_encoder is not None:
         model.text_encoder.to(state.device)
     num_granularities = len(vae_config.granularities)
-    sums = torch.zeros(2, num_granularities, dtype=torch.float64)  # nats of positions and of contents
-    codes = regions = 0
+    nats = torch.zeros(2, num_granularities, dtype=torch.float64)  # of positions and of contents
+    counts = torch.zeros(2, dtype=torch.float64)  # of codes and of regions
     for rows, images in references.batches(batch_size):
         encoded = vae.encode(from_bytes(images.to(state.device)))
         chosen = None if labels is None else torch.tensor([labels[row] for row in rows])
@@ -65,26 +65,26 @@ def evaluate_likelihood(
         texts = prompt_arguments(config, model.text_encoder, model.tokenizer, prompts)
         output = transformer.log_prob(encoded.codes, encoded.grain_map, chosen, **texts)
         granularities = output.stream.granularities.flatten().cpu()
-        for row, log_probs in zip(sums, (output.position_log_probs, output.content_log_probs)):
+        for row, log_probs in zip(nats, (output.position_log_probs, output.content_log_probs)):
             row.index_add_(0, granularities, -log_probs.flatten().cpu().double())
-        codes += int(encoded.num_codes.sum())
-        regions += encoded.grain_map.numel()
-    parts = gather((sums, codes, regions))
-    positions, contents = sum(part[0] for part in parts) / len(references)
-    codes, regions = (sum(part[i] for part in parts) / len(references) for i in (1, 2))
-    nats = float(positions.sum() + contents.sum())
-    results = {"nats": nats, "bits": nats / math.log(2), "codes": codes, "nats a code": nats / codes}
-    for side, position, content in zip(vae_config.granularities, positions.tolist(), contents.tolist()):
+        counts += torch.tensor([encoded.num_codes.sum(), encoded.grain_map.numel()])
+    nats, counts = (sum(parts) / len(references) for parts in zip(*gather((nats, counts))))
+    codes, regions = counts.tolist()
+    total = float(nats.sum())
+    results = {"nats": total, "bits": total / math.log(2), "codes": codes, "nats a code": total / codes}
+    for side, position, content in zip(vae_config.granularities, *nats.tolist()):
         results[f"bits of {side}x{side} positions"] = position / math.log(2)
         results[f"bits of {side}x{side} contents"] = content / math.log(2)
     results["bits of fixed length"] = sum(count_bits(codes, regions, vae_config.codebook_size, num_granularities))
+    text = {}
+    if captions is not None:
+        text = {"captions": caption_column, "text_fingerprint": text_fingerprint(model.text_encoder, model.tokenizer)}
     protocol = {
         "evaluation": "likelihood",
         "model": str(name),
         "vae_fingerprint": fingerprint(vae),
         "transformer_fingerprint": fingerprint(transformer),
-        **({} if captions is None else {"captions": caption_column}),
-        **({} if captions is None else {"text_fingerprint": text_fingerprint(model.text_encoder, model.tokenizer)}),
+        **text,
         **references.protocol,
         "references_sha256": references.sha256(),
         **environment(vae),

@@ -9,7 +9,7 @@ from .code_statistics import CodeStatistics
 from .frechet_distance import FrechetDistance
 from .perceptual_distance import PerceptualDistance
 from .psnr import PSNR
-from .references import ReferenceImages, check_number, environment, figures
+from .references import ReferenceImages, check_enough, environment, figures
 from .ssim import SSIM
 
 
@@ -47,7 +47,7 @@ def evaluate_reconstruction(
     """
     state = Accelerator().state  # which, other than PartialState, heeds ACCELERATE_USE_CPU
     references = ReferenceImages(vae, data, split, image_column, num_images, seed)
-    check_number(len(references), 2, "images")
+    check_enough(len(references), 2, "images")
     with state.main_process_first():  # which downloads
         frechet = FrechetDistance(extractor)
         perceptual = PerceptualDistance(perceptual)

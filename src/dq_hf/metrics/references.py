@@ -77,7 +77,7 @@ class ReferenceImages:
         Raises:
             ValueError: an image that cannot be read.
         """
-        for rows in share_out(len(self.dataset), batch_size, "references"):
+        for rows in in_batches(own_part(len(self.dataset)), batch_size, "references"):
             images = to_bytes(self.collate([self.dataset[row] for row in rows])["pixel_values"])
             for row, image in zip(rows, images):
                 self.digests[row] = hashlib.sha256(f"{tuple(image.shape)}".encode() + image.numpy().tobytes()).digest()
@@ -120,15 +120,18 @@ def reference_captions(config, dataset, caption_column, seed):
     return [texts[random.integers(len(texts))] for texts in own]
 
 
-def share_out(number, batch_size, text):
-    """Lists of this process's part of the numbers from 0, with a progress bar."""
-    state = PartialState()
-    mine = list(range(number))[state.process_index :: state.num_processes]
-    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    return tqdm(batches, desc=text, disable=not state.is_main_process)
+def own_part(number):
+    """This process's part of the numbers from 0."""
+    return range(PartialState().process_index, number, PartialState().num_processes)
 
 
-def check_number(number, least, text):
+def in_batches(numbers, batch_size, text):
+    """The numbers in lists, with a progress bar."""
+    batches = [list(numbers[first : first + batch_size]) for first in range(0, len(numbers), batch_size)]
+    return tqdm(batches, desc=text, disable=not PartialState().is_main_process)
+
+
+def check_enough(number, least, text):
     """ValueError for too few."""
     if number < least:
         raise ValueError(f"at least {least} {text} are needed, got {number}")
