@@ -30,10 +30,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import networkx
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from transformers import HfArgumentParser
+
+from dq_hf.pictures import image_grid
 
 # Style -> package. Where two styles draw a concept alike, pixel by pixel, the picture counts for the first of them.
 PACKAGES = {
@@ -273,33 +276,11 @@ def read_pictures(folder, concepts, size):
 # Splits
 
 
-class Groups:
-    """Disjoint sets of sortable items; a set goes by the name of its smallest item."""
-
-    def __init__(self, items):
-        self.parent = {item: item for item in items}
-
-    def find(self, item):
-        while self.parent[item] != item:
-            item = self.parent[item]
-        return item
-
-    def join(self, first, second):
-        first, second = sorted((self.find(first), self.find(second)))
-        self.parent[second] = first
-
-    def join_alike(self, key):
-        """Join all items for which `key` gives the same."""
-        first = {}
-        for item in self.parent:
-            self.join(item, first.setdefault(key(item), item))
-
-    def members(self):
-        """Mapping of the name of each set to its items, both sorted."""
-        members = {}
-        for item in sorted(self.parent):
-            members.setdefault(self.find(item), []).append(item)
-        return members
+def group(items, key, pairs):
+    """Sorted lists of the items, by their first ones: those for which `key` gives the same are in one, and so are pairs."""
+    alike = {}
+    links = [(item, alike.setdefault(key(item), item)) for item in items]
+    return sorted(map(sorted, networkx.connected_components(networkx.Graph([*links, *pairs]))))
 
 
 def subject(key, concept):
@@ -342,21 +323,21 @@ def split_pictures(pictures, concepts):
     """
     items = list(pictures)
     pairs = [(items[i], items[j]) for i, j in near_duplicates(list(pictures.values()))]
-    groups = Groups({concept for concept, _ in items})
-    groups.join_alike(lambda concept: subject(concept, concepts[concept]))
-    for (first, _), (second, _) in pairs:
-        groups.join(first, second)
-    split = {item: "test" if hash_of(groups.find(item[0])) % TEST_ONE_IN == 0 else "train" for item in items}
+    groups = group(
+        {concept for concept, _ in items},
+        lambda concept: subject(concept, concepts[concept]),
+        [(first, second) for (first, _), (second, _) in pairs],
+    )
+    names = {concept: members[0] for members in groups for concept in members}
+    split = {item: "test" if hash_of(names[item[0]]) % TEST_ONE_IN == 0 else "train" for item in items}
 
-    seen = Groups(item for item in items if split[item] == "train")
-    seen.join_alike(lambda item: (groups.find(item[0]), item[1]))
-    for first, second in pairs:
-        if split[first] == "train":  # and so is the second, which belongs to the same group of concepts
-            seen.join(first, second)
-    remaining = Counter(concept for concept, _ in seen.parent)
-    for name, members in seen.members().items():
+    seen = [item for item in items if split[item] == "train"]
+    # Of a pair both are seen, or none: they belong to the same group of concepts.
+    seen_pairs = [(first, second) for first, second in pairs if split[first] == "train"]
+    remaining = Counter(concept for concept, _ in seen)
+    for members in group(seen, lambda item: (names[item[0]], item[1]), seen_pairs):
         here = Counter(concept for concept, _ in members)
-        if hash_of(*name) % TEST_ONE_IN == 0 and all(remaining[concept] > here[concept] for concept in here):
+        if hash_of(*members[0]) % TEST_ONE_IN == 0 and all(remaining[concept] > here[concept] for concept in here):
             remaining -= here
             split |= dict.fromkeys(members, "test_pairs")
     return split
@@ -424,12 +405,7 @@ def overview(dataset, columns=12):
     for row in dataset["train"]:
         drawn.setdefault(row["concept"], {})[row["style"]] = row["image"]
     whole = [images for images in drawn.values() if len(images) == len(PACKAGES)][:columns]
-    size = whole[0][0].width
-    picture = PILImage.new("RGB", (len(whole) * size, len(PACKAGES) * size), "white")
-    for column, images in enumerate(whole):
-        for style, image in images.items():
-            picture.paste(image, (column * size, style * size))
-    return picture
+    return image_grid([images[style] for style in range(len(PACKAGES)) for images in whole], columns=len(whole))
 
 
 def prompts(dataset):

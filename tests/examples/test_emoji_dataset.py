@@ -239,13 +239,10 @@ def test_near_duplicates_stay_together(builder):
     items = list(pictures)
     copies = [(items[i], items[j]) for i, j in rng.integers(0, len(items), (60, 2)) if i != j]
     copies += [((concept, "noto"), (concept, "3d")) for concept in list(concepts)[::4]]
-    clusters = builder.Groups(items)
-    for first, second in copies:
-        clusters.join(first, second)
-    for name, members in clusters.members().items():
+    for members in builder.group(items, lambda item: item, copies):
         for member in members:
             noise = rng.integers(-3, 4, (32, 32, 3))
-            pictures[member] = np.clip(pictures[name] + noise, 0, 255).astype(np.uint8)
+            pictures[member] = np.clip(pictures[members[0]] + noise, 0, 255).astype(np.uint8)
     split = builder.split_pictures(pictures, concepts)
 
     assert set(split) == set(items) and set(split.values()) == set(SPLITS)
