@@ -99,7 +99,7 @@ def train(args):
         facts["label_column"] = f"{label_column}, with the classes {', '.join(names)}"
     if text is not None:
         facts["text_encoder"] = f"{args.text_encoder}, whose vocabulary is {text.fingerprint}"
-    run.resume(scheduler, best, *([] if average is None else [average]), **facts)
+    run.resume(scheduler, best, average, **facts)
     if average is not None:
         average.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)

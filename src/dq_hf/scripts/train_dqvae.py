@@ -19,7 +19,6 @@ all is well.
 """
 
 import math
-from itertools import chain, repeat
 
 import torch
 import torch._functorch.config
@@ -33,7 +32,7 @@ from dq_hf.data.streams import prepare_loader
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.code_statistics import perplexity
 from dq_hf.metrics.psnr import psnr
-from dq_hf.modeling.grain_map_dq import check_shares, one_hot_gates
+from dq_hf.modeling.grain_map_dq import check_shares
 from dq_hf.networks.perceptual import PERCEPTUAL_LOSSES
 from dq_hf.pictures import draw_grain_map, image_grid
 from dq_hf.scripts.arguments import TOKENIZER_SIZES, TokenizerArguments
@@ -100,7 +99,7 @@ def train(args):
         discriminator.check_size(*config.image_height_width)
     objective = Objective(args, accelerator, vae, discriminator)
     optimizers = [
-        torch.optim.Adam(filter(is_trained, model.parameters()), lr=args.learning_rate, betas=(0.5, 0.9))
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad], args.learning_rate, betas=(0.5, 0.9))
         for model in (vae, discriminator)
     ]
     scheduler = get_scheduler(
@@ -109,7 +108,7 @@ def train(args):
     train_loader = prepare_loader(accelerator, train_loader)
     plain_vae = vae  # without what DDP and compiling wrap around it
     vae, discriminator, *optimizers = accelerator.prepare(vae, discriminator, *optimizers)
-    run.resume(ema, scheduler, calibration, *([] if objective.lecam is None else [objective.lecam]))
+    run.resume(ema, scheduler, calibration, objective.lecam)
     ema.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
     average = ema if args.ema_decay > 0 else None
@@ -227,11 +226,6 @@ def sizes_of(config):
     return sizes | {"fine_ratios": config.budget_targets or []}
 
 
-def is_trained(parameter):
-    """Whether this parameter is to change."""
-    return parameter.requires_grad
-
-
 def make_config(args):
     """The model's configuration."""
     shares = []  # with one granularity there is nothing to choose
@@ -270,49 +264,45 @@ def codebook_use(quantizer):
 
 def measure(run, model, calibration, loaders, processor):
     """Report held-out figures of each split, with a picture of the first; a router that learns is calibrated before."""
-    config, calibrated = model.config, calibration.follow()
-    pictures = chain([run.picture()], repeat(None))
+    config, calibrated, first = model.config, calibration.follow(), run.options.test_split[0]
     figures = {
-        split: evaluate(run.accelerator, model, loader, processor, picture)
-        for (split, loader), picture in zip(loaders.items(), pictures)
+        split: evaluate(run.accelerator, model, loader, processor, run.picture() if split == first else None)
+        for split, loader in loaders.items()
     }
     if run.accelerator.is_main_process:
-        held_out = figures[run.options.test_split[0]]
-        achieved = [held_out[f"test_share_{side}"] for side in config.granularities[1:]]
+        achieved = [figures[first][f"test_share_{side}"] for side in config.granularities[1:]]
         warn_of_shares(achieved, config.budget_targets, "held-out images")
     run.report(figures, **calibrated)
 
 
 @torch.no_grad()
 def evaluate(accelerator, model, loader, processor, picture):
-    """Held-out mean PSNR in dB, codes an image and shares of regions; draws inputs, grain maps and reconstructions.
+    """Held-out mean PSNR in dB, codes an image and shares of regions.
 
     Args:
-        picture: path of the drawing; None: no drawing.
+        picture: path for a drawing of the first images; None: no drawing.
     """
     model.eval()
-    psnrs, codes, shares = [], [], []
+    figures = []
     for i, batch in enumerate(loader):
         output = model(batch["pixel_values"])
         quality = psnr(output.sample.float().clamp(-1, 1), batch["pixel_values"])
-        gates = one_hot_gates(output.grain_map, len(model.config.granularities))
-        quality, num_codes, share = accelerator.gather_for_metrics(
-            (quality, output.num_codes.float(), gates.mean((2, 3)))
-        )
-        psnrs.append(quality)
-        codes.append(num_codes)
-        shares.append(share)
+        shares = [(output.grain_map == i).float().mean((1, 2)) for i in range(1, len(model.config.granularities))]
+        figures.append(accelerator.gather_for_metrics((quality, output.num_codes.float(), *shares)))
         if i == 0 and picture is not None and accelerator.is_main_process:
-            inputs = processor.post_process(batch["pixel_values"][:16])
-            scale = math.ceil(8 / model.config.granularities[-1])  # frames of 8 pixels
-            maps = [draw_grain_map(image, grain_map, scale) for image, grain_map in zip(inputs, output.grain_map)]
-            outputs = processor.post_process(output.sample[:16])
-            rows = [image.resize(maps[0].size) for image in inputs], maps, [im.resize(maps[0].size) for im in outputs]
             with writing(picture, picture.parent):
-                image_grid([image for row in rows for image in row], columns=len(inputs)).save(picture)
-    figures = {"psnr": torch.cat(psnrs).mean().item(), "codes_per_image": torch.cat(codes).mean().item()}
-    names = [f"test_share_{side}" for side in model.config.granularities]
-    return figures | dict(list(zip(names, torch.cat(shares).mean(0).tolist()))[1:])
+                draw(model.config, processor, batch["pixel_values"][:16], output).save(picture)
+    names = ["psnr", "codes_per_image", *(f"test_share_{side}" for side in model.config.granularities[1:])]
+    return {name: torch.cat(values).mean().item() for name, values in zip(names, zip(*figures))}
+
+
+def draw(config, processor, pixel_values, output):
+    """A PIL image with a column for each image: itself, its grain map and its reconstruction."""
+    inputs, outputs = (processor.post_process(images) for images in (pixel_values, output.sample[: len(pixel_values)]))
+    scale = math.ceil(8 / config.granularities[-1])  # frames of 8 pixels
+    maps = [draw_grain_map(image, grain_map, scale) for image, grain_map in zip(inputs, output.grain_map)]
+    inputs, outputs = ([image.resize(maps[0].size) for image in images] for images in (inputs, outputs))
+    return image_grid([*inputs, *maps, *outputs], columns=len(inputs))
 
 
 def publish(run, num_images, shares, start):

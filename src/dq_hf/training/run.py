@@ -140,10 +140,8 @@ class Run:
         return train_set, dict(zip(options.test_split, test_sets))
 
     def augmentation(self):
-        """What happens to training images; None: nothing."""
+        """What happens to training images."""
         options = self.options
-        if not options.horizontal_flips and options.crop == "center":
-            return None
         return Augmentation(
             options.seed, options.horizontal_flips, options.no_flip_column, random_crop=options.crop == "random"
         )
@@ -179,7 +177,7 @@ class Run:
         """Load the checkpoint to go on from, if there is one, into all that was prepared; then start log and trackers.
 
         Args:
-            parts: what else is in a checkpoint, in their order.
+            parts: what else is in a checkpoint, in their order; None: nothing.
             facts: what else must be as it was, besides the options `REFUSED`, or in place of one.
 
         Raises:
@@ -188,7 +186,7 @@ class Run:
         """
         accelerator, options = self.accelerator, self.options
         self.fixed = {name: value for name, value in vars(options).items() if name in REFUSED} | facts
-        accelerator.register_for_checkpointing(self.progress, *parts)
+        accelerator.register_for_checkpointing(self.progress, *(part for part in parts if part is not None))
         accelerator.register_save_state_pre_hook(self._save_fixed_options)
         accelerator.register_load_state_pre_hook(self._check_fixed_options)
         set_seed(options.seed, device_specific=True)
