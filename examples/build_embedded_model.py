@@ -28,7 +28,7 @@ from dq_hf.data.captions import with_wrong_captions
 from dq_hf.data.fingerprint import codes_fingerprint
 from dq_hf.data.images import ImageCollator, load_images
 from dq_hf.hub.card import write_model_card
-from dq_hf.hub.folders import partial_of, put_in_place
+from dq_hf.hub.folders import whole_folder
 from dq_hf.loading import load_tokenizer
 from dq_hf.metrics.psnr import psnr
 from dq_hf.pictures import captioned_grid, draw_grain_map, enlarge, image_grid
@@ -102,15 +102,20 @@ class Arguments:
 @torch.no_grad()
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-    output_dir = Path(args.output_dir)
-    prompts = Path(args.prompts).read_text("utf-8").splitlines()
-    findings = None if args.findings is None else Path(args.findings).read_text("utf-8").strip()
-    folder = partial_of(output_dir)  # what was there stays until the new one is whole
-    shutil.rmtree(folder, ignore_errors=True)
-    save_bfloat16(chosen_model(args), folder)
+    model = chosen_model(args)
+    with whole_folder(args.output_dir) as folder:
+        save_bfloat16(model, folder)
+        figures = complete(args, folder)
+    size = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
+    print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
+
+
+def complete(args, folder):
+    """Put pictures and card into the folder of the model; the figures of the card."""
     for pictures in folder.glob("origin*"):  # of the run's card, which the one below takes the place of
         shutil.rmtree(pictures)
-
+    prompts = Path(args.prompts).read_text("utf-8").splitlines()
+    findings = None if args.findings is None else Path(args.findings).read_text("utf-8").strip()
     model = DQForImageGeneration.from_pretrained(folder)
     sets = {split: load_images(args.data, split) for split in SPLITS}
     train_set = load_images(args.data, "train")
@@ -126,7 +131,7 @@ def main():
     write_model_card(
         folder,
         model.config,
-        title=output_dir.name,
+        title=Path(args.output_dir).name,
         summary=SUMMARY.format(
             parameters=" + ".join(f"{part.num_parameters():,}" for part in model.parts.values()),
             num_styles=len(styles),
@@ -153,9 +158,7 @@ def main():
             "reconstructions.png": RECONSTRUCTIONS,
         },
     )
-    put_in_place(output_dir)
-    size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
-    print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
+    return figures
 
 
 # Weights
@@ -277,13 +280,11 @@ def draw_samples(model, prompts, styles):
         return torch.Generator().manual_seed(0)
 
     in_styles = [f"{CONCEPT}, {style} style" for style in styles]
+    in_guidance = [f"{in_styles[-1]}, guidance {scale:g}" for scale in GUIDANCE]
     rows = [
         (sample(prompts, seeded()), prompts),
         (sample(in_styles, [seeded() for _ in styles]), in_styles),
-        (
-            [sample(in_styles[-1], seeded(), guidance_scale=scale)[0] for scale in GUIDANCE],
-            [f"{in_styles[-1]}, guidance {scale:g}" for scale in GUIDANCE],
-        ),
+        ([sample(in_styles[-1], seeded(), guidance_scale=scale)[0] for scale in GUIDANCE], in_guidance),
     ]
     images, captions = [], []
     for some, their_captions in rows:
