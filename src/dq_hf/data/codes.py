@@ -68,14 +68,12 @@ def encode_batches(vae, loader, schema, horizontal_flips=False):
     """
     vae.eval()
     for batch in loader:
-        images = batch["pixel_values"].to(vae.device)
-        rows, flipped = torch.arange(len(images)), torch.zeros(len(images), dtype=torch.bool)
-        if horizontal_flips:
-            images = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, height, width)
-            kept = torch.stack([torch.ones_like(flipped), batch["may_flip"]], dim=1).flatten()
-            images, rows = images[kept.to(images.device)], rows.repeat_interleave(2)[kept]
-            flipped = torch.tensor([False, True]).repeat(len(flipped))[kept]
-        encoded = vae.encode(images)
+        images, may_flip = batch["pixel_values"], batch["may_flip"] & horizontal_flips
+        # Each row's number with 0 and, where its image is mirrored too, with 1.
+        versions = torch.stack([torch.ones_like(may_flip), may_flip], dim=1).nonzero()
+        rows, flipped = versions[:, 0], versions[:, 1].bool()
+        images = torch.where(flipped[:, None, None, None], images.flip(-1)[rows], images[rows])
+        encoded = vae.encode(images.to(vae.device))
         columns = {
             "codes": flat_lists(encoded.codes),
             "grain_map": flat_lists(encoded.grain_map),
