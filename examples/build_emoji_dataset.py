@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections import Counter
+from collections import ChainMap, Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -230,10 +230,8 @@ def svg(icons, name):
     if unknown:
         raise ValueError(f"alias {name} must only mirror its parent, got {sorted(unknown)}")
     icon = icons["icons"][alias.get("parent", name)]
-    left, top, width, height = (
-        icon.get(key, icons.get(key, default))
-        for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-    )
+    box = ChainMap(icon, icons, {"left": 0, "top": 0, "width": 16, "height": 16})
+    left, top, width, height = (box[key] for key in ("left", "top", "width", "height"))
     body = icon["body"]
     if alias.get("hFlip"):
         body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
@@ -389,10 +387,7 @@ def save(dataset, output_dir, shard_megabytes=20, force=False):
         path.unlink()
     paths = []
     for split, part in dataset.items():
-        num_bytes = sum(
-            len(image["bytes"]) + 1000 for image in part.cast_column("image", Image(decode=False))["image"]
-        )
-        num_shards = math.ceil(num_bytes / (shard_megabytes * 1e6))
+        num_shards = math.ceil(part.data.nbytes / (shard_megabytes * 1e6))
         for index in range(num_shards):
             paths.append(output_dir / f"{split}-{index:05d}-of-{num_shards:05d}.parquet")
             part.shard(num_shards, index).to_parquet(paths[-1])

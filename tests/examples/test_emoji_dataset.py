@@ -222,7 +222,7 @@ def test_builder_is_deterministic_and_replaces_only_by_force(builder, packages, 
 def test_large_splits_are_written_in_shards(builder, packages, tmp_path):
     dataset = builder.build(packages, size=16)
     rows = sum(len(part) for part in dataset.values())
-    paths = builder.save(dataset, tmp_path / "out", shard_megabytes=0.003)
+    paths = builder.save(dataset, tmp_path / "out", shard_megabytes=0.001)
     assert len(paths) > len(dataset)
     assert len(rows_of(load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")))) == rows
 
