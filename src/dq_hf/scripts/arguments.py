@@ -263,14 +263,15 @@ class GeneratorArguments(RunOptions):
         require_probability(self, "class_dropout", "text_dropout", "dropout", "attention_dropout")
         require_share(self, "ema_decay", "max_uncaptioned_share")
         self.caption_column = None if self.caption_column == "none" else self.caption_column
-        if self.codes is not None:  # whose columns have names of their own
+        if self.codes is not None:
+            if self.streaming:
+                raise ValueError(
+                    "--streaming reads images as they come, but --codes has their codes; leave one of them out"
+                )
+            # Its columns have names of their own.
             self.label_column = self.label_column if self.label_column in (None, "none") else "label"
             self.caption_column = self.caption_column and "captions"
         self.settle_text()
-        if self.codes is not None and self.streaming:
-            raise ValueError(
-                "--streaming reads images as they come, but --codes has their codes; leave one of them out"
-            )
 
     def settle_text(self):
         """Check the options of the text side, and choose those that were left out."""

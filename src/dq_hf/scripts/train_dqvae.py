@@ -59,9 +59,8 @@ def main(arguments=None):
 
 
 def train(args):
-    start = None
-    if args.start_from is not None:  # trained in float32, whatever it was saved in
-        start = load_tokenizer(args.start_from, dtype=torch.float32)
+    # Trained in float32, whatever it was saved in.
+    start = None if args.start_from is None else load_tokenizer(args.start_from, dtype=torch.float32)
     settle_sizes(args, TOKENIZER_SIZES, None if start is None else sizes_of(start.config))
     config = start.config if start is not None else make_config(args)
     # The codebooks of all processes agree by themselves.
