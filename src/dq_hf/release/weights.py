@@ -102,41 +102,44 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in optional_weights(model):  # ours alone, and as the configuration says
         expected.pop(name, None)
-    keys, problems = {}, []
+    converted, used, problems = {}, set(), []
     for name, shape in expected.items():
-        key = name
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        key = prefix + key
+        key = prefix + name_in_release(name, names)
         kindless = re.sub(r"(\.position_bias)_\w+", r"\1", key)  # where a decoder has positions of one kind only
         if key not in state_dict and kindless in state_dict:
             key = kindless
+        used.add(key)
         if key not in state_dict:
             problems.append(f"{key} is missing (our {name})")
-            continue
-        keys[name] = key
-        value, release_shape = state_dict[key], shape_in_release(name, shape)
-        if not isinstance(value, torch.Tensor):
-            problems.append(f"{key} must be a tensor, got {describe(value)}")
-        elif value.shape != release_shape:
-            problems.append(f"{key} has shape {tuple(value.shape)}, expected {tuple(release_shape)}")
-        elif not value.dtype.is_floating_point:
-            problems.append(f"{key} must hold floating-point numbers, got {value.dtype}")
-    used = set(keys.values())
+        elif problem := problem_of(state_dict[key], shape_in_release(name, shape)):
+            problems.append(f"{key} {problem}")
+        else:
+            rows = slice(-1) if name == "quantizer.codebook" else slice(None)
+            converted[name] = state_dict[key][rows].reshape(shape).float()
     for key in state_dict:
         if key.startswith(prefix) and key not in used and not re.match(ignored, key[len(prefix) :]):
             problems.append(f"{cut(key, 100)} is unknown")
     if problems:
         raise ValueError(listed(problems))
-
-    converted = {}
-    for name, key in keys.items():
-        value = state_dict[key]
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key} must hold finite numbers")
-        rows = slice(-1) if name == "quantizer.codebook" else slice(None)
-        converted[name] = value[rows].reshape(expected[name]).float()
     return converted
+
+
+def name_in_release(name, names):
+    """The release's name of our tensor, by a table of names."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def problem_of(value, shape):
+    """What is wrong with a value of the release that should be a tensor of this shape; None if nothing is."""
+    if not isinstance(value, torch.Tensor):
+        return f"must be a tensor, got {describe(value)}"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}, expected {tuple(shape)}"
+    if not value.dtype.is_floating_point:
+        return f"must hold floating-point numbers, got {value.dtype}"
+    return None if torch.isfinite(value).all() else "must hold finite numbers"
 
 
 def shape_in_release(name, shape):
