@@ -16,6 +16,14 @@ GRAINS = {"Dual": ("coarse", "fine"), "Triple": ("coarse", "median", "fine")}  #
 SCHEDULE = ("monitor", "warmup_epochs", "scheduler_type", "weight_decay", "ckpt_path", "ignore_keys")
 LOSS = ("perceptual_weight", "pixelloss_weight", "use_actnorm")  # and all that begin with disc_
 
+KINDS = {  # of parameters, and what they are called
+    list: "a list of integers",
+    float: "a finite number",
+    int: "an integer",
+    bool: "true or false",
+    str: "a string",
+}
+
 MOST_LEVELS = 20  # of resolution; the release has 6 at most
 
 
@@ -70,47 +78,50 @@ class Section:
         self.read = set()
         self.defaults = [] if defaults is None else defaults
 
-    def get(self, key, kind, default=None):
-        """A parameter of type `kind`; one without default is required."""
+    def value(self, key, default=None):
+        """A parameter as it stands in the file, or its default; one without default is required."""
         self.read.add(key)
-        if key not in self.params and default is not None:
-            return self.default(key, default)
-        if key not in self.params:
+        if key in self.params:
+            return self.params[key]
+        if default is None:
             raise ValueError(f"{self.path}.params.{key} is missing")
-        value = self.params[key]
+        self.defaults.append(f"{self.path}.params.{key} is not in the configuration: {default}, the release's default")
+        return default
+
+    def get(self, key, kind, default=None):
+        """A parameter of type `kind`, a key of `KINDS`."""
+        value = self.value(key, default)
         if kind is float and isinstance(value, str):
             value = yaml_float(value)
-        good = isinstance(value, (int, float) if kind is float else kind)
-        if isinstance(value, bool) and kind is not bool or isinstance(value, float) and not math.isfinite(value):
-            good = False
-        if kind is list and good:
-            good = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-        if not good:
-            wanted = {list: "a list of integers", float: "a finite number", int: "an integer", bool: "true or false"}
-            raise ValueError(f"{self.path}.params.{key} must be {wanted.get(kind, 'a string')}, got {shown(value)}")
+        if kind is list:
+            good = isinstance(value, list) and all(type(item) is int for item in value)
+        else:
+            good = type(value) in ((int, float) if kind is float else (kind,))
+        if not good or type(value) is float and not math.isfinite(value):
+            raise self.refusal(key, f"must be {KINDS[kind]}", value)
+        return value
+
+    def choose(self, key, choices):
+        """A parameter that is one of these texts."""
+        value = self.get(key, str)
+        if value not in choices:
+            raise self.refusal(key, f"must be one of {', '.join(choices)}", value)
         return value
 
     def require(self, key, expected, why, default=None):
-        """Check a parameter whose value follows from others; one without default is required."""
-        self.read.add(key)
-        if key not in self.params and default is None:
-            raise ValueError(f"{self.path}.params.{key} is missing")
-        value = self.params[key] if key in self.params else self.default(key, default)
+        """Check a parameter whose value follows from others."""
+        value = self.value(key, default)
         if value != expected or isinstance(value, bool) != isinstance(expected, bool):
             absent = "" if key in self.params else ", the release's default; write it into the file"
-            raise ValueError(f"{self.path}.params.{key} must be {expected!r}, {why}; got {shown(value)}{absent}")
-
-    def default(self, key, value):
-        """The release's default of a parameter that is not there."""
-        self.defaults.append(f"{self.path}.params.{key} is not in the configuration: {value}, the release's default")
-        return value
+            raise ValueError(f"{self.refusal(key, f'must be {expected!r}, {why}', value)}{absent}")
 
     def section(self, key, targets):
         """A required sub-section."""
-        self.read.add(key)
-        if key not in self.params:
-            raise ValueError(f"{self.path}.params.{key} is missing")
-        return Section(self.params[key], f"{self.path}.params.{key}", targets, self.defaults)
+        return Section(self.value(key), f"{self.path}.params.{key}", targets, self.defaults)
+
+    def refusal(self, key, must, got):
+        """The `ValueError` of a parameter that is not what it must be."""
+        return ValueError(f"{self.path}.params.{key} {must}; got {shown(got)}")
 
     def finish(self, *without_effect):
         """Refuse parameters that were not read, except the named ones."""
@@ -137,16 +148,12 @@ def vae_config(model, path, thresholds_path):
     multipliers, decoder_multipliers = encoder.get("ch_mult", list), decoder.get("ch_mult", list)
     num_granularities = len(GRAINS[word])
     if not num_granularities <= len(multipliers) <= MOST_LEVELS:
-        raise ValueError(
-            f"{encoder.path}.params.ch_mult must have a level for each of {num_granularities} granularities, and at "
-            f"most {MOST_LEVELS}; got {shown(multipliers)}"
-        )
-    num_decoder_levels = len(multipliers) + 1 - num_granularities  # down to the finest granularity
+        must = f"must have a level for each of {num_granularities} granularities, and at most {MOST_LEVELS}"
+        raise encoder.refusal("ch_mult", must, multipliers)
+    num_decoder_levels = len(multipliers) + 1 - num_granularities
     if len(decoder_multipliers) != num_decoder_levels:
-        raise ValueError(
-            f"{decoder.path}.params.ch_mult must have {num_decoder_levels} levels, the encoder's down to the finest "
-            f"granularity; got {shown(decoder_multipliers)}"
-        )
+        must = f"must have {num_decoder_levels} levels, the encoder's down to the finest granularity"
+        raise decoder.refusal("ch_mult", must, decoder_multipliers)
     width, decoder_width = encoder.get("ch", int), decoder.get("ch", int)
     granularities = [2 ** (len(multipliers) - 1 - granularity) for granularity in range(num_granularities)]
     fields = dict(
@@ -199,7 +206,7 @@ def attention_factors(section, resolution, num_levels):
 def router_fields(model, encoder, coarsest_factor, path, thresholds_path):
     """Fields of `DQVAEConfig` that describe the router."""
     word = model.target.removesuffix("GrainVQModel")
-    targets = [f"{word}GrainFeatureRouter"] + ["DualGrainFixedEntropyRouter"] * (word == "Dual")
+    targets = [f"{word}GrainFeatureRouter", *(["DualGrainFixedEntropyRouter"] if word == "Dual" else [])]
     router = encoder.section("router_config", targets)
     if router.target == "DualGrainFixedEntropyRouter":
         model.require("entropy_patch_size", coarsest_factor, "the coarsest downsampling factor", default=16)
@@ -215,13 +222,11 @@ def router_fields(model, encoder, coarsest_factor, path, thresholds_path):
     gates = {"1layer-fc": None, "2layer-fc-SiLu": "silu", "2layer-fc-ReLu": "relu"}
     activations = {name.lower(): activation for name, activation in gates.items()}
     if gate.lower() not in activations:
-        raise ValueError(f"{router.path}.params.gate_type must be one of {', '.join(gates)}; got {shown(gate)}")
+        raise router.refusal("gate_type", f"must be one of {', '.join(gates)}", gate)
     groups = re.fullmatch(r"none|group-(\d+)", normalization)
     if not groups:
-        raise ValueError(
-            f'{router.path}.params.normalization_type must be "none" or "group-" with a number of groups, '
-            f"got {shown(normalization)}"
-        )
+        must = 'must be "none" or "group-" with a number of groups'
+        raise router.refusal("normalization_type", must, normalization)
     router.finish()
     return {
         "router": "feature",
@@ -267,11 +272,6 @@ def generation_config(model, path, thresholds_path):
         start = model.section("class_cond_stage_config", ["ClassAwareSOSProvider"])
     else:
         start = model.section("uncond_stage_config", ["PositionAwareSOSProvider"])
-    order = permuter.get("fine_position_order", str)
-    if order not in ("row-first", "region-first"):
-        raise ValueError(
-            f'{permuter.path}.params.fine_position_order must be "row-first" or "region-first", got {shown(order)}'
-        )
     transformer = DQTransformerConfig(
         grid_sizes=vae.grid_sizes,
         codebook_size=vae.codebook_size,
@@ -281,41 +281,43 @@ def generation_config(model, path, thresholds_path):
         num_position_layers=stack.get("position_layer", int),
         num_content_layers=stack.get("content_layer", int),
         max_stream_length=stack.get("block_size", int),
-        fine_order=order,
+        fine_order=permuter.choose("fine_position_order", ("row-first", "region-first")),
         embedding_dropout=stack.get("embd_pdrop", float, 0.0),
         residual_dropout=stack.get("resid_pdrop", float, 0.0),
         attention_dropout=stack.get("attn_pdrop", float, 0.0),
         content_loss_weight=model.get("content_loss_weight", float, 1.0),
         position_loss_weight=model.get("position_loss_weight", float, 1.0),
     )
-
-    # Special tokens stand behind the codes or cells: pad, end, start or the classes.
-    num_codes = vae.codebook_size
-    cells = {grain: rows * columns for grain, (rows, columns) in zip(GRAINS["Dual"], vae.grid_sizes)}
-    stack.require("vocab_size", transformer.content_vocab_size, "the codes and their special tokens")
-    stack.require("content_pad_code", num_codes, "the number of codes")
     stack.require("segment_size", 2, "the number of granularities")
     stack.require("activate_pad_ignore", True, "padding never counts in the loss", default=True)
-    permuter.require("content_pad_code", num_codes, "the number of codes")
-    permuter.require("content_eos_code", num_codes + 1, "the number of codes + 1")
-    for granularity, (grain, cell) in enumerate(cells.items()):
-        why = f"the number of {grain} cells"
-        size = transformer.position_vocab_sizes[granularity]
-        stack.require(f"{grain}_position_size", size, f"{why} and their special tokens")
-        stack.require(f"{grain}_position_pad_code", cell, why)
-        permuter.require(f"{grain}_hw", vae.grid_sizes[granularity][0], f"the side of the {grain} grid")
-        permuter.require(f"{grain}_position_pad_code", cell, why)
-        permuter.require(f"{grain}_position_eos_code", cell + 1, f"{why} + 1")
-        start.require(f"{grain}_seg_sos", granularity, "the granularity's index")
-        if by_class:
-            start.require(f"threshold_{grain}_position", cell + 2, f"{why} + 2")
-        else:
-            start.require(f"{grain}_sos", num_codes + 2, "the number of codes + 2")
-            start.require(f"{grain}_pos_sos", cell + 2, f"{why} + 2")
-    if by_class:
-        start.require("threshold_content", num_codes + 2, "the number of codes + 2")
     model.require("activate_sos_for_fine_sequence", True, "a start token opens every granularity", default=True)
+    require_tokens(transformer, stack, permuter, start, by_class)
     for section in (stack, permuter, start):
         section.finish()
     model.finish("first_stage_key", "cond_stage_key", *SCHEDULE)
     return DQConfig(vae_config=vae, transformer_config=transformer)
+
+
+def require_tokens(transformer, stack, permuter, start, by_class):
+    """Check sizes and special tokens of a `DQTransformerConfig`: behind the codes, or cells, come pad, end, start or classes."""
+    pad = transformer.codebook_size
+    stack.require("vocab_size", transformer.content_vocab_size, "the codes and their special tokens")
+    stack.require("content_pad_code", pad, "the number of codes")
+    permuter.require("content_pad_code", pad, "the number of codes")
+    permuter.require("content_eos_code", pad + 1, "the number of codes + 1")
+    if by_class:
+        start.require("threshold_content", pad + 2, "the number of codes + 2")
+    for granularity, (grain, (rows, columns)) in enumerate(zip(GRAINS["Dual"], transformer.grid_sizes)):
+        cells, why = rows * columns, f"the number of {grain} cells"
+        size = transformer.position_vocab_sizes[granularity]
+        stack.require(f"{grain}_position_size", size, f"{why} and their special tokens")
+        stack.require(f"{grain}_position_pad_code", cells, why)
+        permuter.require(f"{grain}_hw", rows, f"the side of the {grain} grid")
+        permuter.require(f"{grain}_position_pad_code", cells, why)
+        permuter.require(f"{grain}_position_eos_code", cells + 1, f"{why} + 1")
+        start.require(f"{grain}_seg_sos", granularity, "the granularity's index")
+        if by_class:
+            start.require(f"threshold_{grain}_position", cells + 2, f"{why} + 2")
+        else:
+            start.require(f"{grain}_sos", pad + 2, "the number of codes + 2")
+            start.require(f"{grain}_pos_sos", cells + 2, f"{why} + 2")

@@ -19,9 +19,7 @@ def entropy_threshold(router, patch_size, config_path, thresholds_path):
     """Entropy threshold in nats of an entropy router's fine ratio: from its table, or a published one."""
     json_path, fine_ratio = router.get("json_path", str), router.get("fine_grain_ratito", float)
     if not 0 <= fine_ratio <= 1 or abs(100 * fine_ratio - round(100 * fine_ratio)) > 1e-6:
-        raise ValueError(
-            f"{router.path}.params.fine_grain_ratito must be a whole percentage between 0 and 1, got {shown(fine_ratio)}"
-        )
+        raise router.refusal("fine_grain_ratito", "must be a whole percentage between 0 and 1", fine_ratio)
     percentile = 100 - round(100 * fine_ratio)
     table_path = find_beside_or_above(config_path, json_path) if thresholds_path is None else Path(thresholds_path)
     if table_path is not None:
