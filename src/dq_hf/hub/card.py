@@ -62,9 +62,22 @@ class SourceCard:
     state: dict
 
     @property
+    def header(self):
+        return split_card(self.text)[0]
+
+    @property
+    def body(self):
+        return split_card(self.text)[1]
+
+    @property
     def title(self):
         found = re.search(r"^# (.{1,200})", self.text, re.MULTILINE)
         return found[1].strip() if found else self.repository or "another model"
+
+    @property
+    def licence(self):
+        licence = self.header.get("license")
+        return licence if isinstance(licence, str) else None
 
     def still_describes(self, model):
         """Whether the model's weights and configuration are those that were loaded, up to their dtype."""
@@ -116,7 +129,7 @@ def read_source_card(model, folder):
         return None
     pictures = {}
     for name in (name for name in PICTURES if f"]({name})" in text):
-        if is_picture(place / name):
+        if (place / name).is_file() and (place / name).stat().st_size <= MAX_PICTURE:
             pictures[name] = (place / name).read_bytes()
         else:
             whose = repository_of(folder) or place
@@ -135,11 +148,6 @@ def read_card(folder):
     return content[:MAX_CARD].decode("utf-8", errors="replace") + cut
 
 
-def is_picture(path):
-    """Whether this is a file that is small enough to travel with a card."""
-    return path.is_file() and path.stat().st_size <= MAX_PICTURE
-
-
 def split_card(text):
     """Header (a dictionary, empty if there is none that can be read) and body."""
     match = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
@@ -150,23 +158,30 @@ def split_card(text):
     return (header, match[2]) if isinstance(header, dict) else ({}, text)
 
 
+def join_card(header, body):
+    """The text of a card with this header (a dictionary), the inverse of `split_card`."""
+    return f"---\n{dump(header)}\n---\n{body}"
+
+
 # Writing
 
 
 def travelling_card(parts):
     """The one card with which all parts of a model, {sub-folder: model}, were loaded, if it is still true; else None."""
     cards = {name: card_of(part) for name, part in parts.items()}
-    if any(card is None or card.part != name for name, card in cards.items()):
-        return None
-    if len({card.text for card in cards.values()}) > 1:
-        return None
-    true = all(card.still_describes(parts[name]) for name, card in cards.items())
-    return next(iter(cards.values())) if true else None
+    first = next(iter(cards.values()))
+    is_one = all(card and card.text == first.text and card.part == name for name, card in cards.items())
+    return first if is_one and are_unchanged(parts) else None
 
 
 def card_of(part):
     """The `SourceCard` of a part, None for one that a library loaded."""
     return getattr(part, "source_card", None)
+
+
+def are_unchanged(parts):
+    """Whether all parts came with a card and are as they were loaded."""
+    return all(card_of(part) and card_of(part).still_describes(part) for part in parts.values())
 
 
 def save_card(folder, config, parts, title, repository=None):
@@ -236,13 +251,13 @@ def write_model_card(
         license: identifier of the Hub, such as "mit".
         captions: {file: text} for the pictures, instead of those in `PICTURES`.
     """
-    folder, kind = Path(folder), KINDS[config.model_type]
+    folder, kind, parts, metrics = Path(folder), KINDS[config.model_type], parts or {}, metrics or {}
     measured_on = ("held out" if held_out else "training images") + (f", split `{test_split}`" if test_split else "")
     captions = PICTURES | (captions or {})
     pictures = [
         f"![{Path(file).stem}]({file})\n\n{text}" for file, text in captions.items() if (folder / file).is_file()
     ]
-    origins, files = tell_origins(parts or {})
+    origins, files = tell_origins(parts)
     data = [table({"images": dataset}), data] if isinstance(data, str) else [table({"images": dataset} | (data or {}))]
     training = training if isinstance(training, str) else table(training or {})
     sections = [
@@ -260,10 +275,11 @@ def write_model_card(
         *section("Citation", CITATION),
         MARK,
     ]
-    header = card_header(config, title, dataset, test_split, metrics or {}, license, parts or {})
-    text = f"---\n{header}\n---\n\n" + "\n\n".join(sections) + "\n"
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # what the Hub can read
+    header = card_header(config, title, dataset, test_split, finite, license, parts)
+    text = join_card(header, "\n" + "\n\n".join(sections) + "\n")
     (folder / RESULTS_FILE).unlink(missing_ok=True)
-    write_files(folder, files | {"README.md": text.encode()} | results_file(dataset, metrics or {}))
+    write_files(folder, files | {"README.md": text.encode()} | results_file(dataset, finite))
     return folder / "README.md"
 
 
@@ -284,7 +300,7 @@ def merge_with_owner(text, owners):
     if body.strip():
         return None
     own_header, own_body = split_card(text)
-    return f"---\n{dump(own_header | header)}\n---\n{own_body}"
+    return join_card(own_header | header, own_body)
 
 
 def dump(header):
@@ -293,19 +309,15 @@ def dump(header):
 
 
 def card_header(config, title, dataset, test_split, metrics, license, parts):
-    """The YAML that the Hub reads."""
-    kind = KINDS[config.model_type]
+    """What the Hub reads, a dictionary."""
     on_hub = dataset is not None and is_hub_dataset(dataset)
-    cards = [card_of(part) for part in parts.values() if card_of(part) is not None]
-    headers = [split_card(card.text)[0] for card in cards]
+    cards = [card_of(part) for part in parts.values() if card_of(part)]
     datasets = [dataset] if on_hub else []
-    for header in headers:
-        named = header.get("datasets")
+    for named in (card.header.get("datasets") for card in cards):
         datasets += [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
-    licences = {licence_of(header) for header in headers}
-    same = all(card_of(part) and card_of(part).still_describes(part) for part in parts.values())
-    if is_whole(parts) and same and len(licences) == 1:
-        license = license or licences.pop()
+    licences = {card.licence for card in cards}
+    if not license and is_whole(parts) and len(licences) == 1 and are_unchanged(parts):
+        license = licences.pop()
     results = [
         EvalResult(
             task_type=task_of(config),
@@ -317,34 +329,27 @@ def card_header(config, title, dataset, test_split, metrics, license, parts):
             metric_value=value,
         )
         for name, value in metrics.items()
-        if dataset is not None and math.isfinite(value)  # the Hub wants to know on what
+        if dataset is not None  # the Hub wants to know on what
     ]
-    bases = list(dict.fromkeys(card.repository for card in cards if card.repository))
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=task_of(config),
         license=license,
         datasets=list(dict.fromkeys(datasets)) or None,
-        metrics=[name for name, value in metrics.items() if math.isfinite(value)] or None,
-        base_model=bases or None,
-        tags=["dq_hf", "vector-quantization", *kind["tags"]],
+        metrics=list(metrics) or None,
+        base_model=list(dict.fromkeys(card.repository for card in cards if card.repository)) or None,
+        tags=["dq_hf", "vector-quantization", *KINDS[config.model_type]["tags"]],
         model_name=title if results else None,
         eval_results=results or None,
-    ).to_yaml()
+    ).to_dict()
 
 
 def results_file(dataset, metrics):
     """{path: YAML} of the figures as the Hub reads them today, beside `model-index` in the header; {} if it cannot."""
-    if dataset is None or not is_hub_dataset(dataset):
+    if not metrics or dataset is None or not is_hub_dataset(dataset):
         return {}
-    entries = [EvalResultEntry(dataset, name, value) for name, value in metrics.items() if math.isfinite(value)]
-    return {RESULTS_FILE: dump(eval_result_entries_to_yaml(entries)).encode()} if entries else {}
-
-
-def licence_of(header):
-    """The licence that a header names, None without one."""
-    licence = header.get("license")
-    return licence if isinstance(licence, str) else None
+    entries = [EvalResultEntry(dataset, name, value) for name, value in metrics.items()]
+    return {RESULTS_FILE: dump(eval_result_entries_to_yaml(entries)).encode()}
 
 
 def is_hub_dataset(dataset):
@@ -370,21 +375,21 @@ def tell_origins(parts):
     """Sections of the cards that parts of a model came with, and {path: bytes} of their pictures."""
     told = {}  # text: names of the parts that it came with
     for name, part in parts.items():
-        if card_of(part) is not None:
-            told.setdefault(part.source_card.text, []).append(name)
+        if card_of(part):
+            told.setdefault(card_of(part).text, []).append(name)
     sections, files = [], {}
     for names in told.values():
-        card = parts[names[0]].source_card
+        card = card_of(parts[names[0]])
         whose, folder = ("", "origin") if is_whole(names) else (f" of the {NOUNS[names[0]]}", f"origin-{names[0]}")
-        same = all(parts[name].source_card.still_describes(parts[name]) for name in names)
+        same = are_unchanged({name: parts[name] for name in names})
         words = "Weights and configuration are those of" if same else "Weights or configuration are no longer those of"
-        link = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
-        source = f"the {NOUNS[card.part]} of {link}" if len(names) == 1 and card.part in NOUNS else link
-        licence = licence_of(split_card(card.text)[0])
+        source = card.title if card.repository is None else f"[{card.title}](https://huggingface.co/{card.repository})"
+        if len(names) == 1 and card.part in NOUNS:
+            source = f"the {NOUNS[card.part]} of {source}"
         sections += section(
             f"Origin{whose}",
             f"{words} {source}, whose card says:",
-            licence and f"Licence: {licence}",
+            card.licence and f"Licence: {card.licence}",
             quote(card, folder),
         )
         files |= {f"{folder}/{path}": content for path, content in card.pictures.items()}
@@ -398,7 +403,7 @@ def is_whole(names):
 
 def quote(card, folder):
     """A card's body as a quotation, with its pictures in `folder`."""
-    body = split_card(card.text)[1].replace(MARK, "").strip()
+    body = card.body.replace(MARK, "").strip()
     for name in card.pictures:
         body = body.replace(f"]({name})", f"]({folder}/{name})")
     return "\n".join(f"> {line}".rstrip() for line in body.splitlines())

@@ -31,8 +31,6 @@ PICTURES = {  # files that a card shows if the folder has them
     "reconstructions.png": "Held-out images, their variable-length coding, and their reconstructions.",
 }
 NOUNS = {"vae": "tokenizer", "transformer": "generator", "text_encoder": "text encoder"}  # of a part of a model
-
-
 PROMPT = "a red heart"  # of the code that a card shows
 
 
@@ -79,12 +77,12 @@ def known_limits(config, measured_on, held_out=True):
 
 def tokenizer_of(config):
     """The configuration of the DQ-VAE, if there is one."""
-    return {"dq": getattr(config, "vae_config", None), "dqvae": config}.get(config.model_type)
+    return config if config.model_type == "dqvae" else getattr(config, "vae_config", None)
 
 
 def generator_of(config):
     """The configuration of the DQ-Transformer, if there is one."""
-    return {"dq": getattr(config, "transformer_config", None), "dqtransformer": config}.get(config.model_type)
+    return config if config.model_type == "dqtransformer" else getattr(config, "transformer_config", None)
 
 
 def section(heading, *parts):
@@ -95,7 +93,7 @@ def section(heading, *parts):
 
 def table(facts, head=""):
     """Markdown for {name: value}, without those that are None; an empty text if none is left."""
-    rows = [f"| {name} | {shown(value)} |" for name, value in facts.items() if value is not None]
+    rows = [f"| {name} | {cell(value)} |" for name, value in facts.items() if value is not None]
     return "\n".join([f"| {head} | |", "|---|---|", *rows]) if rows else ""
 
 
@@ -104,11 +102,11 @@ def figures(values, head):
     rows = {}
     for name, value in (values or {}).items():
         text, unit = term(name)
-        rows[name if text in rows else text] = f"{shown(value)} {unit}".strip()
+        rows[name if text in rows else text] = f"{cell(value)} {unit}".strip()
     return table(rows, head)
 
 
-def shown(value):
+def cell(value):
     """A number with four digits, a whole one with all; text as it is, safe in a table."""
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -140,18 +138,18 @@ def transformer_usage(config, name, folder):
 
 def joint_usage(config, name, folder):
     """Code for both pipelines, with a prompt if there is a text encoder, and the first class if there are classes."""
-    generator, inputs, arguments = config.transformer_config, [], []
-    if config.text_encoder_config is not None:
-        inputs, arguments = [f'"{PROMPT}"'], [f'"{PROMPT}"']
-    if generator.num_classes:
+    has_text = config.text_encoder_config is not None
+    inputs = [f'"{PROMPT}"'] if has_text else []
+    arguments = [*inputs]
+    if config.transformer_config.num_classes:
         label = json.dumps(config.id2label[0], ensure_ascii=False)
-        inputs = [f'{{"prompt": "{PROMPT}", "class_label": {label}}}' if inputs else label]
+        inputs = [f'{{"prompt": "{PROMPT}", "class_label": {label}}}' if has_text else label]
         arguments.append(f"class_labels=[{label}]")
-    each = "num_images_per_prompt=4" if config.text_encoder_config is not None else "num_images_per_label=4"
-    options = [each, "generator=torch.Generator().manual_seed(0)"]
-    return JOINT_USAGE.format(
-        name=name, inputs=", ".join([*inputs, "seed=0"]), arguments=", ".join([*arguments, *options])
-    )
+    arguments += [
+        f"num_images_per_{'prompt' if has_text else 'label'}=4",
+        "generator=torch.Generator().manual_seed(0)",
+    ]
+    return JOINT_USAGE.format(name=name, inputs=", ".join([*inputs, "seed=0"]), arguments=", ".join(arguments))
 
 
 def task_of(config):

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from .card import dump, merge_with_owner, read_card, read_source_card, save_card, split_card
+from .card import join_card, merge_with_owner, read_card, read_source_card, save_card, split_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder, repository_of
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
@@ -259,7 +259,7 @@ def add_tags(card, tags):
     if tags and card.is_file():
         header, body = split_card(card.read_text("utf-8"))
         header["tags"] = list(dict.fromkeys([*(header.get("tags") or ()), *tags]))
-        card.write_text(f"---\n{dump(header)}\n---\n{body}", "utf-8")
+        card.write_text(join_card(header, body), "utf-8")
 
 
 def usual_arguments(arguments):
