@@ -15,9 +15,6 @@ from .folders import read_json_object
 RESULTS_FILE = ".eval_results/dq_hf.yaml"  # what a card's figures are for the Hub
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what a weight may be stored in
 
-DAMAGED = (
-    "{} is damaged or incomplete ({}); save it again or, where it came from the Hub, load it with force_download=True"
-)
 PICKLES = (
     "{} has no weights in safetensors, only {}: a pickle can run code when it is read, and is not loaded. A checkpoint of "
     "the paper's release becomes safetensors by `dq-hf convert`; one of transformers that you trust by "
@@ -81,9 +78,14 @@ def read_config(config_class, source, arguments):
 
 def check_finite(model, files):
     """Raise `ValueError` if a weight that was loaded from these files is not finite."""
-    state_dict = model.state_dict()
-    checked = state_dict.keys() - optional_weights(model)
-    not_finite = [name for name in checked if not (state_dict[name].is_meta or is_finite(state_dict[name]))]
+    optional, not_finite = optional_weights(model), []
+    for name, value in model.state_dict().items():
+        if name in optional or value.is_meta:
+            continue
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's have few operations of their own
+            value = value.dequantize()
+        if not torch.isfinite(value).all():
+            not_finite.append(name)
     refuse_weights(type(model), files, not_finite=not_finite)
 
 
@@ -111,29 +113,27 @@ def check_weight_files(model_class, config, files):
     """
     with torch.device("meta"):
         model = model_class(config)
-    state_dict, found, repeated = model.state_dict(), {}, []
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes, dtypes, repeated = {}, {}, []
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    tensor = file.get_slice(name)
-                    repeated += [name] * (name in found)
-                    found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
+                repeated += shapes.keys() & file.keys()
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                shapes |= {name: tuple(value.get_shape()) for name, value in slices.items()}
+                dtypes |= {name: value.get_dtype() for name, value in slices.items()}
         except SafetensorError as error:
-            raise OSError(DAMAGED.format(path, error)) from error
-    mismatched, no_floats = [], []
-    for name in found.keys() & state_dict.keys():
-        (shape, dtype), expected = found[name], tuple(state_dict[name].shape)
-        mismatched += [f"{name} {shape} instead of {expected}"] * (shape != expected)
-        no_floats += [f"{name} ({dtype})"] * (dtype not in FLOATS)
+            remedy = "save it again or, where it came from the Hub, load it with force_download=True"
+            raise OSError(f"{path} is damaged or incomplete ({error}); {remedy}") from error
+    known = shapes.keys() & expected.keys()
     refuse_weights(
         model_class,
         files,
-        missing=state_dict.keys() - found.keys() - optional_weights(model),
-        unknown=found.keys() - state_dict.keys(),
+        missing=expected.keys() - shapes.keys() - optional_weights(model),
+        unknown=shapes.keys() - expected.keys(),
         repeated=repeated,
-        mismatched=mismatched,
-        no_floats=no_floats,
+        mismatched=[f"{n} {shapes[n]} instead of {expected[n]}" for n in known if shapes[n] != expected[n]],
+        no_floats=[f"{n} ({dtypes[n]})" for n in known if dtypes[n] not in FLOATS],
     )
 
 
@@ -184,17 +184,10 @@ def write_index(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def is_finite(value):
-    """Whether a tensor has no NaN or infinite value, one with quantised storage included."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's have few operations of their own
-        value = value.dequantize()
-    return bool(torch.isfinite(value).all())
-
-
 def shorten(names, limit=8):
     """The first few names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(names[:limit])
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"
 
 
 def stale_files(names, written):
