@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from ..data.fingerprint import decoding_fingerprint
-from ..hub.download import local_folder
-from ..hub.folders import read_json_object
+from ..hub.download import model_type_of
 from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
@@ -181,9 +180,7 @@ def find_model(model, header):
         raise ValueError(f"this file names no model: give the one with fingerprint {header.fingerprint.hex()}")
     if not isinstance(name, (str, Path)):
         return name
-    with local_folder(name, ["config.json"]) as folder:
-        kind = read_json_object(folder / "config.json").get("model_type")
-        revision = None if Path(name).is_dir() else folder.name  # all files of one commit
+    kind, revision = model_type_of(name)
     classes = {each.config_class.model_type: each for each in (DQVAEModel, DQForImageGeneration)}
     if kind not in classes:
         raise ValueError(f"{name} must be a tokenizer, or that and a generator ({', '.join(classes)}); got {kind!r}")

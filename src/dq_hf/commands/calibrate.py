@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import add_command, add_data_options, check_at_least_one, read_images
+from .options import add_command, add_data_options, calibrate_router, check_at_least_one
 
 
 def register(commands):
@@ -33,27 +33,20 @@ def run(args):
         raise OSError(f"--model must be a local folder with a config.json, got {folder}; download the model first")
 
     from ..hub.card import renew_card
-    from ..loading import look_into
+    from ..hub.download import model_type_of
     from ..modeling.grain_map_dq import check_shares
-    from ..public import DQForImageGeneration, DQVAEModel
-    from ..training.calibration import calibrate, save_thresholds
+    from ..public import DQConfig, DQForImageGeneration, DQVAEModel
+    from ..training.calibration import save_thresholds
 
-    holds_both, _ = look_into(folder)
-    model = (DQForImageGeneration if holds_both else DQVAEModel).from_pretrained(folder)
-    vae = model.vae if holds_both else model
-    config = vae.config
-    if len(config.granularities) == 1:
+    kind, _ = model_type_of(folder)
+    model = (DQForImageGeneration if kind == DQConfig.model_type else DQVAEModel).from_pretrained(folder)
+    vae = getattr(model, "vae", model)
+    if len(vae.config.granularities) == 1:
         raise ValueError(
             f"{folder} must hold a DQ-VAE with a router that chooses; one with a single granularity has no thresholds"
         )
-    shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
-    images, loader = read_images(args, config)
-    achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
-    config.budget_targets = shares
+    shares = check_shares("--fine-ratio", args.fine_ratio, len(vae.config.granularities))
+    calibrate_router(args, vae, shares)
     save_thresholds(folder, vae.router.thresholds, shares)
     renew_card(folder, model)
-    unit = " nats" * (config.router == "entropy")
-    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}{unit}")
-    num_images = images.num_rows - images.num_broken
-    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
     print(f"written     into the weights of {folder}")

@@ -268,6 +268,14 @@ def chosen_inputs(args, config, numbers):
     return {"prompt": prompts, "negative_prompt": args.negative_prompt, "class_labels": labels}
 
 
+def pipeline_arguments(args, config, numbers):
+    """As `chosen_inputs`, and how many images without any, how they are drawn, and how far to look ahead."""
+    inputs = chosen_inputs(args, config, numbers)
+    if inputs["prompt"] is inputs["class_labels"] is None:
+        inputs["num_images_per_prompt"] = len(numbers)
+    return inputs | chosen_sampling(args) | {"lookahead": args.lookahead}
+
+
 def name_or_id(name, config):
     """A class given on the command line: a number is an id, unless it is a name."""
     return int(name) if name not in config.label2id and re.fullmatch("-?[0-9]+", str(name)) else name
@@ -311,8 +319,7 @@ def share(text):
 
 def fine_ratio(args):
     """One share as a number, more as the list, None as None."""
-    shares = args.fine_ratio
-    return shares[0] if shares is not None and len(shares) == 1 else shares
+    return args.fine_ratio[0] if args.fine_ratio and len(args.fine_ratio) == 1 else args.fine_ratio
 
 
 def check_encoding(args):
@@ -412,3 +419,16 @@ def read_images(args, vae_config, seed=None):
     order = {"shuffle_buffer": 0} if seed is None else {"seed": seed}
     images = StreamedImages(dataset, args.image_column, args.max_broken_share, **order)
     return images, DataLoader(images, args.batch_size, collate_fn=collate)
+
+
+def calibrate_router(args, vae, shares):
+    """Set a router's thresholds so that these shares of the images' regions are finer, and print both."""
+    from ..training.calibration import calibrate
+
+    images, loader = read_images(args, vae.config)
+    achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
+    vae.config.budget_targets = shares
+    unit = " nats" if vae.config.router == "entropy" else ""
+    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}{unit}")
+    num_images = images.num_rows - images.num_broken
+    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")

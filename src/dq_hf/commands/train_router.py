@@ -9,6 +9,7 @@ from .options import (
     add_data_options,
     add_device_option,
     add_fine_ratio_option,
+    calibrate_router,
     check_at_least_one,
     check_device,
     read_images,
@@ -54,7 +55,6 @@ def run(args):
     from ..loading import load_tokenizer
     from ..modeling.grain_map_dq import check_shares
     from ..modeling.image_processing_dq import DQImageProcessor
-    from ..training.calibration import calibrate
     from ..training.router import learn_router
 
     vae = load_tokenizer(args.model, dtype=torch.float32).to(device)
@@ -64,14 +64,9 @@ def run(args):
         shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
     torch.manual_seed(args.seed)
     vae = learn_router(vae, endless(*read_images(args, config, args.seed)), args.steps)
-    vae.config.budget_targets = shares
-    images, loader = read_images(args, config)
-    achieved = calibrate(vae, (batch["pixel_values"] for batch in loader), shares)
+    calibrate_router(args, vae, shares)
     vae.save_pretrained(args.output)
     DQImageProcessor.for_model(config).save_pretrained(args.output)
-    print(f"thresholds  {' '.join(f'{value:.7f}' for value in vae.router.thresholds)}")
-    num_images = images.num_rows - images.num_broken
-    print(f"achieved    {' '.join(f'{share:.4f}' for share in achieved)} of the regions of {num_images} images")
     print(f"written     {args.output}")
 
 

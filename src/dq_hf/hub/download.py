@@ -67,6 +67,15 @@ def local_folder(source, patterns, *, subfolder=None, **hub_arguments):
         raise OSError(f"{source}, revision {revision!r}: {error}") from error
 
 
+def model_type_of(source, revision=None):
+    """The `model_type` of what a folder or repository holds, and the commit looked at (None: a folder)."""
+    with local_folder(source, ["config.json"], revision=revision) as folder:
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{source} has no config.json; give the folder of a saved model, or a Hub id")
+        kind = read_json_object(folder / "config.json").get("model_type")
+    return kind, None if Path(source).is_dir() else folder.name
+
+
 def refuse_run_folder(folder, name):
     """Raise `FileNotFoundError` at a training run's folder that is given instead of the model in it, which has this file."""
     model = Path(folder, "model")
