@@ -89,12 +89,11 @@ def run_order(args):
     if args.output.suffix.lower() == ".gif":  # one palette for all, not dithered: no flicker, a third of the size
         palette = image_grid([frames[0], *frames[-2:]]).quantize()
         frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    seconds = [args.seconds / (len(frames) - 1)] * (len(frames) - 1) + [FINISHED_SECONDS]
-    durations = [round(1000 * value) for value in seconds]
+    others = len(frames) - 1
+    durations = [round(1000 * args.seconds / others)] * others + [1000 * FINISHED_SECONDS]  # milliseconds
     save_image(frames[0], args.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    print(
-        f"{args.output}: {args.num_images} image{'s' * (args.num_images > 1)} of {', '.join(map(str, count_codes(grain_maps).tolist()))} codes"
-    )
+    codes = ", ".join(map(str, count_codes(grain_maps).tolist()))
+    print(f"{args.output}: {args.num_images} image{'s' if args.num_images > 1 else ''} of {codes} codes")
 
 
 def run_router(args):

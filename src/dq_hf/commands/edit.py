@@ -11,8 +11,7 @@ from .options import (
     check_device,
     check_generation,
     check_outputs,
-    chosen_inputs,
-    chosen_sampling,
+    pipeline_arguments,
     read_image,
     save_image,
 )
@@ -72,17 +71,13 @@ def run(args):
             f"this model edits images of {width}x{height} pixels, got {image.width}x{image.height}; give --resize, or "
             "resize image and mask"
         )
-    inputs = chosen_inputs(args, config, range(args.num_images))
     output = pipe(
         image=image,
         mask_image=mask,
-        **inputs,
-        num_images_per_prompt=args.num_images if inputs["prompt"] is inputs["class_labels"] is None else 1,
+        **pipeline_arguments(args, config, range(args.num_images)),
         num_candidates=args.num_candidates,
         overlay=not args.no_overlay,
         generator=torch.Generator().manual_seed(args.seed),
-        lookahead=args.lookahead,
-        **chosen_sampling(args),
     )
     save_image(image_grid(output.images), args.output)
     regenerated = output.regenerated[0]

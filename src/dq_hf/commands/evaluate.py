@@ -72,8 +72,7 @@ def register_generation(kinds):
         default="reference",
         help="Sample the classes of the real images, in a mixed order, or every class in turn (default reference).",
     )
-    add_label_column_option(command)
-    add_caption_column_option(command)
+    add_condition_options(command)
     add_sampling_options(command)
 
 
@@ -86,8 +85,7 @@ def register_likelihood(kinds):
     )
     add_report_options(command)
     add_num_images_option(command)
-    add_label_column_option(command)
-    add_caption_column_option(command)
+    add_condition_options(command)
 
 
 def add_num_images_option(command):
@@ -97,15 +95,11 @@ def add_num_images_option(command):
     )
 
 
-def add_label_column_option(command):
-    """--label-column."""
+def add_condition_options(command):
+    """Where classes and captions of the images are."""
     command.add_argument(
         "--label-column", default="label", help="Read classes from this column (default %(default)s)."
     )
-
-
-def add_caption_column_option(command):
-    """--caption-column."""
     command.add_argument(
         "--caption-column",
         help="Read captions from this column, for a model with text; of several one is drawn by the seed (default: no "

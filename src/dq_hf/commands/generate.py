@@ -11,8 +11,7 @@ from .options import (
     check_device,
     check_generation,
     check_outputs,
-    chosen_inputs,
-    chosen_sampling,
+    pipeline_arguments,
     save_image,
 )
 
@@ -56,10 +55,7 @@ def run(args):
     pictures = []
     for first in range(0, args.num_images, args.batch_size):
         numbers = range(first, min(first + args.batch_size, args.num_images))
-        inputs = chosen_inputs(args, pipe.transformer.config, numbers)
-        count = len(numbers) if inputs["prompt"] is inputs["class_labels"] is None else 1
-        how = dict(num_images_per_prompt=count, generator=generator, lookahead=args.lookahead)
-        output = pipe(**inputs, **how, **chosen_sampling(args))
+        output = pipe(**pipeline_arguments(args, pipe.transformer.config, numbers), generator=generator)
         for image, grain_map in zip(output.images, output.grain_maps):
             if args.show_grain_map:
                 image = image_grid([enlarge(image, scale), draw_grain_map(image, grain_map, scale)], columns=2)
