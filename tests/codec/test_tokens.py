@@ -222,7 +222,8 @@ def test_codes_of_a_pipeline_are_taken():
         ([], ValueError, "at least one sequence, got none"),
         ({"ids": [1]}, TypeError, "must have input_ids, or sequences as generate gives them, got .'ids'."),
         (torch.zeros(0, 5, dtype=torch.long), ValueError, "at least one sequence, got none"),
-        (torch.zeros(2, 0, dtype=torch.long), ValueError, "at least one sequence, got none"),
+        (torch.zeros(2, 0, dtype=torch.long), ValueError, "sequence 0 is no image: it has no token of the start"),
+        ([1, [4, 2]], TypeError, "a sequence of whole numbers or several such, got int"),
     ],
 )
 def test_what_is_no_sequence_is_refused(given, error, message):

@@ -20,6 +20,11 @@ from .static_prior import StaticPrior
 
 logger = logging.getLogger(__name__)
 
+NOT_REPRODUCED = (
+    "this file is intact and of this model, but this machine comes to other probabilities than the one that wrote it; "
+    'decompress it there, or compress the image again with prior "static", which every machine reads'
+)
+
 
 @torch.no_grad()
 def compress(
@@ -138,12 +143,6 @@ def read(model, data):
     if grids is None:
         raise ValueError(DAMAGED if prior.flag == STATIC else NOT_REPRODUCED)
     return header, vae, *(grid[None].to(vae.device) for grid in grids)
-
-
-NOT_REPRODUCED = (
-    "this file is intact and of this model, but this machine comes to other probabilities than the one that wrote it; "
-    'decompress it there, or compress the image again with prior "static", which every machine reads'
-)
 
 
 def decode(prior, header, payload, holds):

@@ -19,6 +19,7 @@ STATIC, GENERATOR = 0, 1  # the lowest flag: the prior
 HAS_MODEL, HAS_CLASS, HAS_PROMPT = 2, 4, 8
 CHECK_BYTES = 4
 MOST_SIDE = 2**20  # pixels
+DAMAGED = "this file is damaged or cut off; get it again"
 
 
 @dataclass
@@ -45,17 +46,16 @@ class Header:
 
 def write_file(header, payload, codes, grain_map):
     """The bytes of a file; codes (H, W) and grain map (h, w) are those that the payload holds."""
-    flags = header.flag
-    flags |= HAS_MODEL * (header.model_id is not None)
-    flags |= HAS_CLASS * (header.class_label is not None) | HAS_PROMPT * (header.prompt is not None)
+    optional = [
+        (HAS_MODEL, header.model_id, write_text),
+        (HAS_CLASS, header.class_label, write_number),
+        (HAS_PROMPT, header.prompt, write_text),
+    ]
+    given = [(flag, write(value)) for flag, value, write in optional if value is not None]
+    flags = header.flag | sum(flag for flag, _ in given)
     data = MAGIC + bytes([FORMAT_VERSION, flags]) + header.fingerprint
     data += write_number(header.height) + write_number(header.width)
-    if header.model_id is not None:
-        data += write_text(header.model_id)
-    if header.class_label is not None:
-        data += write_number(header.class_label)
-    if header.prompt is not None:
-        data += write_text(header.prompt)
+    data += b"".join(field for _, field in given)
     data += payload
     data += checksum(data, codes, grain_map)
     return data + crc(data) if header.flag == GENERATOR else data
@@ -84,9 +84,10 @@ def read_file(data):
         raise ValueError(DAMAGED)
     header = Header(reader.take(8), reader.number(), reader.number(), flags & GENERATOR)
     if header.flag == GENERATOR:
-        reader.data = data = data[:-CHECK_BYTES]
-        if crc(data) != reader.whole[-CHECK_BYTES:]:
+        data, check = data[:-CHECK_BYTES], data[-CHECK_BYTES:]
+        if crc(data) != check:
             raise ValueError(DAMAGED)
+        reader.data = data
     if not (1 <= header.height <= MOST_SIDE and 1 <= header.width <= MOST_SIDE):
         raise ValueError(DAMAGED)
     header.model_id = reader.text() if flags & HAS_MODEL else None
@@ -97,9 +98,6 @@ def read_file(data):
     return header, payload, lambda codes, grain_map: checksum(head, codes, grain_map) == check
 
 
-DAMAGED = "this file is damaged or cut off; get it again"
-
-
 def crc(data):
     """CRC-32 in 4 bytes."""
     return zlib.crc32(data).to_bytes(CHECK_BYTES, "little")
@@ -107,9 +105,8 @@ def crc(data):
 
 def checksum(data, codes, grain_map):
     """CRC-32, in 4 bytes, of bytes, grain map (h, w) and codes (H, W)."""
-    for part in (np.asarray(grain_map).astype("u1").tobytes(), np.asarray(codes).astype("<u4").tobytes()):
-        data += part
-    return crc(data)
+    grids = np.asarray(grain_map).astype("u1").tobytes() + np.asarray(codes).astype("<u4").tobytes()
+    return crc(data + grids)
 
 
 def write_number(number):
@@ -131,8 +128,7 @@ class Reader:
     """Reads bytes from a place on; ValueError where there are none."""
 
     def __init__(self, data, place):
-        self.data = self.whole = data
-        self.place = place
+        self.data, self.place = data, place
 
     def take(self, count):
         """So many bytes."""
