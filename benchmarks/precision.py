@@ -8,12 +8,12 @@ tokenizer and the text encoder stay in float32.
 """
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
-from report import describe_device, table, write_section
+from report import describe_device, option, publish, table
 from torch.utils.data import DataLoader
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import HfArgumentParser, TorchAoConfig
@@ -34,17 +34,15 @@ VARIANTS = {
 
 @dataclass
 class Arguments:
-    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of a text model"})
-    data: str = field(default="examples/data/emoji", metadata={"help": "images with a split test"})
-    caption_column: str = field(default="captions", metadata={"help": "of the images; one of each is drawn"})
-    num_images: int = field(default=386, metadata={"help": "held-out images, the first ones"})
-    prompts: str = field(
-        default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, of the samples"}
-    )
-    samples_per_prompt: int = field(default=2, metadata={"help": "samples of each prompt, seed 0"})
-    batch_size: int = field(default=32, metadata={"help": "images at a time"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
+    model: str = option(DEFAULT_MODEL, "folder or repository of a text model")
+    data: str = option("examples/data/emoji", "images with a split test")
+    caption_column: str = option("captions", "of the images; one of each is drawn")
+    num_images: int = option(386, "held-out images, the first ones")
+    prompts: str = option("examples/data/prompts.txt", "text file with a prompt a line, of the samples")
+    samples_per_prompt: int = option(2, "samples of each prompt, seed 0")
+    batch_size: int = option(32, "images at a time")
+    threads: int = option(1, "CPU threads")
+    output: str | None = option(None, "Markdown file to put the table into")
 
 
 @torch.no_grad()
@@ -75,9 +73,7 @@ def main(args):
         }
         print(name, rows[name], flush=True)
     report = make_report(args, rows, len(images), len(prompts))
-    print(f"\n{report}")
-    if args.output is not None:
-        write_section(Path(args.output), "benchmarks/precision.py", report)
+    publish(report, "benchmarks/precision.py", args.output)
 
 
 def prompt_states(model, prompts):

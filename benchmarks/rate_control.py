@@ -25,7 +25,7 @@ import io
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from report import describe_device, table, write_section
+from report import describe_device, option, publish, table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -58,36 +58,29 @@ DIGITS = {"PSNR": 2, "SSIM": 3}  # a perceptual distance gets four
 
 @dataclass
 class Arguments:
-    model: str = field(default=str(DEFAULT_MODEL), metadata={"help": "folder or Hub id with a DQ-VAE"})
-    data: str = field(default="examples/data/emoji", metadata={"help": "folder of images or Parquet, or a Hub id"})
-    split: str = field(default="test", metadata={"help": "which images of them"})
-    image_column: str = field(default="image", metadata={"help": "where they are"})
-    label_column: str = field(default="category", metadata={"help": "their classes, for a model with classes"})
-    caption_column: str = field(
-        default="captions", metadata={"help": "their captions, for a model with text; or none"}
+    model: str = option(str(DEFAULT_MODEL), "folder or Hub id with a DQ-VAE")
+    data: str = option("examples/data/emoji", "folder of images or Parquet, or a Hub id")
+    split: str = option("test", "which images of them")
+    image_column: str = option("image", "where they are")
+    label_column: str = option("category", "their classes, for a model with classes")
+    caption_column: str = option("captions", "their captions, for a model with text; or none")
+    max_images: int | None = option(None, "at most so many, drawn once and for all")
+    fine_ratios: list[float] = option(
+        [step / 10 for step in range(11)],
+        "shares of regions that are coded finely; of K > 2 granularities, the chance that each of the K - 1 "
+        "refinements of a region is made",
     )
-    max_images: int | None = field(default=None, metadata={"help": "at most so many, drawn once and for all"})
-    fine_ratios: list[float] = field(
-        default_factory=lambda: [step / 10 for step in range(11)],
-        metadata={
-            "help": "shares of regions that are coded finely; of K > 2 granularities, the chance that each of the K - 1 "
-            "refinements of a region is made"
-        },
+    qualities: list[int] = option(
+        [1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95], "of JPEG, WebP and AVIF, 1 ... 100"
     )
-    qualities: list[int] = field(
-        default_factory=lambda: [1, 3, 5, 8, 12, 16, 20, 25, 30, 40, 50, 60, 70, 80, 90, 95],
-        metadata={"help": "of JPEG, WebP and AVIF, 1 ... 100"},
-    )
-    subsampling: str = field(default="4:2:0", metadata={"help": "of JPEG's and AVIF's colours; or 4:4:4"})
-    perceptual: str = field(
-        default="efficientnet-lite0", metadata={"help": "network of the perceptual distance, or lpips"}
-    )
-    timed_images: int = field(default=4, metadata={"help": "images whose way to bytes and back is timed"})
-    batch_size: int = field(default=32, metadata={"help": "images at a time"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    device: str = field(default="cpu", metadata={"help": "torch device"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
-    plot: str | None = field(default=None, metadata={"help": "picture of the curves, to be written"})
+    subsampling: str = option("4:2:0", "of JPEG's and AVIF's colours; or 4:4:4")
+    perceptual: str = option("efficientnet-lite0", "network of the perceptual distance, or lpips")
+    timed_images: int = option(4, "images whose way to bytes and back is timed")
+    batch_size: int = option(32, "images at a time")
+    threads: int = option(1, "CPU threads")
+    device: str = option("cpu", "torch device")
+    output: str | None = option(None, "Markdown file to put the tables into")
+    plot: str | None = option(None, "picture of the curves, to be written")
 
 
 def main(args):
@@ -99,12 +92,10 @@ def main(args):
     points, curves = measure(args, vae, pipe, perceptual, processor, dataset, conditions)
     seconds = measure_seconds(args, pipe or vae, dataset, conditions, processor)
     report = make_report(args, vae, pipe, perceptual, points, curves, seconds, len(dataset))
-    print(report)
+    title = f"benchmarks/rate_control.py, {Path(args.model).name} on {Path(args.data).name}"
+    publish(report, title, args.output)
     if args.plot is not None:
         draw(points, curves, perceptual.figure).savefig(args.plot)
-    if args.output is not None:
-        title = f"benchmarks/rate_control.py, {Path(args.model).name} on {Path(args.data).name}"
-        write_section(Path(args.output), title, report)
 
 
 @torch.no_grad()

@@ -1,12 +1,19 @@
-"""What the benchmarks share: clocks, the device's name, tables, and sections of a Markdown file."""
+"""What the benchmarks share: options, clocks, the device's name, tables, and sections of a Markdown file."""
 
 import platform
 import time
+from dataclasses import field
 from pathlib import Path
 
 import torch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def option(default, text):
+    """A field of a benchmark's arguments, with its help."""
+    chosen = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **chosen)
 
 
 def synchronize(device):
@@ -35,6 +42,13 @@ def table(rows, texts=()):
     marks = "|".join("---" if heading in texts else "---:" for heading in rows[0])
     heads, *lines = (f"| {' | '.join(map(str, line))} |" for line in (rows[0], *(row.values() for row in rows)))
     return "\n".join([heads, f"|{marks}|", *lines])
+
+
+def publish(report, title, path):
+    """Print a report, and put it into a Markdown file (None: nowhere), see `write_section`."""
+    print(report)
+    if path is not None:
+        write_section(Path(path), title, report)
 
 
 def write_section(path, title, report):

@@ -9,11 +9,10 @@ all streams have the wanted number of codes.
 """
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from report import CLOCKS, describe_device, table, write_section
+from report import CLOCKS, describe_device, option, publish, table
 from transformers import CompileConfig, HfArgumentParser
 
 from dq_hf.modeling.configuration_dqtransformer import DQTransformerConfig
@@ -22,24 +21,20 @@ from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneratio
 
 @dataclass
 class Arguments:
-    codes: list[int] = field(
-        default_factory=lambda: [40, 160, 640], metadata={"help": "codes an image, multiples of 4"}
-    )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images at a time"})
-    codebook_size: int = field(default=1024, metadata={"help": "number of codes to choose from"})
-    hidden_size: int = field(default=512, metadata={"help": "width of both stacks"})
-    num_attention_heads: int = field(default=8, metadata={"help": "heads of every layer"})
-    num_position_layers: int = field(default=2, metadata={"help": "layers of the Position-Transformer"})
-    num_content_layers: int = field(default=6, metadata={"help": "layers of the Content-Transformer"})
-    repeats: int = field(default=2, metadata={"help": "times that everything is timed; the shortest counts"})
-    compile: str | None = field(
-        default=None, metadata={"help": "compile the step by this backend of torch.compile, such as inductor"}
-    )
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
-    device: str = field(default="cpu", metadata={"help": "torch device"})
-    seed: int = field(default=0, metadata={"help": "of weights and images"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
+    codes: list[int] = option([40, 160, 640], "codes an image, multiples of 4")
+    batch_sizes: list[int] = option([1, 4, 16], "images at a time")
+    codebook_size: int = option(1024, "number of codes to choose from")
+    hidden_size: int = option(512, "width of both stacks")
+    num_attention_heads: int = option(8, "heads of every layer")
+    num_position_layers: int = option(2, "layers of the Position-Transformer")
+    num_content_layers: int = option(6, "layers of the Content-Transformer")
+    repeats: int = option(2, "times that everything is timed; the shortest counts")
+    compile: str | None = option(None, "compile the step by this backend of torch.compile, such as inductor")
+    threads: int = option(1, "CPU threads")
+    clock: str = option("wall", '"wall", or "cpu" for CPU time, on a machine that is busy')
+    device: str = option("cpu", "torch device")
+    seed: int = option(0, "of weights and images")
+    output: str | None = option(None, "Markdown file to put the tables into")
 
 
 def main(args):
@@ -52,11 +47,9 @@ def main(args):
             assert len(times) == codes + 3, "the end of the coarse part and both ends of the fine one count, too"
             print(f"{codes} codes, batch {batch_size}: {times[-1]:.2f} s", flush=True)
     report = make_report(args, seconds)
-    print(f"\n{report}")
-    if args.output is not None:
-        size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
-        size += "" if args.compile is None else ", compiled"
-        write_section(Path(args.output), f"benchmarks/sampling.py, {size}", report)
+    size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
+    size += "" if args.compile is None else ", compiled"
+    publish(report, f"benchmarks/sampling.py, {size}", args.output)
 
 
 def make_model(args, codes):

@@ -11,13 +11,13 @@ from the embedded model. All are timed in turn, round after round, and the faste
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from report import CLOCKS, describe_device, table, write_section
+from report import CLOCKS, describe_device, option, publish, table
 from sampling import make_model
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
@@ -29,26 +29,22 @@ NUM_COARSE = 2  # passes before the finest part of our streams: the end of the c
 
 @dataclass
 class Arguments:
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "images at a time"})
-    lookahead: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32], metadata={"help": "elements a pass"})
-    codebook_size: int = field(default=1024, metadata={"help": "number of codes to choose from"})
-    hidden_size: int = field(default=512, metadata={"help": "width of both stacks"})
-    num_attention_heads: int = field(default=8, metadata={"help": "heads of every layer"})
-    num_position_layers: int = field(default=2, metadata={"help": "layers of the Position-Transformer"})
-    num_content_layers: int = field(default=6, metadata={"help": "layers of the Content-Transformer"})
-    steps: int = field(default=64, metadata={"help": "steps of a round, from the beginning of the streams"})
-    rounds: int = field(default=3, metadata={"help": "times that everything is timed"})
-    model: str | None = field(
-        default=None, metadata={"help": "model of which codes a pass are counted; default: ours"}
-    )
-    prompts: str = field(
-        default="examples/data/prompts.txt", metadata={"help": "text file with a prompt a line, for a model with text"}
-    )
-    num_images: int = field(default=9, metadata={"help": "images of which they are counted"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
-    seed: int = field(default=0, metadata={"help": "of weights and images"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
+    batch_sizes: list[int] = option([1, 4, 16], "images at a time")
+    lookahead: list[int] = option([1, 4, 8, 16, 32], "elements a pass")
+    codebook_size: int = option(1024, "number of codes to choose from")
+    hidden_size: int = option(512, "width of both stacks")
+    num_attention_heads: int = option(8, "heads of every layer")
+    num_position_layers: int = option(2, "layers of the Position-Transformer")
+    num_content_layers: int = option(6, "layers of the Content-Transformer")
+    steps: int = option(64, "steps of a round, from the beginning of the streams")
+    rounds: int = option(3, "times that everything is timed")
+    model: str | None = option(None, "model of which codes a pass are counted; default: ours")
+    prompts: str = option("examples/data/prompts.txt", "text file with a prompt a line, for a model with text")
+    num_images: int = option(9, "images of which they are counted")
+    threads: int = option(1, "CPU threads")
+    clock: str = option("wall", '"wall", or "cpu" for CPU time, on a machine that is busy')
+    seed: int = option(0, "of weights and images")
+    output: str | None = option(None, "Markdown file to put the tables into")
     device = "cpu"
 
 
@@ -76,10 +72,8 @@ def main(args):
         for n, milliseconds in zip(args.lookahead, all_passes):
             pass_rows.append((batch, n, (milliseconds - coarse) * args.steps / passes[n], counted[n]))
     report = make_report(args, ours, others, step_rows, pass_rows)
-    print(f"\n{report}")
-    if args.output is not None:
-        size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
-        write_section(Path(args.output), f"benchmarks/sampling_steps.py, {size}", report)
+    size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
+    publish(report, f"benchmarks/sampling_steps.py, {size}", args.output)
 
 
 def fastest(calls, args):

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 TEMPORARY = tempfile.mkdtemp()
@@ -25,7 +25,7 @@ import httpx  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from report import describe_device, table, write_section  # noqa: E402
+from report import describe_device, option, publish, table  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 from dq_hf import DEFAULT_MODEL  # noqa: E402
@@ -39,12 +39,12 @@ POINTS = 10  # measurements of each kind of call
 
 @dataclass
 class Arguments:
-    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of both models"})
-    encodes: int = field(default=2000, metadata={"help": "images to encode and decode"})
-    samples: int = field(default=1000, metadata={"help": "images to sample"})
-    requests: int = field(default=1000, metadata={"help": "requests to the demo"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
+    model: str = option(DEFAULT_MODEL, "folder or repository of both models")
+    encodes: int = option(2000, "images to encode and decode")
+    samples: int = option(1000, "images to sample")
+    requests: int = option(1000, "requests to the demo")
+    threads: int = option(1, "CPU threads")
+    output: str | None = option(None, "Markdown file to put the table into")
 
 
 def main(args):
@@ -61,9 +61,7 @@ def main(args):
     tables = {name: soak(name, call, numbers[name]) for name, call in calls.items()}
     left = [str(path.relative_to(TEMPORARY)) for path in sorted(temporary_files() - at_first)]
     report = make_report(tables, left, args)
-    print(report)
-    if args.output:
-        write_section(Path(args.output), "benchmarks/soak.py", report)
+    publish(report, "benchmarks/soak.py", args.output)
     return left or any(has_grown(points) for points in tables.values())
 
 

@@ -12,12 +12,11 @@ chance (the samples, each asking for another prompt's concept).
 """
 
 import itertools
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from datasets import concatenate_datasets
-from report import table, write_section
+from report import option, publish, table
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
@@ -46,19 +45,17 @@ GUIDANCE, TEMPERATURES, TOP_PS = (1.0, 1.5, 2.0, 3.0), (0.6, 0.7, 0.85, 1.0), (0
 
 @dataclass
 class Arguments:
-    model: str = field(default=DEFAULT_MODEL, metadata={"help": "folder or repository of a text model"})
-    data: str = field(
-        default="examples/data/emoji", metadata={"help": "pictures with columns captions, concept and style"}
-    )
-    prompts: int = field(default=256, metadata={"help": "prompts of each split, drawn at random with the seed"})
-    samples_per_colour: int = field(default=4, metadata={"help": "samples of each of the 24 coloured shapes"})
-    seed: int = field(default=0, metadata={"help": "of the prompts and the samples"})
-    batch_size: int = field(default=32, metadata={"help": "images at a time"})
-    extractor: str = field(default="efficientnet-lite0", metadata={"help": "as for make_extractor"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    device: str = field(default="cpu", metadata={"help": "where the model runs; the extractor runs on the CPU"})
-    sweep: bool = field(default=False, metadata={"help": "compare guidance, temperature and top-p, on seen concepts"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the tables into"})
+    model: str = option(DEFAULT_MODEL, "folder or repository of a text model")
+    data: str = option("examples/data/emoji", "pictures with columns captions, concept and style")
+    prompts: int = option(256, "prompts of each split, drawn at random with the seed")
+    samples_per_colour: int = option(4, "samples of each of the 24 coloured shapes")
+    seed: int = option(0, "of the prompts and the samples")
+    batch_size: int = option(32, "images at a time")
+    extractor: str = option("efficientnet-lite0", "as for make_extractor")
+    threads: int = option(1, "CPU threads")
+    device: str = option("cpu", "where the model runs; the extractor runs on the CPU")
+    sweep: bool = option(False, "compare guidance, temperature and top-p, on seen concepts")
+    output: str | None = option(None, "Markdown file to put the tables into")
 
 
 @torch.no_grad()
@@ -70,9 +67,7 @@ def main(args):
     pipe.set_progress_bar_config(disable=True)
     gallery = Gallery(args, pipe)
     report = sweep(args, pipe, gallery) if args.sweep else obedience(args, pipe, gallery)
-    print(report)
-    if args.output is not None:
-        write_section(Path(args.output), f"benchmarks/text_alignment.py{' --sweep' if args.sweep else ''}", report)
+    publish(report, f"benchmarks/text_alignment.py{' --sweep' if args.sweep else ''}", args.output)
 
 
 class Gallery:

@@ -19,14 +19,14 @@ import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from report import CLOCKS, describe_device, synchronize, table, write_section
+from report import CLOCKS, describe_device, option, publish, synchronize, table
 from transformers import HfArgumentParser
 
 from dq_hf import DEFAULT_MODEL
@@ -65,24 +65,24 @@ SETTINGS = {
 
 @dataclass
 class Arguments:
-    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": f"of {', '.join(ROWS)}"})
-    settings: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": f"of {', '.join(SETTINGS)}"})
-    stage_1: str = field(default="", metadata={"help": "more options of train_dqvae.py, such as sizes"})
-    stage_2: str = field(
-        default="--num_attention_heads 4 --attention_dropout 0 --attn_implementation eager",
-        metadata={"help": "more options of train_dqtransformer.py"},
+    rows: list[str] = option(list(ROWS), f"of {', '.join(ROWS)}")
+    settings: list[str] = option(list(SETTINGS), f"of {', '.join(SETTINGS)}")
+    stage_1: str = option("", "more options of train_dqvae.py, such as sizes")
+    stage_2: str = option(
+        "--num_attention_heads 4 --attention_dropout 0 --attn_implementation eager",
+        "more options of train_dqtransformer.py",
     )
-    data: str = field(default=str(EMOJI), metadata={"help": "as for the scripts; split train, column image"})
-    num_images: int = field(default=200, metadata={"help": "drawn at random from the data, for all rows"})
-    vae: str = field(default=f"{DEFAULT_MODEL}/vae", metadata={"help": "tokenizer of stage 2"})
-    batch_size: int = field(default=32, metadata={"help": "images a step"})
-    warmup_steps: int = field(default=3, metadata={"help": "that are not timed: compilation, first allocations"})
-    steps: int = field(default=3, metadata={"help": "timed steps of a run; with the code cache four times as many"})
-    repeats: int = field(default=1, metadata={"help": "times that all rows are run, one after another"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    clock: str = field(default="wall", metadata={"help": '"wall", or "cpu" for CPU time, on a machine that is busy'})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into"})
+    data: str = option(str(EMOJI), "as for the scripts; split train, column image")
+    num_images: int = option(200, "drawn at random from the data, for all rows")
+    vae: str = option(f"{DEFAULT_MODEL}/vae", "tokenizer of stage 2")
+    batch_size: int = option(32, "images a step")
+    warmup_steps: int = option(3, "that are not timed: compilation, first allocations")
+    steps: int = option(3, "timed steps of a run; with the code cache four times as many")
+    repeats: int = option(1, "times that all rows are run, one after another")
+    threads: int = option(1, "CPU threads")
+    clock: str = option("wall", '"wall", or "cpu" for CPU time, on a machine that is busy')
+    device: str = option("cpu", "cpu or cuda")
+    output: str | None = option(None, "Markdown file to put the table into")
 
 
 @dataclass
@@ -113,10 +113,8 @@ def main(args):
                     runs.setdefault((row, setting), []).append(run)
                     print(f"{row}, {setting}: {1000 * median(run.steps):.4g} ms a step", file=sys.stderr, flush=True)
     report = make_report(args, sizes, runs)
-    print(report)
-    if args.output is not None:
-        title = f"benchmarks/train_throughput.py, {args.device}, {sizes}; {' '.join(args.settings)}"
-        write_section(Path(args.output), title, report)
+    title = f"benchmarks/train_throughput.py, {args.device}, {sizes}; {' '.join(args.settings)}"
+    publish(report, title, args.output)
 
 
 def check(args):

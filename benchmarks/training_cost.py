@@ -11,13 +11,13 @@ the time of a step on a device that sustains --tflops, and the memory of a batch
 Adam and (stage 1) the moving average of the weights. LPIPS has random weights here, so that nothing is downloaded.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from report import table, write_section
+from report import option, publish, table
 from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,12 +36,12 @@ TERA = 1e12
 
 @dataclass
 class Arguments:
-    stage_1: str = field(default="", metadata={"help": "Options of train_dqvae.py, such as sizes."})
-    stage_2: str = field(default="", metadata={"help": "Options of train_dqtransformer.py, such as sizes."})
-    batch_size: int = field(default=32, metadata={"help": "Images of a step."})
-    tflops: float = field(default=40.0, metadata={"help": "TFLOP/s that the device is assumed to sustain."})
-    output: str | None = field(default=None, metadata={"help": "Markdown file to put the table into."})
-    name: str = field(default="default sizes", metadata={"help": "What the table is called in that file."})
+    stage_1: str = option("", "Options of train_dqvae.py, such as sizes.")
+    stage_2: str = option("", "Options of train_dqtransformer.py, such as sizes.")
+    batch_size: int = option(32, "Images of a step.")
+    tflops: float = option(40.0, "TFLOP/s that the device is assumed to sustain.")
+    output: str | None = option(None, "Markdown file to put the table into.")
+    name: str = option("default sizes", "What the table is called in that file.")
 
 
 class Count(NamedTuple):
@@ -69,9 +69,7 @@ def main(args):
         count_steps([generator], [], lambda: generator(encoded.codes, encoded.grain_map).loss, num_averages=0),
     )
     report = make_report(args, counts, encoded.num_codes.item())
-    print(report)
-    if args.output is not None:
-        write_section(Path(args.output), f"benchmarks/training_cost.py, {args.name}", report)
+    publish(report, f"benchmarks/training_cost.py, {args.name}", args.output)
 
 
 def options_of(arguments, options):

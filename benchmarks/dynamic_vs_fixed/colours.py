@@ -6,13 +6,13 @@ The PSNR of brightness (grey values) and that of what remains of the colours wit
 that the reconstructions have: 1 where they are as colourful, 0 where they are grey.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import run
 import torch
 from conditions import CONDITIONS, make_model
-from evidence import REPOSITORY, markdown, write_section
+from evidence import REPOSITORY, markdown, option, write_section
 from stage_1 import eight_bits
 from transformers import HfArgumentParser
 
@@ -21,10 +21,10 @@ from dq_hf.modeling.routing_dq import GREY_WEIGHTS
 
 @dataclass
 class Arguments:
-    data: str = field(default="emoji", metadata={"help": f"one of {', '.join(run.DATA)}"})
-    images: int | None = field(default=None, metadata={"help": "the first held-out images only; none: all"})
-    work_dir: str = field(default=str(run.Arguments().work_dir), metadata={"help": "run.py's folder of weights"})
-    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
+    data: str = option("emoji", f"one of {', '.join(run.DATA)}")
+    images: int | None = option(None, "the first held-out images only; none: all")
+    work_dir: str = option(str(run.Arguments().work_dir), "run.py's folder of weights")
+    output: str = option(str(REPOSITORY / "docs" / "evidence-tables.md"), "Markdown file")
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 sys.path.append(str(HERE.parent))
-from report import write_section  # noqa: E402
+from report import option, write_section  # noqa: E402
 
 CURVE = ("fixed-64", "fixed-128", "fixed-256")
 HEADLINE = "emoji"  # results of which the page has a plot of its own
@@ -72,9 +72,9 @@ MEASURES = PER_IMAGE | OF_SET
 
 @dataclass
 class Arguments:
-    results_dir: str = field(default=str(HERE / "results"), metadata={"help": "folder of the results"})
-    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
-    images_dir: str = field(default=str(REPOSITORY / "docs" / "images"), metadata={"help": "folder of the plots"})
+    results_dir: str = option(str(HERE / "results"), "folder of the results")
+    output: str = option(str(REPOSITORY / "docs" / "evidence-tables.md"), "Markdown file")
+    images_dir: str = option(str(REPOSITORY / "docs" / "images"), "folder of the plots")
 
 
 def main(args):

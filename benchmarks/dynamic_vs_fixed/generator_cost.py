@@ -6,12 +6,13 @@ On the grain maps that a trained tokenizer gives, too, for the entropy router le
 """
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import conditions
 import run
 import stage_2
 import torch
+from evidence import option
 from transformers import HfArgumentParser
 
 from dq_hf.training.calibration import calibrate
@@ -19,9 +20,9 @@ from dq_hf.training.calibration import calibrate
 
 @dataclass
 class Arguments:
-    images: int = field(default=2048, metadata={"help": "the first ones of the training split"})
-    rounds: int = field(default=9, metadata={"help": "measurements of each generator"})
-    steps: int = field(default=15, metadata={"help": "of one measurement"})
+    images: int = option(2048, "the first ones of the training split")
+    rounds: int = option(9, "measurements of each generator")
+    steps: int = option(15, "of one measurement")
 
 
 def main(args):

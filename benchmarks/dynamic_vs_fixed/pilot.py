@@ -8,12 +8,12 @@ length each, at the best learning rate: a curve within one run would flatten wit
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import run
-from evidence import REPOSITORY, markdown, write_section
+from evidence import REPOSITORY, markdown, option, write_section
 from transformers import HfArgumentParser
 
 FOLDER = Path(__file__).parent / "pilot"
@@ -24,11 +24,11 @@ STEPS = (1000, 3000, 6000)
 
 @dataclass
 class Arguments:
-    data: str = field(default="emoji", metadata={"help": f"one of {', '.join(run.DATA)}"})
-    work_dir: str = field(default=str(REPOSITORY / "runs" / "pilot"), metadata={"help": "for the weights"})
-    results_dir: str = field(default=str(FOLDER), metadata={"help": "folder of the results"})
-    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
-    report: bool = field(default=False, metadata={"help": "the table of what is finished alone"})
+    data: str = option("emoji", f"one of {', '.join(run.DATA)}")
+    work_dir: str = option(str(REPOSITORY / "runs" / "pilot"), "for the weights")
+    results_dir: str = option(str(FOLDER), "folder of the results")
+    output: str = option(str(REPOSITORY / "docs" / "evidence-tables.md"), "Markdown file")
+    report: bool = option(False, "the table of what is finished alone")
 
 
 def main(args):

@@ -7,13 +7,13 @@ numbers, or with the largest gain, for which the image must be coded both ways: 
 gain. Rows are the tokenizers that code the images, columns what ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import run
 import torch
 from conditions import CONDITIONS, DUAL, make_model
-from evidence import REPOSITORY, markdown, write_section
+from evidence import REPOSITORY, markdown, option, write_section
 from stage_1 import eight_bits
 from transformers import HfArgumentParser
 
@@ -26,14 +26,12 @@ ROUTERS = ("entropy", "feature")
 
 @dataclass
 class Arguments:
-    data: str = field(default="emoji", metadata={"help": f"one of {', '.join(run.DATA)}"})
-    conditions: list[str] = field(
-        default_factory=lambda: ["random", *ROUTERS], metadata={"help": "tokenizers, trained by run.py"}
-    )
-    seed: int = field(default=0, metadata={"help": "of their training, and of the random ranking"})
-    images: int | None = field(default=None, metadata={"help": "the first held-out images only; none: all"})
-    work_dir: str = field(default=str(run.Arguments().work_dir), metadata={"help": "run.py's folder of weights"})
-    output: str = field(default=str(REPOSITORY / "docs" / "evidence-tables.md"), metadata={"help": "Markdown file"})
+    data: str = option("emoji", f"one of {', '.join(run.DATA)}")
+    conditions: list[str] = option(["random", *ROUTERS], "tokenizers, trained by run.py")
+    seed: int = option(0, "of their training, and of the random ranking")
+    images: int | None = option(None, "the first held-out images only; none: all")
+    work_dir: str = option(str(run.Arguments().work_dir), "run.py's folder of weights")
+    output: str = option(str(REPOSITORY / "docs" / "evidence-tables.md"), "Markdown file")
 
 
 @torch.no_grad()

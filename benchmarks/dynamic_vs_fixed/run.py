@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import conditions
@@ -26,6 +26,7 @@ import stage_1
 import stage_2
 import torch
 from conditions import CONDITIONS, IMAGE_SIZE
+from evidence import REPOSITORY, option
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
@@ -36,7 +37,6 @@ from dq_hf.hub.folders import whole_file
 from dq_hf.modeling.image_processing_dq import DQImageProcessor, to_bytes
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
 DATA = {
     "emoji": REPOSITORY / "examples" / "data" / "emoji",
     "photographs": REPOSITORY / "runs" / "photographs",
@@ -45,23 +45,19 @@ DATA = {
 
 @dataclass
 class Arguments:
-    data: list[str] = field(default_factory=lambda: ["emoji"], metadata={"help": f"of {', '.join(DATA)}"})
-    stages: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "1: tokenizers, 2: generators"})
-    conditions: list[str] = field(
-        default_factory=lambda: [*CONDITIONS, *stage_2.GENERATORS], metadata={"help": "which ones to run"}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of weights and order of images"})
-    steps: int = field(default=6000, metadata={"help": "optimizer steps of a tokenizer"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of a tokenizer"})
-    device: str = field(default="cpu", metadata={"help": "where models are trained and measured"})
-    seconds: float = field(
-        default=120.0, metadata={"help": "time of training a generator, counted by stage_2.SECONDS_A_STEP"}
-    )
-    samples: int = field(default=384, metadata={"help": "images that a generator samples"})
-    images: int | None = field(default=None, metadata={"help": "the first images of each split only; none: all"})
-    smoke: bool = field(default=False, metadata={"help": "everything tiny, from the start, in <work_dir>/smoke"})
-    work_dir: str = field(default=str(REPOSITORY / "runs" / "dynamic_vs_fixed"), metadata={"help": "for the weights"})
-    results_dir: str = field(default=str(HERE / "results"), metadata={"help": "folder of the results"})
+    data: list[str] = option(["emoji"], f"of {', '.join(DATA)}")
+    stages: list[int] = option([1, 2], "1: tokenizers, 2: generators")
+    conditions: list[str] = option([*CONDITIONS, *stage_2.GENERATORS], "which ones to run")
+    seeds: list[int] = option([0, 1, 2], "of weights and order of images")
+    steps: int = option(6000, "optimizer steps of a tokenizer")
+    learning_rate: float = option(2e-3, "highest learning rate of a tokenizer")
+    device: str = option("cpu", "where models are trained and measured")
+    seconds: float = option(120.0, "time of training a generator, counted by stage_2.SECONDS_A_STEP")
+    samples: int = option(384, "images that a generator samples")
+    images: int | None = option(None, "the first images of each split only; none: all")
+    smoke: bool = option(False, "everything tiny, from the start, in <work_dir>/smoke")
+    work_dir: str = option(str(REPOSITORY / "runs" / "dynamic_vs_fixed"), "for the weights")
+    results_dir: str = option(str(HERE / "results"), "folder of the results")
 
 
 def main(args):
