@@ -38,8 +38,10 @@ def cpu_name():
 
 
 def table(rows, texts=()):
-    """Markdown of rows {heading: cell}, at least one; columns are those of numbers, but for the headings `texts`."""
-    marks = "|".join("---" if heading in texts else "---:" for heading in rows[0])
+    """Markdown of rows {heading: cell}; columns are those of numbers, but for the headings `texts`, or None: all."""
+    if not rows:
+        return ""
+    marks = "|".join("---" if texts is None or heading in texts else "---:" for heading in rows[0])
     heads, *lines = (f"| {' | '.join(map(str, line))} |" for line in (rows[0], *(row.values() for row in rows)))
     return "\n".join([heads, f"|{marks}|", *lines])
 

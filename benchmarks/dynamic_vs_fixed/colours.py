@@ -12,7 +12,7 @@ from pathlib import Path
 import run
 import torch
 from conditions import CONDITIONS, make_model
-from evidence import REPOSITORY, markdown, option, write_section
+from evidence import REPOSITORY, option, table, write_section
 from stage_1 import eight_bits
 from transformers import HfArgumentParser
 
@@ -30,27 +30,30 @@ class Arguments:
 @torch.no_grad()
 def main(args):
     images, _ = run.load_split(run.DATA[args.data], "test", args.images)
-    lines = [["tokenizer", "seed", "brightness, dB", "colour, dB", "share of the colour"]]
+    rows = []
     for name in CONDITIONS:
         for path in sorted(Path(args.work_dir, args.data).glob(f"{name}-seed?.safetensors")):
             metadata = run.read_metadata(path)
             model = run.load_weights(make_model(CONDITIONS[name], metadata["facts"]["entropy_thresholds"]), path)
             samples = torch.cat([eight_bits(model(batch).sample) for batch in images.split(64)])
-            figures = [f"{value:.2f}" for value in measure(samples, images)]
-            lines.append([f"`{name}`", str(metadata["settings"]["seed"]), *figures])
-    if len(lines) == 1:
+            figures = {name: f"{value:.2f}" for name, value in measure(samples, images).items()}
+            rows.append({"tokenizer": f"`{name}`", "seed": metadata["settings"]["seed"]} | figures)
+    if not rows:
         raise FileNotFoundError(
             f"no weights in {Path(args.work_dir, args.data)}; train tokenizers with run.py --stages 1"
         )
-    report = f"{len(images)} held-out images, routed by each tokenizer's own choice.\n\n{markdown(lines)}"
+    report = f"{len(images)} held-out images, routed by each tokenizer's own choice.\n\n{table(rows, texts=None)}"
     write_section(Path(args.output), f"colours, {args.data}", report)
 
 
 def measure(samples, images):
-    """Mean PSNR in dB of the brightness and of the colours of images (B, 3, H, W) in [-1, 1]; share of colour that is kept."""
+    """Mean PSNR in dB of brightness and colours of images (B, 3, H, W) in [-1, 1], and the share of colour that is kept."""
     (grey, colour), (sample_grey, sample_colour) = split(images), split(samples)
-    kept = (sample_colour * colour).sum() / colour.square().sum()
-    return [*(decibels(*pair) for pair in ((sample_grey, grey), (sample_colour, colour))), kept.item()]
+    return {
+        "brightness, dB": decibels(sample_grey, grey),
+        "colour, dB": decibels(sample_colour, colour),
+        "share of the colour": ((sample_colour * colour).sum() / colour.square().sum()).item(),
+    }
 
 
 def split(images):

@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 sys.path.append(str(HERE.parent))
-from report import option, write_section  # noqa: E402
+from report import option, table, write_section  # noqa: E402
 
 CURVE = ("fixed-64", "fixed-128", "fixed-256")
 HEADLINE = "emoji"  # results of which the page has a plot of its own
@@ -89,18 +89,14 @@ def main(args):
         if tokenizers:
             plot = Path(args.images_dir, f"dynamic_vs_fixed-{folder.name}.png")
             plot_curves(runs, plot, measured_rates(runs), MEASURES)
-            parts = [
-                f"{describe(tokenizers, groups)}",
-                rates_table(runs),
-                claim_table(runs, groups),
-                f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})",
-            ]
-            write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(parts))
+            image = f"![quality against codes and bits]({os.path.relpath(plot, Path(args.output).parent)})"
+            parts = [common_settings(tokenizers, groups), rates_table(runs), claim_table(runs, groups), image]
+            write_section(Path(args.output), f"tokenizers, {folder.name}", "\n\n".join(filter(None, parts)))
         if generators:
             write_section(Path(args.output), f"generators, {folder.name}", generators_table(generators))
 
 
-def describe(results, groups):
+def common_settings(results, groups):
     """What all runs have in common, in a sentence; `ValueError` as of `check_comparable`."""
     check_comparable(results, ("data_sha256", "steps", "batch_size", "learning_rate"))
     versions = sorted({f"torch {result['versions']['torch']}" for result in results})
@@ -153,37 +149,43 @@ def measured_rates(runs):
 def rates_table(runs):
     """What every condition spends and reaches, means over the seeds and their range."""
     rates = measured_rates(runs)
-    head = ["condition", "routing", *rates, *(measure.name for measure in MEASURES.values())]
-    lines = [head + ["shares, coarsest first", "parameters", "seeds"]]
-    lines += [rates_row(*row, runs[row], rates) for row in ROWS if row in runs]
-    return markdown(lines)
+    rows = [rates_row(*row, list(runs[row].values()), rates) for row in ROWS if row in runs]
+    return table(rows, texts=None)
 
 
-def rates_row(name, way, seeds, rates):
-    """A line of `rates_table`."""
-    cells = [name, {"own": "its own", "exact": "exact shares"}[way] if CONDITIONS[name].shares else ""]
-    values = list(seeds.values())
-    forms = rates | {name: measure.form for name, measure in MEASURES.items()}
-    cells += [spread([value[name] for value in values], form) for name, form in forms.items()]
-    shares = np.mean([value["shares"] for value in values], axis=0)
-    cells += [" / ".join(f"{share:.3f}" for share in shares), f"{values[0]['num_parameters']:,}"]
-    return [*cells, f"{len(values)} of {NUM_SEEDS}"]
+def rates_row(name, way, figures, rates):
+    """A row of `rates_table`, of the figures of all seeds."""
+    routing = {"own": "its own", "exact": "exact shares"}[way] if CONDITIONS[name].shares else ""
+    spent = {rate: spread([each[rate] for each in figures], form) for rate, form in rates.items()}
+    reached = {
+        measure.name: spread([each[key] for each in figures], measure.form) for key, measure in MEASURES.items()
+    }
+    shares = np.mean([each["shares"] for each in figures], axis=0)
+    return (
+        {"condition": name, "routing": routing}
+        | spent
+        | reached
+        | {
+            "shares, coarsest first": " / ".join(f"{share:.3f}" for share in shares),
+            "parameters": f"{figures[0]['num_parameters']:,}",
+            "seeds": f"{len(figures)} of {NUM_SEEDS}",
+        }
+    )
 
 
 def claim_table(runs, groups):
-    """Differences between conditions, image by image, with intervals."""
-    lines = [["compared", "with", *(measure.name for measure in PER_IMAGE.values()), "seeds"]]
-    for row in ROWS:
-        name, way = row
+    """Differences between conditions, image by image, with intervals; an empty text where nothing can be compared."""
+    rows = []
+    for name, way in ROWS:
         if not CONDITIONS[name].shares:
             continue
         curve = [(fixed, "own") for fixed in CURVE]
         for rate in measured_rates(runs):
-            lines.append(claim_row(runs, groups, row, f"fixed-length at equal {rate}", curve, rate))
+            rows.append(claim_row(runs, groups, (name, way), f"fixed-length at equal {rate}", curve, rate))
         for other in OPPONENTS[name]:
             opponent = (other, way if (other, way) in runs else "own")
-            lines.append(claim_row(runs, groups, row, label(*opponent), [opponent]))
-    return markdown([line for line in lines if line])
+            rows.append(claim_row(runs, groups, (name, way), label(*opponent), [opponent]))
+    return table([row for row in rows if row], texts=None)
 
 
 def label(name, way):
@@ -194,7 +196,7 @@ def label(name, way):
 
 
 def claim_row(runs, groups, row, opponent, others, rate=None):
-    """A line of `claim_table`; None if no seed has all the runs that it takes.
+    """A row of `claim_table`; None if no seed has all the runs that it takes.
 
     Args:
         opponent: its name.
@@ -203,7 +205,7 @@ def claim_row(runs, groups, row, opponent, others, rate=None):
     seeds = sorted(set.intersection(*(set(runs.get(key, {})) for key in [row, *others])))
     if not seeds:
         return None
-    cells = [label(*row), opponent]
+    cells = {"compared": label(*row), "with": opponent}
     for name, measure in PER_IMAGE.items():
         differences = []
         for seed in seeds:
@@ -212,9 +214,9 @@ def claim_row(runs, groups, row, opponent, others, rate=None):
             values = interpolate(ours[rate], [other[rate] for other in theirs], values) if rate else values[0]
             differences.append(ours["images"][name] - values)
         low, high = bootstrap(np.array(differences), np.array(groups))
-        cells.append(f"{np.mean(differences):+{measure.form}} [{low:+{measure.form}}, {high:+{measure.form}}]")
-        cells[-1] += f" {verdict(low, high, measure.more_is_better)}"
-    return [*cells, f"{len(seeds)} of {NUM_SEEDS}"]
+        mean, *ends = (f"{value:+{measure.form}}" for value in (np.mean(differences), low, high))
+        cells[measure.name] = f"{mean} [{', '.join(ends)}] {verdict(low, high, measure.more_is_better)}"
+    return cells | {"seeds": f"{len(seeds)} of {NUM_SEEDS}"}
 
 
 def verdict(low, high, more_is_better):
@@ -263,41 +265,33 @@ def generators_table(results):
     "–" stands for what an older run did not measure. `ValueError` as of `check_comparable`.
     """
     check_comparable(results, ("data_sha256", "seconds", "batch_size", "learning_rate", "samples"))
-    head = [
-        "generator",
-        "codes of",
-        "elements",
-        "parameters",
-        "steps",
-        "nats/image",
-        "FD-EffLite0",
-        "of its tokenizer",
-        "precision",
-        "recall",
-    ]
-    lines = [head + ["CPU s/sample", "seeds"]]
+    rows = []
     for name, tokenizer in GENERATORS.items():
-        values = [result for result in results if result["condition"] == name]
-        if not values:
+        runs = [result for result in results if result["condition"] == name]
+        if not runs:
             continue
-        columns = [
-            ([result["held_out"]["elements"] for result in values], ".1f"),
-            ([result["num_parameters"] for result in values], ",.0f"),
-            ([result["steps"] for result in values], ",.0f"),
-            ([np.mean(result["held_out"]["nats"]) for result in values], ".1f"),
-            (measured(values, "FD"), ".1f"),
-            (measured(values, "tokenizer-FD"), ".1f"),
-            (measured(values, "precision"), ".2f"),
-            (measured(values, "recall"), ".2f"),
-            ([result["held_out"]["seconds_per_sample"] for result in values], ".3f"),
-        ]
-        lines.append([name, tokenizer, *(spread(*column) for column in columns), f"{len(values)} of {NUM_SEEDS}"])
-    return markdown(lines)
+        held_out = [run["held_out"] for run in runs]
+        row = {
+            "generator": name,
+            "codes of": tokenizer,
+            "elements": spread([each["elements"] for each in held_out], ".1f"),
+            "parameters": spread([run["num_parameters"] for run in runs], ",.0f"),
+            "steps": spread([run["steps"] for run in runs], ",.0f"),
+            "nats/image": spread([np.mean(each["nats"]) for each in held_out], ".1f"),
+            "FD-EffLite0": spread(measured(held_out, "FD"), ".1f"),
+            "of its tokenizer": spread(measured(held_out, "tokenizer-FD"), ".1f"),
+            "precision": spread(measured(held_out, "precision"), ".2f"),
+            "recall": spread(measured(held_out, "recall"), ".2f"),
+            "CPU s/sample": spread([each["seconds_per_sample"] for each in held_out], ".3f"),
+            "seeds": f"{len(runs)} of {NUM_SEEDS}",
+        }
+        rows.append(row)
+    return table(rows, texts=None)
 
 
-def measured(results, name):
+def measured(held_out, name):
     """A figure of generators by EfficientNet-Lite0; none if one was run before it was measured."""
-    figures = [result["held_out"].get(f"{name}-EffLite0") for result in results]
+    figures = [each.get(f"{name}-EffLite0") for each in held_out]
     return [] if None in figures else figures
 
 
@@ -343,12 +337,6 @@ def points(runs, key, rate, name):
     """(rate, measure) as a mean over the seeds, and of each seed; None and [] without any run."""
     seeds = [(values[rate], values[name]) for values in runs.get(key, {}).values()]
     return (tuple(np.mean(seeds, axis=0)) if seeds else None), seeds
-
-
-def markdown(lines):
-    """A table whose first line is its head."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
 if __name__ == "__main__":

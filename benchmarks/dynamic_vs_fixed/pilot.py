@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import run
-from evidence import REPOSITORY, markdown, option, write_section
+from evidence import REPOSITORY, option, table, write_section
 from transformers import HfArgumentParser
 
 FOLDER = Path(__file__).parent / "pilot"
@@ -38,7 +38,7 @@ def main(args):
     for steps in () if args.report else STEPS[1:]:
         for condition in CONDITIONS:
             run_one(args, condition, best_learning_rate(args, condition), steps)
-    write_section(Path(args.output), f"pilot, {args.data}", table(args))
+    write_section(Path(args.output), f"pilot, {args.data}", psnr_table(args))
 
 
 def run_one(args, condition, learning_rate, steps):
@@ -74,9 +74,9 @@ def best_learning_rate(args, condition):
     return max(LEARNING_RATES, key=lambda rate: quality(args, condition, rate, STEPS[0]) or 0)
 
 
-def table(args):
+def psnr_table(args):
     """Held-out PSNR of every finished run, and what a thousand steps more have gained."""
-    lines = [["condition", "learning rate", "steps", "PSNR, dB", "gain of the last 1,000 steps, dB"]]
+    rows = []
     for condition in CONDITIONS:
         best, before = best_learning_rate(args, condition), None
         for steps in STEPS:
@@ -84,10 +84,11 @@ def table(args):
                 value = quality(args, condition, rate, steps)
                 if value is not None:
                     gain = "" if before is None else f"{(value - before[1]) / (steps - before[0]) * 1000:+.2f}"
-                    lines.append([condition, f"{rate:g}", f"{steps:,}", f"{value:.2f}", gain])
+                    row = {"condition": condition, "learning rate": f"{rate:g}", "steps": f"{steps:,}"}
+                    rows.append(row | {"PSNR, dB": f"{value:.2f}", "gain of the last 1,000 steps, dB": gain})
             if (value := quality(args, condition, best, steps)) is not None:
                 before = steps, value
-    return markdown(lines)
+    return table(rows, texts=None)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ gain. Rows are the tokenizers that code the images, columns what ranks.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import run
 import torch
 from conditions import CONDITIONS, DUAL, make_model
-from evidence import REPOSITORY, markdown, option, write_section
+from evidence import REPOSITORY, option, table, write_section
 from stage_1 import eight_bits
 from transformers import HfArgumentParser
 
@@ -41,18 +42,17 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)
     rankings = {"random": lambda batch: torch.rand(len(batch), 8, 8, generator=generator)}
     rankings |= {name: models[name].region_scores for name in ROUTERS if name in models}
-    lines = [["trained with", *rankings, "the gain itself"]]
+    rows = []
     for name, model in models.items():
-        scores = [[] for _ in lines[0][1:]]
+        ways, figures = rankings | {"the gain itself": partial(region_gains, model)}, {}
         for batch in images.split(64):
-            for values, score in zip(
-                scores, [*(rank(batch) for rank in rankings.values()), region_gains(model, batch)]
-            ):
-                sample = reconstruct(model, batch, rank_routing(score, DUAL["shares"]))
-                values.append(torch.stack([psnr(sample, batch), ssim(sample, batch)]))
-        means = [torch.cat(values, dim=1).mean(1).tolist() for values in scores]
-        lines.append([f"`{name}`", *(f"{decibels:.2f}, {similarity:.3f}" for decibels, similarity in means)])
-    report = f"PSNR in dB, SSIM; seed {args.seed}; {len(images)} held-out images.\n\n{markdown(lines)}"
+            for way, rank in ways.items():
+                sample = reconstruct(model, batch, rank_routing(rank(batch), DUAL["shares"]))
+                figures.setdefault(way, []).append(torch.stack([psnr(sample, batch), ssim(sample, batch)]))
+        means = {way: torch.cat(values, dim=1).mean(1).tolist() for way, values in figures.items()}
+        cells = {way: f"{decibels:.2f}, {similarity:.3f}" for way, (decibels, similarity) in means.items()}
+        rows.append({"trained with": f"`{name}`"} | cells)
+    report = f"PSNR in dB, SSIM; seed {args.seed}; {len(images)} held-out images.\n\n{table(rows, texts=None)}"
     write_section(Path(args.output), f"rankings, {args.data}", report)
 
 

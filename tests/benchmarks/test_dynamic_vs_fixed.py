@@ -117,10 +117,12 @@ def test_brightness_and_colour_are_told_apart():
     assert torch.allclose(
         colours.split(colour)[0], torch.zeros(4, 1, 64, 64), atol=1e-3
     )  # no brightness is left in it
-    brightness, colours_decibels, kept = colours.measure(grey.expand_as(batch), batch)
+    brightness, colours_decibels, kept = colours.measure(grey.expand_as(batch), batch).values()
     assert brightness > 70 and kept == pytest.approx(0, abs=1e-3)
     assert colours_decibels == pytest.approx(colours.decibels(torch.zeros_like(colour), colour), abs=0.01)
-    brightness, colours_decibels, kept = colours.measure(batch + 0.02, batch)  # lighter by a hundredth of the range
+    brightness, colours_decibels, kept = colours.measure(
+        batch + 0.02, batch
+    ).values()  # lighter by a hundredth of the range
     assert brightness == pytest.approx(40, abs=0.1) and colours_decibels > 70 and kept == pytest.approx(1, abs=1e-3)
 
 
@@ -285,7 +287,7 @@ def test_report_says_what_is_measured_and_leaves_out_what_is_not(tmp_path):
     assert "dq-transformer" not in report
     assert "2 held-out images in 2 independent groups" in report
     with pytest.raises(ValueError, match="must have the same settings, got .*'steps': 5.* and .*'steps': 6"):
-        evidence.describe([finished[0], finished[1] | {"steps": 6}], [0, 1])
+        evidence.common_settings([finished[0], finished[1] | {"steps": 6}], [0, 1])
 
 
 def generated(name, seed, **changes):
