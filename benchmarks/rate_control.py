@@ -27,6 +27,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ from dq_hf.pictures import new_figure
 
 ROUTER = "router"
 FIXED = "fixed length"
-DIGITS = {"PSNR": 2, "SSIM": 3}  # a perceptual distance gets four
+BITS = (FIXED, "file", "payload")  # how figures in bits end
 
 
 @dataclass
@@ -112,41 +113,22 @@ def measure(args, vae, pipe, perceptual, processor, dataset, conditions):
     shares = {ratio: refinement_shares(ratio, num_granularities) for ratio in args.fine_ratios} | {ROUTER: None}
     collate = ImageCollator(processor, args.image_column)
     loader = torch.utils.data.DataLoader(dataset, args.batch_size, collate_fn=collate)
-    static = StaticPrior(vae)
+    static, conditions = StaticPrior(vae), iter(conditions)
     values = {}  # {setting: {figure: [one number an image]}}
 
     def record(setting, images, **counts):
-        figures = counts | quality(as_uint8(images), references, perceptual)
+        figures = counts | quality(as_uint8(images), as_uint8(originals), perceptual)
         for name, each in figures.items():
             values.setdefault(setting, {}).setdefault(name, []).extend(float(value) for value in each)
 
-    done = 0
     for batch in tqdm(loader, desc="measure"):
         originals = processor.post_process(batch["pixel_values"])
-        references = as_uint8(originals)
         pixel_values = processor(originals)["pixel_values"].to(args.device)
-        chosen = conditions[done : done + len(originals)]
-        done += len(originals)
+        chosen = list(islice(conditions, len(originals)))
         for ratio, share in shares.items():
             encoded = vae.encode(pixel_values, fine_ratio=share)
-            sample = vae.decode_codes(encoded.codes).sample
-            regions = encoded.grain_map[0].numel()
-            counts = {
-                "codes": encoded.num_codes,
-                FIXED: sum(count_bits(encoded.num_codes, regions, vae.config.codebook_size, num_granularities)),
-            }
-            grids = list(zip(encoded.codes.cpu(), encoded.grain_map.cpu()))
-            ways = {"static": [static] * len(chosen)}
-            if pipe is not None:
-                ways["generator"] = (GeneratorPrior(pipe, *each) for each in chosen)  # one in memory at a time
-                labels, prompts = (None if each[0] is None else list(each) for each in zip(*chosen))
-                texts = pipe.encode_prompt(prompts)
-                nats = pipe.transformer.log_prob(encoded.codes, encoded.grain_map, labels, **texts).nats
-                counts["ideal"] = nats / math.log(2)
-            for way, priors in ways.items():
-                lengths = [dq_bits(prior, image, *pair) for prior, image, pair in zip(priors, originals, grids)]
-                counts[f"{way} file"], counts[f"{way} payload"] = zip(*lengths)
-            record(("DQ-VAE", ratio), processor.post_process(sample), **counts)
+            images = processor.post_process(vae.decode_codes(encoded.codes).sample)
+            record(("DQ-VAE", ratio), images, **count(vae, pipe, static, encoded, originals, chosen))
         for number in args.qualities:
             for codec, (code, _) in CODECS.items():
                 decoded, file, bare = zip(*(code(image, number, args.subsampling) for image in originals))
@@ -155,13 +137,29 @@ def measure(args, vae, pipe, perceptual, processor, dataset, conditions):
     means = {
         setting: {name: float(np.mean(each)) for name, each in figures.items()} for setting, figures in values.items()
     }
-    points = {ratio: means["DQ-VAE", ratio] for ratio in shares}
     curves = {}
     for codec, (_, bare) in CODECS.items():
         for curve, way in ((f"{codec} file", "file"), (f"{codec} {bare}", "bare")):
             rows = [means[codec, number] | {"bits": means[codec, number][way]} for number in args.qualities]
             curves[curve] = sorted(rows, key=lambda row: row["bits"])
-    return points, curves
+    return {ratio: means["DQ-VAE", ratio] for ratio in shares}, curves
+
+
+def count(vae, pipe, static, encoded, images, conditions):
+    """What images are coded in, {figure: (B,)}: codes, bits of fixed length, of each prior, and, ideally, of the generator."""
+    config, num_regions = vae.config, encoded.grain_map[0].numel()
+    fixed = sum(count_bits(encoded.num_codes, num_regions, config.codebook_size, len(config.granularities)))
+    counts, ways = {"codes": encoded.num_codes, FIXED: fixed}, {"static": repeat(static)}
+    if pipe is not None:
+        ways["generator"] = (GeneratorPrior(pipe, *each) for each in conditions)  # one in memory at a time
+        labels, prompts = (None if each[0] is None else list(each) for each in zip(*conditions))
+        texts = pipe.encode_prompt(prompts)
+        nats = pipe.transformer.log_prob(encoded.codes, encoded.grain_map, labels, **texts).nats
+        counts["ideal"] = nats / math.log(2)
+    for way, priors in ways.items():
+        lengths = map(dq_bits, priors, images, encoded.codes.cpu(), encoded.grain_map.cpu())
+        counts[f"{way} file"], counts[f"{way} payload"] = zip(*lengths)
+    return counts
 
 
 def dq_bits(prior, image, codes, grain_map):
@@ -316,33 +314,6 @@ def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images
     best = columns[-2]  # the file of the best prior
     height, width = vae.config.image_height_width
     map_bits = math.prod(vae.config.grid_sizes[0]) * math.log2(len(vae.config.granularities))
-
-    def texts(figures):
-        return {name: f"{figures[name]:.{DIGITS.get(name, 4)}f}" for name in names}
-
-    def bits(figures, columns):
-        return {name: f"{figures[name]:.0f}" for name in columns}
-
-    rates, equal_psnr, equal_bits = [], [], []
-    for ratio, figures in points.items():
-        row = {"fine ratio": ratio, "codes": f"{figures['codes']:.1f}"} | texts(figures) | bits(figures, columns)
-        if pipe:
-            excess = figures["generator payload"] - figures["ideal"]
-            row["ideal"] = f"{figures['ideal']:.0f}"
-            row["payload above ideal"] = f"{excess:.1f} ({excess / figures['ideal']:.1%})"
-        rates.append(row)
-
-        row = {"PSNR": f"{figures['PSNR']:.2f}"} | bits(figures, columns[1:])
-        for curve, settings in curves.items():
-            found = at_equal(settings, "PSNR", figures["PSNR"], "bits")
-            row[curve] = "–" if math.isnan(found) else f"{found:.0f}"
-        equal_psnr.append(row)
-
-        row = {"bits": f"{figures[best]:.0f}", "DQ-VAE": " / ".join(texts(figures).values())}
-        for curve, settings in curves.items():
-            found = {name: at_equal(settings, "bits", figures[best], name) for name in names}
-            row[curve] = "–" if math.isnan(found["PSNR"]) else " / ".join(texts(found).values())
-        equal_bits.append(row)
     times = [
         {"": name} | {way: f"{each[i]:.4f}" for way, each in seconds.items()}
         for i, name in enumerate(("to bytes", "back"))
@@ -354,17 +325,51 @@ def make_report(args, vae, pipe, perceptual, points, curves, seconds, num_images
             f"over the images. {receiver(vae, pipe)}",
             f"Quality, and bits an image. {FIXED.capitalize()}: codes of {math.log2(vae.config.codebook_size):g} bits, and "
             f"{map_bits:g} bits of the grain map.",
-            table(rates),
+            table([rate_row(ratio, figures, names, columns) for ratio, figures in points.items()]),
             f"Bits for equal PSNR (–: the codec has no setting so bad or so good). {receiver(vae, pipe)}",
-            table(equal_psnr),
+            table([equal_psnr_row(figures, columns[1:], curves) for figures in points.values()]),
             f"{' / '.join(names)} at as many bits as the {best} has (–: the codec has no setting with so few). "
             f"{receiver(vae, pipe)}",
-            table(equal_bits),
+            table([equal_bits_row(figures, names, best, curves) for figures in points.values()]),
             f"Seconds an image, {describe_devices(args)}, mean of {min(args.timed_images, num_images)} images; load of "
             f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. To bytes with the generator includes decoding once.",
             table(times),
         ]
     )
+
+
+def rate_row(ratio, figures, names, columns):
+    """Quality and bits at a fine ratio."""
+    row = {"fine ratio": ratio, "codes": f"{figures['codes']:.1f}"} | texts(figures, [*names, *columns])
+    if "ideal" in figures:
+        excess = figures["generator payload"] - figures["ideal"]
+        row["ideal"] = f"{figures['ideal']:.0f}"
+        row["payload above ideal"] = f"{excess:.1f} ({excess / figures['ideal']:.1%})"
+    return row
+
+
+def equal_psnr_row(figures, columns, curves):
+    """Bits of the other codecs at our PSNR, beside ours."""
+    row = texts(figures, ["PSNR", *columns])
+    for curve, settings in curves.items():
+        bits = at_equal(settings, "PSNR", figures["PSNR"], "bits")
+        row[curve] = "–" if math.isnan(bits) else f"{bits:.0f}"
+    return row
+
+
+def equal_bits_row(figures, names, best, curves):
+    """Quality of the other codecs at as many bits as `best` has, beside ours."""
+    row = {"bits": f"{figures[best]:.0f}", "DQ-VAE": " / ".join(texts(figures, names).values())}
+    for curve, settings in curves.items():
+        found = {name: at_equal(settings, "bits", figures[best], name) for name in names}
+        row[curve] = "–" if math.isnan(found["PSNR"]) else " / ".join(texts(found, names).values())
+    return row
+
+
+def texts(figures, names):
+    """Figures as texts, {name: text}: bits as whole numbers."""
+    digits = {"PSNR": 2, "SSIM": 3} | {name: 0 for name in names if name.endswith(BITS)}
+    return {name: f"{figures[name]:.{digits.get(name, 4)}f}" for name in names}
 
 
 def receiver(vae, pipe):
