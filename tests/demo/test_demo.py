@@ -28,13 +28,13 @@ from served_page import enlarged, free_port, opened, pixels, psnr, start, stop, 
 from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQPipeline
 from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
+from dq_hf.demo.checks import read_upload
 from dq_hf.demo.components import served
 from dq_hf.demo.page import launch, make_page
 from dq_hf.demo.views import (
     edit_painted,
     painted_detail,
     painted_regions,
-    read_upload,
     reconstruct_painted,
     sample_frames,
 )

@@ -11,17 +11,8 @@ from gradio.utils import get_upload_folder
 
 from ..modeling.configuration_dqtransformer import DQTransformerConfig
 from ..modeling.image_processing_dq import DQImageProcessor
-from .views import (
-    MAX_PROMPT,
-    MAX_SEED,
-    check_painting,
-    check_prompt,
-    enlarged,
-    read_number,
-    read_upload,
-    to_pixel_values,
-    view_scale,
-)
+from .checks import MAX_PROMPT, MAX_SEED, check_painting, check_prompt, read_number, read_upload
+from .views import enlarged, to_pixel_values, view_scale
 
 PROMPTS = ("red heart, flat style", "grinning face, 3d style", "keycap: 4, 3d style", "pizza, noto style")  # examples
 PRIVATE = dict(api_visibility="private")
@@ -130,7 +121,7 @@ class Condition:
     @property
     def prompts(self):
         """The last inputs of an event: the prompt, where one is taken."""
-        return [self.prompt] * self.has_prompts
+        return [self.prompt] if self.has_prompts else []
 
     def read(self, label, seed, guidance, prompt=None):
         """Arguments of `sample_frames` and `edit_painted`, of what a visitor sent.

@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..loading import load_models
-from .views import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, count_values, describe, legend
+from .checks import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, count_values
+from .views import introduction, legend
 
 try:
     import gradio as gr
@@ -49,9 +50,7 @@ def serve(model, device="cpu", host="127.0.0.1", port=7860):
     Raises:
         OSError, ValueError: a model that cannot be loaded, or an address that cannot be listened at.
     """
-    Image.MAX_IMAGE_PIXELS = (
-        MAX_UPLOAD_PIXELS // 2
-    )  # Pillow refuses more than twice as many, in all that visitors send
+    Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # of all that visitors send; Pillow refuses twice as many
     vae, pipe = load_models(model)
     (pipe or vae).to(device)
     page = make_page(vae, pipe, title=Path(model).resolve().name)
@@ -122,7 +121,7 @@ def make_page(vae, pipe=None, title="dq_hf"):
         fill_width=True,
         delete_cache=(SECONDS_KEPT, SECONDS_KEPT),
     ) as page:
-        gr.Markdown(f"# Variable-length image coding: {title}\n{describe(vae.config)}")
+        gr.Markdown(f"# Variable-length image coding: {title}\n{introduction(vae.config)}")
         gr.HTML(legend(vae.config), elem_classes="legend")
         sample = None
         with gr.Tabs():

@@ -154,7 +154,8 @@ class HubMixin(PushMixin):
         """Patterns of what `from_pretrained` reads, for `local_folder`."""
         infix = f".{variant}" if variant else ""
         names = ["config.json", f"model{infix}.safetensors", f"model{infix}-*-of-*.safetensors"]
-        names += [f"model.safetensors.index{infix}.json"] + ["pytorch_model*.bin*"] * (use_safetensors is False)
+        names += [f"model.safetensors.index{infix}.json"]
+        names += ["pytorch_model*.bin*"] if use_safetensors is False else []
         parts = [f"{part}/{name}" for part in cls.part_folders for name in names]
         return (["config.json", *parts, *TOKENIZER_FILES] if parts else names) + list(SMALL_FILES)
 
