@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .options import add_command, add_data_options, calibrate_router, check_at_least_one
+from .images import add_data_options, calibrate_router
+from .options import add_command, check_at_least_one
 
 
 def register(commands):

@@ -3,17 +3,9 @@
 from pathlib import Path
 
 from ..hub.folders import whole_file
-from .options import (
-    add_command,
-    add_fine_ratio_option,
-    add_force_option,
-    add_model_options,
-    check_device,
-    check_output,
-    fine_ratio,
-    name_or_id,
-    read_image,
-)
+from .images import add_fine_ratio_option, fine_ratio, read_image
+from .options import add_command, add_force_option, add_model_options, check_device, check_output
+from .sampling import name_or_id
 
 
 def register(commands):

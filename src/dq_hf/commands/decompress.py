@@ -3,14 +3,7 @@
 from pathlib import Path
 
 from .. import DEFAULT_MODEL
-from .options import (
-    add_command,
-    add_device_option,
-    add_force_option,
-    check_device,
-    check_outputs,
-    save_image,
-)
+from .options import add_command, add_device_option, add_force_option, check_device, check_outputs, save_image
 
 
 def register(commands):

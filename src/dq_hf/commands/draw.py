@@ -3,26 +3,18 @@
 import math
 from pathlib import Path
 
+from .images import add_data_options, add_encoding_options, check_encoding, fine_ratio, open_image, read_images
 from .options import (
     add_command,
-    add_data_options,
-    add_encoding_options,
     add_force_option,
-    add_generation_options,
     add_group,
     add_model_options,
     check_at_least_one,
     check_device,
-    check_encoding,
-    check_generation,
     check_outputs,
-    chosen_inputs,
-    chosen_sampling,
-    fine_ratio,
-    open_image,
-    read_images,
     save_image,
 )
+from .sampling import add_generation_options, check_generation, chosen_inputs, chosen_sampling
 
 ANIMATIONS = (".gif", ".webp")
 FRAME_SECONDS = 0.08

@@ -2,19 +2,9 @@
 
 from pathlib import Path
 
-from .options import (
-    add_command,
-    add_force_option,
-    add_generation_options,
-    add_resize_option,
-    check_at_least_one,
-    check_device,
-    check_generation,
-    check_outputs,
-    pipeline_arguments,
-    read_image,
-    save_image,
-)
+from .images import add_resize_option, read_image
+from .options import add_command, add_force_option, check_at_least_one, check_device, check_outputs, save_image
+from .sampling import add_generation_options, check_generation, pipeline_arguments
 
 
 def register(commands):

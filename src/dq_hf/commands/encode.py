@@ -4,18 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..refusals import refuse_unknown
-from .options import (
-    add_broken_option,
-    add_fine_ratio_option,
-    add_force_option,
-    add_model_options,
-    add_resize_option,
-    add_script,
-    check_device,
-    check_output,
-    fine_ratio,
-    run_script,
-)
+from .images import add_broken_option, add_fine_ratio_option, add_resize_option, fine_ratio
+from .options import add_force_option, add_model_options, add_script, check_device, check_output, run_script
 
 USAGE = """dq-hf encode FOLDER --output CODES.parquet [options]
        dq-hf encode --output_dir CACHE [options of the script; --help after it shows them]"""

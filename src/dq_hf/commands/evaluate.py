@@ -4,18 +4,9 @@ from pathlib import Path
 
 from .. import DEFAULT_MODEL
 from ..pipelines.seeds import check_seed
-from .options import (
-    add_command,
-    add_fine_ratio_option,
-    add_force_option,
-    add_group,
-    add_sampling_options,
-    add_source_options,
-    check_at_least_one,
-    check_output,
-    chosen_sampling,
-    fine_ratio,
-)
+from .images import add_fine_ratio_option, add_source_options, fine_ratio
+from .options import add_command, add_force_option, add_group, check_at_least_one, check_output
+from .sampling import add_sampling_options, chosen_sampling
 
 
 def register(commands):

@@ -3,17 +3,8 @@
 import math
 from pathlib import Path
 
-from .options import (
-    add_command,
-    add_force_option,
-    add_generation_options,
-    check_at_least_one,
-    check_device,
-    check_generation,
-    check_outputs,
-    pipeline_arguments,
-    save_image,
-)
+from .options import add_command, add_force_option, check_at_least_one, check_device, check_outputs, save_image
+from .sampling import add_generation_options, check_generation, pipeline_arguments
 
 
 def register(commands):

@@ -1,14 +1,7 @@
 """`dq-hf reconstruct`: an image through the tokenizer and back."""
 
-from .options import (
-    add_command,
-    add_encoding_options,
-    add_force_option,
-    check_encoding,
-    fine_ratio,
-    open_image,
-    save_image,
-)
+from .images import add_encoding_options, check_encoding, fine_ratio, open_image
+from .options import add_command, add_force_option, save_image
 
 
 def register(commands):

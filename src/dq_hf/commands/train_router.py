@@ -4,16 +4,8 @@ from pathlib import Path
 
 from ..hub.folders import check_output_folder, check_place
 from ..pipelines.seeds import check_seed
-from .options import (
-    add_command,
-    add_data_options,
-    add_device_option,
-    add_fine_ratio_option,
-    calibrate_router,
-    check_at_least_one,
-    check_device,
-    read_images,
-)
+from .images import add_data_options, add_fine_ratio_option, calibrate_router, read_images
+from .options import add_command, add_device_option, check_at_least_one, check_device
 
 
 def register(commands):
