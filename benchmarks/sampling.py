@@ -20,21 +20,32 @@ from dq_hf.modeling.modeling_dqtransformer import DQTransformerForImageGeneratio
 
 
 @dataclass
-class Arguments:
-    codes: list[int] = option([40, 160, 640], "codes an image, multiples of 4")
+class Sizes:
+    """The model whose sampling is timed, and how."""
+
     batch_sizes: list[int] = option([1, 4, 16], "images at a time")
     codebook_size: int = option(1024, "number of codes to choose from")
     hidden_size: int = option(512, "width of both stacks")
     num_attention_heads: int = option(8, "heads of every layer")
     num_position_layers: int = option(2, "layers of the Position-Transformer")
     num_content_layers: int = option(6, "layers of the Content-Transformer")
-    repeats: int = option(2, "times that everything is timed; the shortest counts")
-    compile: str | None = option(None, "compile the step by this backend of torch.compile, such as inductor")
     threads: int = option(1, "CPU threads")
     clock: str = option("wall", '"wall", or "cpu" for CPU time, on a machine that is busy')
-    device: str = option("cpu", "torch device")
     seed: int = option(0, "of weights and images")
     output: str | None = option(None, "Markdown file to put the tables into")
+
+    def title(self, script):
+        """What the tables of these sizes are called in that file."""
+        layers = f"{self.num_position_layers} + {self.num_content_layers} layers"
+        return f"benchmarks/{script}, width {self.hidden_size}, {layers}"
+
+
+@dataclass
+class Arguments(Sizes):
+    codes: list[int] = option([40, 160, 640], "codes an image, multiples of 4")
+    repeats: int = option(2, "times that everything is timed; the shortest counts")
+    device: str = option("cpu", "torch device")
+    compile: str | None = option(None, "compile the step by this backend of torch.compile, such as inductor")
 
 
 def main(args):
@@ -47,9 +58,8 @@ def main(args):
             assert len(times) == codes + 3, "the end of the coarse part and both ends of the fine one count, too"
             print(f"{codes} codes, batch {batch_size}: {times[-1]:.2f} s", flush=True)
     report = make_report(args, seconds)
-    size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
-    size += "" if args.compile is None else ", compiled"
-    publish(report, f"benchmarks/sampling.py, {size}", args.output)
+    title = args.title("sampling.py") + ("" if args.compile is None else ", compiled")
+    publish(report, title, args.output)
 
 
 def make_model(args, codes):

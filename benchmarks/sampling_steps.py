@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from report import CLOCKS, describe_device, option, publish, table
-from sampling import make_model
+from sampling import Sizes, make_model
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import dq_hf
@@ -28,23 +28,13 @@ NUM_COARSE = 2  # passes before the finest part of our streams: the end of the c
 
 
 @dataclass
-class Arguments:
-    batch_sizes: list[int] = option([1, 4, 16], "images at a time")
+class Arguments(Sizes):
     lookahead: list[int] = option([1, 4, 8, 16, 32], "elements a pass")
-    codebook_size: int = option(1024, "number of codes to choose from")
-    hidden_size: int = option(512, "width of both stacks")
-    num_attention_heads: int = option(8, "heads of every layer")
-    num_position_layers: int = option(2, "layers of the Position-Transformer")
-    num_content_layers: int = option(6, "layers of the Content-Transformer")
     steps: int = option(64, "steps of a round, from the beginning of the streams")
     rounds: int = option(3, "times that everything is timed")
     model: str | None = option(None, "model of which codes a pass are counted; default: ours")
     prompts: str = option("examples/data/prompts.txt", "text file with a prompt a line, for a model with text")
     num_images: int = option(9, "images of which they are counted")
-    threads: int = option(1, "CPU threads")
-    clock: str = option("wall", '"wall", or "cpu" for CPU time, on a machine that is busy')
-    seed: int = option(0, "of weights and images")
-    output: str | None = option(None, "Markdown file to put the tables into")
     device = "cpu"
 
 
@@ -72,8 +62,7 @@ def main(args):
         for n, milliseconds in zip(args.lookahead, all_passes):
             pass_rows.append((batch, n, (milliseconds - coarse) * args.steps / passes[n], counted[n]))
     report = make_report(args, ours, others, step_rows, pass_rows)
-    size = f"width {args.hidden_size}, {args.num_position_layers} + {args.num_content_layers} layers"
-    publish(report, f"benchmarks/sampling_steps.py, {size}", args.output)
+    publish(report, args.title("sampling_steps.py"), args.output)
 
 
 def fastest(calls, args):

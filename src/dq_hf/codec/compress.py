@@ -54,12 +54,8 @@ def compress(
     check_arguments(transformer, prior, fine_ratio, max_bytes, class_label, prompt, model_id)
     if class_label is not None:
         (class_label,) = class_ids([class_label], transformer.config)
-    pixel_values = DQImageProcessor.for_model(vae.config, do_resize=False)(image)["pixel_values"]
-    if len(pixel_values) != 1:
-        raise ValueError(f"image must be one image, got {len(pixel_values)}")
+    pixel_values = pixels_of(vae, image)
     height, width = pixel_values.shape[2:]
-    if max(height, width) > MOST_SIDE:
-        raise ValueError(f"image must have at most {MOST_SIDE:,} pixels a side, got {width:,} x {height:,}")
     factor = vae.config.granularities[0]
     shape = region_shape(factor, height, width)
     pixel_values = pad_to_regions(pixel_values, factor).to(vae.device)
@@ -80,22 +76,20 @@ def compress(
         header = Header(fingerprint(model, prior), height, width, prior.flag, model_id, *condition)
         return write_file(header, prior.encode(codes, grain_map), codes, grain_map)
 
-    def file_of(prior):
-        with evaluation_mode(vae):
-            if max_bytes is not None:
-                grids = finest_that_fits(
-                    vae, pixel_values, max_bytes, prior.least_bits, lambda *grids: len(write(prior, *grids))
-                )
-            else:
-                encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
-                grids = encoded.codes[0], encoded.grain_map[0]
-        return write(prior, *grids)
+    def grids_for(prior):
+        if max_bytes is None:
+            encoded = vae.encode(pixel_values, fine_ratio=fine_ratio)
+            return encoded.codes[0], encoded.grain_map[0]
+        return finest_that_fits(
+            vae, pixel_values, max_bytes, prior.least_bits, lambda *grids: len(write(prior, *grids))
+        )
 
-    file = file_of(chosen)
-    if chosen is static or decode(chosen, *read_file(file)) is not None:
-        return file
-    logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
-    return file_of(static)
+    with evaluation_mode(vae):
+        file = write(chosen, *grids_for(chosen))
+        if chosen is static or decode(chosen, *read_file(file)) is not None:
+            return file
+        logger.warning("this machine does not come to the same probabilities twice: the file has the static prior")
+        return write(static, *grids_for(static))
 
 
 @torch.no_grad()
@@ -184,6 +178,17 @@ def find_model(model, header):
     if kind not in classes:
         raise ValueError(f"{name} must be a tokenizer, or that and a generator ({', '.join(classes)}); got {kind!r}")
     return classes[kind].from_pretrained(name, revision=revision).eval()
+
+
+def pixels_of(vae, image):
+    """One image in its own size, (1, 3, height, width); ValueError for several, or one that no file can be of."""
+    pixel_values = DQImageProcessor.for_model(vae.config, do_resize=False)(image)["pixel_values"]
+    if len(pixel_values) != 1:
+        raise ValueError(f"image must be one image, got {len(pixel_values)}")
+    height, width = pixel_values.shape[2:]
+    if max(height, width) > MOST_SIDE:
+        raise ValueError(f"image must have at most {MOST_SIDE:,} pixels a side, got {width:,} x {height:,}")
+    return pixel_values
 
 
 def region_shape(factor, height, width):
