@@ -130,8 +130,8 @@ def measure(args, vae, pipe, perceptual, processor, dataset, conditions):
             images = processor.post_process(vae.decode_codes(encoded.codes).sample)
             record(("DQ-VAE", ratio), images, **count(vae, pipe, static, encoded, originals, chosen))
         for number in args.qualities:
-            for codec, (code, _) in CODECS.items():
-                decoded, file, bare = zip(*(code(image, number, args.subsampling) for image in originals))
+            for codec in CODECS:
+                decoded, file, bare = zip(*(code(codec, image, number, args.subsampling) for image in originals))
                 record((codec, number), decoded, file=file, bare=bare)
 
     means = {
@@ -235,11 +235,15 @@ def options(codec, quality, subsampling):
     }[codec]
 
 
-def code_jpeg(image, quality, subsampling):
-    """The image that JPEG gives back, bits of the file, and bits of the scan's data alone."""
-    arguments = options("JPEG", quality, subsampling)
+def code(codec, image, quality, subsampling):
+    """The image that a codec gives back, bits of the file, and bits of it without what surrounds the coded data."""
+    arguments = options(codec, quality, subsampling)
     file = save(image, **arguments)
-    return load(file), 8 * min(len(file), len(save(image, optimize=True, **arguments))), 8 * len(jpeg_scan(file))
+    length = len(file)
+    if codec == "JPEG":  # with Huffman tables of the file's own, where that is shorter
+        length = min(length, len(save(image, optimize=True, **arguments)))
+    bare, _ = CODECS[codec]
+    return load(file), 8 * length, 8 * len(bare(file))
 
 
 def jpeg_scan(file):
@@ -251,24 +255,12 @@ def jpeg_scan(file):
     return file[place:-2]  # without the end marker
 
 
-def code_webp(image, quality, subsampling):
-    """The image that lossy WebP gives back, bits of the file, and bits of the VP8 stream alone."""
-    file = save(image, **options("WebP", quality, subsampling))
-    return load(file), 8 * len(file), 8 * len(vp8_stream(file))
-
-
 def vp8_stream(file):
     """The VP8 frame of a simple WebP file without its start code, width and height (RFC 6386, section 9.1)."""
     if file[12:16] != b"VP8 ":
         raise ValueError(f"expected a simple lossy WebP file, got one with a chunk {file[12:16]}")
     frame = file[20 : 20 + int.from_bytes(file[16:20], "little")]
     return frame[:3] + frame[10:]
-
-
-def code_avif(image, quality, subsampling):
-    """The image that AVIF gives back, bits of the file, and bits of the AV1 data alone."""
-    file = save(image, **options("AVIF", quality, subsampling))
-    return load(file), 8 * len(file), 8 * len(av1_data(file))
 
 
 def av1_data(file):
@@ -279,7 +271,7 @@ def av1_data(file):
     return file[place + 8 : place + int.from_bytes(file[place : place + 4], "big")]
 
 
-CODECS = {"JPEG": (code_jpeg, "scan"), "WebP": (code_webp, "stream"), "AVIF": (code_avif, "data")}
+CODECS = {"JPEG": (jpeg_scan, "scan"), "WebP": (vp8_stream, "stream"), "AVIF": (av1_data, "data")}
 
 
 def save(image, **options):

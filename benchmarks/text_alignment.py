@@ -12,6 +12,7 @@ chance (the samples, each asking for another prompt's concept).
 """
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -117,10 +118,8 @@ class Gallery:
 
     def prompts(self, split, count, seed):
         """Rows and captions, "label, STYLE style", of pictures whose concept another row has, too."""
-        seen, twice = set(), set()
-        for concept in self.concepts:
-            (twice if concept in seen else seen).add(concept)
-        rows = [row for row in self.ranges[split] if self.concepts[row] in twice]
+        counts = Counter(self.concepts)
+        rows = [row for row in self.ranges[split] if counts[self.concepts[row]] > 1]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
         rows = [rows[i] for i in order]
         styles = self.rows.features["style"].names

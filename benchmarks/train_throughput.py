@@ -200,16 +200,11 @@ def train(args, row, options, precision):
     return Run(warmup[-1] - warmup[0], [end - begin for begin, end in zip(steps, steps[1:])], peak_memory)
 
 
-def load_script(script):
-    """The module of a training script."""
-    return importlib.import_module(f"dq_hf.scripts.{script}")
-
-
 def run_script(script, options):
     """Run a script as the command line would, in this process."""
     sys.argv = [script, *shlex.split(options)]
     with redirect_stdout(sys.stderr):
-        load_script(script).main()
+        importlib.import_module(f"dq_hf.scripts.{script}").main()
 
 
 class EnoughSteps(Exception):
