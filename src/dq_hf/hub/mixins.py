@@ -13,7 +13,7 @@ from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder,
 from .export_code import is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
 from .upload import check_push, upload
-from .weights import RESULTS_FILE, check_state_dict, load_strictly, stale_files, write_index
+from .weights import RESULTS_FILE, check_state_dict, load_strictly, place_named, stale_files, write_index
 
 logger = logging.get_logger(__name__)
 
@@ -102,11 +102,8 @@ class ProcessorHubMixin(PushMixin):
         if file.is_file():
             read_json_object(file)
         content, kwargs = super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
-        try:
+        with place_named(file if file.is_file() else pretrained_model_name_or_path):
             cls(**content)
-        except (TypeError, ValueError) as error:
-            source = file if file.is_file() else pretrained_model_name_or_path
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{source}: {error}") from error
         return content, kwargs
 
 

@@ -37,7 +37,7 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
         OSError, TypeError, ValueError: as `HubMixin.from_pretrained`.
     """
     kwargs["use_safetensors"] = kwargs.get("use_safetensors") is not False
-    with folder_named(folder):
+    with place_named(folder):
         if config is None and (folder / "config.json").is_file():
             model_class.config_class.get_config_dict(folder)  # or it is of another model, whose weights lie elsewhere
         files = weight_files(folder, kwargs.get("variant")) if kwargs["use_safetensors"] else []
@@ -58,14 +58,14 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
 
 
 @contextmanager
-def folder_named(folder):
-    """Where a folder is loaded: a `TypeError` or `ValueError` names it, or a file in it."""
+def place_named(place):
+    """Where something is loaded: a `TypeError` or `ValueError` names the folder or file, or a file in it."""
     try:
         yield
     except (TypeError, ValueError, StrictDataclassError) as error:
-        if str(folder) in str(error):
+        if str(place) in str(error):
             raise
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{folder}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{place}: {error}") from error
 
 
 def read_config(config_class, source, arguments):
