@@ -1,1 +1,1 @@
-"""The web demo, `dq-hf demo`: `page` is what visitors see (gradio), `views` computes what it shows."""
+"""The web demo, `dq-hf demo`: `page` is what visitors see (gradio), `views` computes it, `checks` reads what they send."""
