@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from .grain_map_dq import count_codes, expand_grain_map
+from .grain_map_dq import count_codes, expand_grain_map, top_left_cells
 
 
 @dataclass
@@ -41,6 +41,7 @@ class StreamTables:
     parent: torch.Tensor  # (K, F): the granularity's cell that covers a fine cell
     top_left: torch.Tensor  # (K, F): first fine cell of a granularity's cell; 0 behind the last one
     is_cell: torch.Tensor  # (K, F) bool: the granularity has that many cells
+    order: torch.Tensor  # (K, F): the granularity's cells in the training order; behind them, what is no cell
     rank: torch.Tensor  # (K, F): place of a granularity's cell in the training order; F behind the last cell
     region: torch.Tensor  # (K, F): region of a granularity's cell
     opens_region: torch.Tensor  # (K, F) bool: the cell is the first of its region in the training order
@@ -80,56 +81,51 @@ class StreamLayout:
         return self._tables[device]
 
     def _make_tables(self, device):
-        fine_rows, fine_columns = self.grid_sizes[-1]
-        fine = torch.arange(fine_rows * fine_columns, device=device)
-        row, column = fine // fine_columns, fine % fine_columns
-        parent, top_left, is_cell, ranks, regions, opens_region, slots = ([] for _ in range(7))
-        for granularity, (rows, columns) in enumerate(self.grid_sizes):
-            cells = rows * columns
-            side = fine_rows // rows  # of a cell, in fine cells
-            parent.append(row // side * columns + column // side)
-            cell = fine.clamp(max=cells - 1)
-            top_left.append(torch.where(fine < cells, (cell // columns * fine_columns + cell % columns) * side, 0))
-            is_cell.append(fine < cells)
+        rows, columns = torch.tensor(self.grid_sizes, device=device).t()[..., None]  # (K, 1) each
+        num_cells, fine_cells = rows * columns, self.num_cells[-1]
+        fine = torch.arange(fine_cells, device=device)
+        side = rows[-1] // rows  # of a cell, in fine cells
+        parent = fine // columns[-1] // side * columns + fine % columns[-1] // side  # (K, F)
 
-            inner = rows // self.grid_sizes[0][0]  # cells on a side of a region
-            region = cell // columns // inner * self.grid_sizes[0][1] + cell % columns // inner
-            order = fine[:cells]
-            if self.fine_order == "region-first":
-                order = region[:cells].argsort(stable=True)
-            rank = torch.full_like(fine, len(fine)).scatter(0, order, fine[:cells])
-            ranks.append(rank)
-            regions.append(region)
-            first = torch.full_like(fine, len(fine)).scatter_reduce(0, region, rank, "amin")
-            opens_region.append((rank == first[region]) & is_cell[-1])
-            kind = fine.new_tensor([0])
-            zeros = torch.zeros_like(order)
-            slots.append(
-                torch.stack(
-                    [
-                        torch.cat([kind + granularity, zeros + granularity, kind + granularity]),
-                        torch.cat([kind + cells + 2, order, kind + cells + 1]),
-                        torch.cat([kind, top_left[-1][order], kind]),
-                        torch.cat([kind + self.content_start, zeros, kind + self.content_end]),
-                    ]
-                )
-            )
-        granularity, position, cell, content = torch.cat(slots, dim=1)
+        is_cell = fine < num_cells
+        cell = fine.minimum(num_cells - 1)
+        row, column = cell // columns, cell % columns
+        top_left = torch.where(is_cell, (row * columns[-1] + column) * side, 0)
+        inner = rows // rows[0]  # cells on a side of a region
+        region = row // inner * columns[0] + column // inner
+        key = region if self.fine_order == "region-first" else cell
+        order = torch.where(is_cell, key, fine_cells).argsort(dim=1, stable=True)  # of training; what is no cell, last
+        rank = torch.where(is_cell, order.argsort(dim=1), fine_cells)
+        first = torch.full_like(rank, fine_cells).scatter_reduce(1, region, rank, "amin")  # of each region
+
+        slot_granularity, slot_position, slot_cell, slot_content = self._make_slots(order, top_left)
         return StreamTables(
-            num_cells=fine.new_tensor(self.num_cells),
-            parent=torch.stack(parent),
-            top_left=torch.stack(top_left),
-            is_cell=torch.stack(is_cell),
-            rank=torch.stack(ranks),
-            region=torch.stack(regions),
-            opens_region=torch.stack(opens_region),
-            slot_granularity=granularity,
-            slot_position=position,
-            slot_cell=cell,
-            slot_content=content,
-            slot_is_start=content == self.content_start,
-            slot_is_code=content == 0,
+            num_cells=num_cells[:, 0],
+            parent=parent,
+            top_left=top_left,
+            is_cell=is_cell,
+            order=order,
+            rank=rank,
+            region=region,
+            opens_region=(rank == first.gather(1, region)) & is_cell,
+            slot_granularity=slot_granularity,
+            slot_position=slot_position,
+            slot_cell=slot_cell,
+            slot_content=slot_content,
+            slot_is_start=slot_content == self.content_start,
+            slot_is_code=slot_content == 0,
         )
+
+    def _make_slots(self, order, top_left):
+        """Granularity, position, first fine cell and special token of every slot, (4, S)."""
+        slots = []
+        for granularity, cells in enumerate(self.num_cells):
+            start = order.new_tensor([granularity, cells + 2, 0, self.content_start])
+            codes = order[granularity, :cells]
+            codes = [torch.full_like(codes, granularity), codes, top_left[granularity, codes], torch.zeros_like(codes)]
+            end = order.new_tensor([granularity, cells + 1, 0, self.content_end])
+            slots += [start[:, None], torch.stack(codes), end[:, None]]
+        return torch.cat(slots, dim=1)
 
     def pack(self, codes, grain_map, labels=None) -> DQStream:
         """Streams of codes (B, H, W) and grain map (B, h, w), both long and in range.
@@ -139,7 +135,7 @@ class StreamLayout:
         """
         tables = self.tables(codes.device)
         labels = torch.zeros_like(codes[:, 0, 0]) if labels is None else labels
-        fine_grain_map = expand_grain_map(grain_map, len(self.num_cells)).flatten(1)  # (B, F)
+        fine_grain_map = expand_grain_map(grain_map, self.num_granularities).flatten(1)  # (B, F)
         kept = ~tables.slot_is_code | (fine_grain_map[:, tables.slot_cell] == tables.slot_granularity)  # (B, S)
         start_label = labels[:, None] * tables.slot_is_start
         contents = tables.slot_content + start_label
@@ -193,9 +189,9 @@ class StreamLayout:
         codes, fine_grain_map = write(contents), write(granularities)
         grain_map = fine_grain_map.gather(1, tables.top_left[0, : self.num_cells[0]].expand(batch, -1))
         grain_map = grain_map.view(batch, *self.grid_sizes[0])
-        expanded = expand_grain_map(grain_map.clamp(min=0), len(self.num_cells)).flatten(1)
-        covering = tables.top_left[expanded, tables.parent[expanded, torch.arange(fine_cells, device=codes.device)]]
-        whole = (fine_grain_map.gather(1, covering) == expanded).all(1)
+        expanded = expand_grain_map(grain_map.clamp(min=0), self.num_granularities)
+        covering = top_left_cells(expanded, self.num_granularities).flatten(1)
+        whole = (fine_grain_map.gather(1, covering) == expanded.flatten(1)).all(1)
         whole &= is_code.sum(1) == count_codes(grain_map.clamp(min=0))
         if not whole.all():
             broken = (~whole).nonzero().flatten().tolist()
