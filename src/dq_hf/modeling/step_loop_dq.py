@@ -13,6 +13,68 @@ from .layers_dqtransformer import Window, make_cache
 POSITION, CONTENT = 0, 1  # the two symbols of an element
 
 
+class Reader:
+    """The model's two stacks, each with a cache of what it has read: the condition's prefix, then the streams' elements.
+
+    Under guidance every stream is read twice, with its condition and with the hidden twin: hidden states are (2B, L, width),
+    the twins' behind, logits (B, L, V).
+
+    Args:
+        model, condition, guidance_scale: as in `generation_steps`.
+        compileable: whether the caches can be compiled.
+    """
+
+    def __init__(self, model, condition, guidance_scale, compileable):
+        self.model, self.guidance_scale = model, guidance_scale
+        self.twin = condition.hidden() if guidance_scale != 1 else None
+        self.prefix_length = condition.prefix_length
+        room = self.prefix_length + model.config.longest_stream
+        position_cache = make_cache(model.config.num_position_layers, room, compileable)
+        content_cache = make_cache(model.config.num_content_layers, room, compileable)
+        if condition.prefix is not None:
+            prefix = condition.prefix if self.twin is None else torch.cat([condition.prefix, self.twin.prefix])
+            model.content_transformer(model.position_transformer(prefix, position_cache), content_cache)
+        self.position_stack = cached_stack(model.position_transformer, position_cache)
+        self.content_stack = cached_stack(model.content_transformer, content_cache)
+
+    def both(self, column):
+        """A column (B, L) for the streams, and again for their twins if they have them."""
+        return column if self.twin is None else torch.cat([column, column])
+
+    def both_elements(self, contents, positions, granularities, any_start=True):
+        """Elements (B, L) likewise. Twins differ in their start tokens; `any_start` False says that there are none."""
+        columns = contents, positions, granularities
+        if self.twin is None or not any_start:
+            return [self.both(column) for column in columns]
+        twins = (*self.model.layout.relabel(*columns, self.twin.labels), granularities)
+        return [torch.cat(pair) for pair in zip(columns, twins)]
+
+    def window(self, places):
+        """Where elements at these places of the streams stand in the caches."""
+        slots = self.prefix_length + places
+        return Window(slots, int(slots.max()) + 1)
+
+    def read(self, elements, places, window=None, finest=False):
+        """What the Position-Transformer makes of elements, `both_elements`; the arguments are those of `embed`."""
+        return self.position_stack(self.model.embed(*elements, places, finest), window=window)
+
+    def position_logits(self, hidden_states):
+        """Logits of the positions behind elements of which `read` gave these states."""
+        return self._guide(self.model.position_head(hidden_states))
+
+    def content_logits(self, hidden_states, positions, granularities, window=None, finest=False):
+        """Logits of the contents at these positions, `both`, given the states of the elements before them."""
+        hidden_states = hidden_states + self.model.embed_positions(positions, granularities, finest)
+        return self._guide(self.model.content_head(self.content_stack(hidden_states, window=window)))
+
+    def _guide(self, logits):
+        """Classifier-free guidance (Ho & Salimans 2022)."""
+        if self.twin is None:
+            return logits
+        conditional, unconditional = logits.float().chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+
 def generation_steps(model, state, condition, source, guidance_scale=1.0, compile_config=None, lookahead=1):
     """Choose elements of every image until its stream ends; yields the `StreamState` after each pass.
 
@@ -24,34 +86,23 @@ def generation_steps(model, state, condition, source, guidance_scale=1.0, compil
         guidance_scale: as in `SamplingOptions`.
         compile_config, lookahead: as in `generate_steps`.
     """
-    hidden = condition.hidden() if guidance_scale != 1 else None
-    most_elements = model.config.longest_stream
-    places = torch.arange(most_elements, device=condition.labels.device)
     compiled = compile_config is not None
-    caches = [
-        make_cache(num_layers, condition.prefix_length + most_elements, compiled)
-        for num_layers in (model.config.num_position_layers, model.config.num_content_layers)
-    ]
-    if condition.prefix is not None:
-        prefix = condition.prefix if hidden is None else torch.cat([condition.prefix, hidden.prefix])
-        model.content_transformer(model.position_transformer(prefix, caches[0]), caches[1])
-    stacks = [cached_stack(*each) for each in zip((model.position_transformer, model.content_transformer), caches)]
+    reader = Reader(model, condition, guidance_scale, compiled)
     first = state.allowed_positions().long().argmax(1)  # the start token, allowed alone
     state.append(first, state.allowed_contents(first).long().argmax(1))
 
+    places = torch.arange(model.config.longest_stream, device=condition.labels.device)
     step = compiled_step = append_next
     if compiled:
         compiled_step = torch.compile(step, **compile_config.to_dict())
-    for i in range(1, most_elements):
+    for i in range(1, len(places)):
         if is_over(state.finished if compiled else state.positions_are_fixed(), state):
             break
-        step(model, state, places[i - 1 : i], source, source.inputs(i), stacks, hidden, guidance_scale)
+        step(reader, state, places[i - 1 : i], source, source.inputs(i))
         step = compiled_step  # the first step is not compiled: it makes the caches' buffers
         yield state
     if not state.finished.all():
-        yield from fixed_steps(
-            model, state, source, stacks, condition.prefix_length, hidden, guidance_scale, lookahead
-        )
+        yield from fixed_steps(reader, state, source, lookahead)
 
 
 def is_over(done, state):
@@ -70,85 +121,57 @@ def check_finite(finite):
         )
 
 
-def append_next(model, state, place, source, inputs, stacks, hidden, guidance_scale):
+def append_next(reader, state, place, source, inputs):
     """Choose the element behind `state.last` and append it.
 
     Args:
-        model, state, source, guidance_scale: as in `generation_steps`.
+        reader: `Reader`.
+        state, source: as in `generation_steps`.
         place: (1,) long, of the last element in the streams.
         inputs: what the source chooses by, see `Greedy`.
-        stacks: the Position- and the Content-Transformer with their caches.
-        hidden: twin of the condition, for a guidance scale other than 1.
     """
-    position_stack, content_stack = stacks
     last = [column[:, None] for column in state.last]
-    hidden_states = position_stack(model.embed(*with_twin(model, hidden, *last), place))
-    logits = state.watch(guide(model.position_head(hidden_states[:, -1]), guidance_scale))
+    hidden_states = reader.read(reader.both_elements(*last), place)
+    logits = state.watch(reader.position_logits(hidden_states)[:, -1])
     positions = source.choose(POSITION, state.steer(logits), state.allowed_positions(), inputs)
 
     following = last[0], positions[:, None], state.granularity[:, None]  # contents are not read
-    _, *following = with_twin(model, hidden, *following)
-    hidden_states = content_stack(hidden_states + model.embed_positions(*following))
-    logits = state.watch(guide(model.content_head(hidden_states[:, -1]), guidance_scale))
+    _, *following = reader.both_elements(*following)
+    logits = state.watch(reader.content_logits(hidden_states, *following)[:, -1])
     state.append(positions, source.choose(CONTENT, logits, state.allowed_contents(positions), inputs))
 
 
-def fixed_steps(model, state, source, stacks, prefix_length, hidden=None, guidance_scale=1.0, lookahead=1):
+def fixed_steps(reader, state, source, lookahead):
     """Choose what is left of the streams when all positions are known; yields the state after each pass.
 
     Args:
-        prefix_length: elements that the caches hold before the streams.
-        model, state, source, stacks, hidden, guidance_scale, lookahead: as in `generation_steps` and `append_next`.
+        reader: `Reader`.
+        state, source, lookahead: as in `generation_steps`.
     """
-    rest, (position_stack, content_stack) = FixedPart(state, lookahead), stacks
+    rest = FixedPart(state, lookahead)
     granularities = torch.full_like(rest.targets, state.layout.num_granularities - 1)
-    inputs = None
-    if lookahead > 1:  # each image reads those of its own place
-        inputs = [source.inputs(rest.first + target) for target in range(rest.length)]
-        inputs = None if inputs[0] is None else torch.stack(inputs, dim=2)  # (2, B, length)
+    inputs_of_all = rest.inputs(source) if lookahead > 1 else None
     while not is_over(rest.has_all_codes, state):
         targets = rest.targets
+        if lookahead == 1:  # all images that go on are at the same place
+            place = rest.first + rest.num_passes
+            places, window, inputs = torch.full_like(targets[:1], place - 1), None, source.inputs(place)
+        else:  # each is at its own
+            places = reader.both(rest.first - 1 + targets)
+            window, inputs = reader.window(places), inputs_of_all
+            if inputs is not None:
+                inputs = inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
         guesses, positions, next_positions = rest.elements(targets)
-        any_start = rest.num_passes == 0  # later ones have codes before their targets
-        elements = with_twin(model, hidden, guesses, positions, granularities, any_start)
-        following = next_positions if hidden is None else torch.cat([next_positions, next_positions])
-        if lookahead == 1:
-            place = rest.first + rest.num_passes  # of all images that go on
-            places, window, chosen_by = torch.full_like(targets[:1], place - 1), None, source.inputs(place)
-        else:
-            places = rest.first - 1 + (targets if hidden is None else torch.cat([targets, targets]))
-            window = Window(prefix_length + places, prefix_length + rest.first + int(targets.max()))
-            chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
-        hidden_states = position_stack(model.embed(*elements, places, finest=True), window=window)
-        hidden_states = hidden_states + model.embed_positions(following, elements[2], finest=True)
-        hidden_states = content_stack(hidden_states, window=window)
-        logits = state.watch(guide(model.content_head(hidden_states), guidance_scale)).flatten(0, 1)
+        any_start = rest.num_passes == 0  # later passes have codes before their targets
+        elements = reader.both_elements(guesses, positions, granularities, any_start)
+        hidden_states = reader.read(elements, places, window, finest=True)
+        following = reader.both(next_positions), elements[2]
+        logits = state.watch(reader.content_logits(hidden_states, *following, window, finest=True)).flatten(0, 1)
         allowed = state.allowed_contents(next_positions).flatten(0, 1)
-        rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
+        rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, inputs).view_as(targets))
         yield state
     rest.append_ends()
     yield state
-
-
-def with_twin(model, hidden, contents, positions, granularities, any_start=True):
-    """Elements (2B, L): the rows of the condition, and those of its hidden twin; without a twin the former, (B, L).
-
-    They differ in start tokens; without `any_start` there are none.
-    """
-    if hidden is None:
-        return contents, positions, granularities
-    twin = contents, positions
-    if any_start:
-        twin = model.layout.relabel(contents, positions, granularities, hidden.labels)
-    return [torch.cat(pair) for pair in zip((contents, positions, granularities), (*twin, granularities))]
-
-
-def guide(logits, scale):
-    """Classifier-free guidance (Ho & Salimans 2022): logits (2B, ..., V) of both to (B, ..., V). Scale 1: as they are."""
-    if scale == 1:
-        return logits
-    conditional, unconditional = logits.float().chunk(2)
-    return unconditional + scale * (conditional - unconditional)
 
 
 class FixedPart:
@@ -195,6 +218,11 @@ class FixedPart:
         """Contents, guesses among them, and positions of what is before targets (B, L), and the targets' positions."""
         before = [column.gather(1, targets) for column in (self.contents, self.positions)]
         return *before, self.positions.gather(1, targets + 1)
+
+    def inputs(self, source):
+        """What the source chooses all targets by, (2, B, targets), or None."""
+        inputs = [source.inputs(self.first + target) for target in range(self.length)]
+        return None if inputs[0] is None else torch.stack(inputs, dim=2)
 
     @property
     def has_all_codes(self):
