@@ -55,34 +55,42 @@ class StreamState:
         self.elements = padding[..., None].repeat(1, 1, layout.longest_stream + 1)
         self.last = padding.unbind()  # of the last element, which is none yet
 
+    @property
+    def is_finest(self):
+        """Of which streams the next element is of the finest granularity, (B,) bool."""
+        return self.granularity == self.layout.num_granularities - 1
+
     def allowed_positions(self):
         """Which positions the next element may have, (B, position vocabulary) bool; at least one each."""
-        tables, granularity = self.tables, self.granularity
-        finest = granularity == self.layout.num_granularities - 1
-        free = ~self.taken.gather(1, tables.top_left[granularity]) & tables.is_cell[granularity]  # (B, F)
-        if self.fixed_fine_positions:
-            rank = tables.rank[-1]
-            first = torch.where(free, rank, len(rank)).amin(1, keepdim=True)
-            free &= (rank == first) | ~finest[:, None]
-        half_covered = self._half_covered()
-        if self.ascending is not None:
-            free &= self._in_order(free, half_covered) | (finest | ~self.ascending)[:, None]
-        end_allowed = torch.where(finest, self.taken.all(1), ~half_covered.any(1))
-
-        num_cells = tables.num_cells[granularity]
-        allowed = torch.nn.functional.pad(free, (0, len(self.position_ids) - free.shape[1]))
-        allowed |= (self.position_ids == (num_cells + 1)[:, None]) & end_allowed[:, None]
+        cells, end = self.allowed_cells_and_end()
+        num_cells = self.tables.num_cells[self.granularity]
+        allowed = torch.nn.functional.pad(cells, (0, len(self.position_ids) - cells.shape[1]))
+        allowed |= (self.position_ids == (num_cells + 1)[:, None]) & end[:, None]
         forced = torch.where(self.finished, num_cells, num_cells + 2 + self.labels)  # pad or start
         is_forced = self.finished | self.start_is_next
         return torch.where(is_forced[:, None], self.position_ids == forced[:, None], allowed)
+
+    def allowed_cells_and_end(self):
+        """What of the present granularity may come next where neither start nor padding must.
+
+        Returns:
+            Its cells, (B, F) bool, and its end, (B,) bool.
+        """
+        cells, is_finest, half_covered = self._free_cells(), self.is_finest, self._half_covered()
+        if self.fixed_fine_positions:
+            rank = self.tables.rank[-1]
+            first = torch.where(cells, rank, len(rank)).amin(1, keepdim=True)
+            cells &= (rank == first) | ~is_finest[:, None]
+        if self.ascending is not None:
+            cells &= self._in_order(cells, half_covered) | (is_finest | ~self.ascending)[:, None]
+        return cells, torch.where(is_finest, self.taken.all(1), ~half_covered.any(1))
 
     def allowed_contents(self, positions):
         """Which contents go with positions of the present granularity: (B, content vocabulary) bool for (B,).
 
         And (B, L, content vocabulary) for (B, L).
         """
-        # 0 pad, 1 end, 2 and more: start
-        special = (positions.t() - self.tables.num_cells[self.granularity]).t()[..., None]
+        special = self._special(positions)[..., None]
         is_code = self.content_ids < self.layout.content_pad
         return torch.where(special >= 0, self.content_ids == self.layout.content_pad + special, is_code)
 
@@ -90,7 +98,7 @@ class StreamState:
         """Of which streams all positions that are still to come are known, (B,) bool."""
         if not self.fixed_fine_positions:
             return self.finished
-        return (self.granularity == self.layout.num_granularities - 1) & ~self.start_is_next
+        return self.is_finest & ~self.start_is_next
 
     def steer(self, logits):
         """Position logits (B, V), changed by what is known of the stream; here nothing is."""
@@ -111,8 +119,7 @@ class StreamState:
         self.taken |= covered
         self.elements.scatter_(2, self.lengths.expand(3, -1)[..., None], torch.stack(self.last)[..., None])
         self.lengths = self.lengths + ~self.finished
-        is_end = contents == self.layout.content_end
-        is_finest = self.granularity == self.layout.num_granularities - 1
+        is_end, is_finest = contents == self.layout.content_end, self.is_finest
         self.finished |= is_end & is_finest
         self.start_is_next = is_end & ~is_finest
         self.granularity = self.granularity + self.start_is_next  # not in place: `last` holds the old one
@@ -147,6 +154,14 @@ class StreamState:
         rank = self.tables.rank[granularities]
         place = positions.clamp(max=rank.shape[1] - 1)[:, None]
         return torch.where(contents < self.layout.content_pad, rank.gather(1, place)[:, 0], -1)
+
+    def _special(self, positions):
+        """What positions (B,) or (B, L) of the present granularity mean: below 0 a cell, 0 pad, 1 end, 2 and more a start."""
+        return (positions.t() - self.tables.num_cells[self.granularity]).t()
+
+    def _free_cells(self):
+        """Cells of the present granularity without a code, (B, F) bool."""
+        return ~self.taken.gather(1, self.tables.top_left[self.granularity]) & self.tables.is_cell[self.granularity]
 
     def _in_order(self, free, half_covered):
         """The free cells (B, F) that may come in ascending order: behind the last one, and no later than one that must."""

@@ -59,38 +59,42 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
     """
     if codes is None and grain_map is None and fine_ratio is None:
         return None
-    num_granularities, (rows, columns) = len(config.grid_sizes), config.grid_sizes[0]
+    num_granularities, region_grid, fine_grid = len(config.grid_sizes), config.grid_sizes[0], config.grid_sizes[-1]
     if grain_map is None:
         if codes is not None:
             raise ValueError("codes are known only with their granularities: give grain_map, too")
-        grain_map = torch.full((1, rows, columns), UNKNOWN)
+        grain_map = torch.full((1, *region_grid), UNKNOWN)
     grain_map = as_batch("grain_map", grain_map)
-    grain_map = check_indices("grain_map", grain_map, (None, rows, columns), num_granularities, device, UNKNOWN)
-    if len(grain_map) == 0:
+    grain_map = check_indices("grain_map", grain_map, (None, *region_grid), num_granularities, device, UNKNOWN)
+    batch = len(grain_map)
+    if batch == 0:
         raise ValueError("grain_map must hold at least one map, got a batch of 0")
     if codes is None:
-        codes = torch.full((1, *config.grid_sizes[-1]), UNKNOWN)
+        codes = torch.full((1, *fine_grid), UNKNOWN)
     codes = as_batch("codes", codes)
-    codes = check_indices("codes", codes, (None, *config.grid_sizes[-1]), config.codebook_size, device, UNKNOWN)
-    if len(codes) not in (1, len(grain_map)):
-        raise ValueError(f"codes must be of one image or of each of {len(grain_map)} grain maps, got {len(codes)}")
-    codes = codes.expand(len(grain_map), -1, -1)
+    codes = check_indices("codes", codes, (None, *fine_grid), config.codebook_size, device, UNKNOWN)
+    if len(codes) not in (1, batch):
+        raise ValueError(f"codes must be of one image or of each of {batch} grain maps, got {len(codes)}")
+    codes = codes.expand(batch, -1, -1)
     if ((codes != UNKNOWN) & (expand_grain_map(grain_map, num_granularities) == UNKNOWN)).any():
         raise ValueError("codes are known only with their granularities: grain_map is -1 where codes are not")
     check_cells(codes, grain_map.clamp(min=0), num_granularities)
-    codes, grain_map = codes.flatten(1), grain_map.flatten(1)
-    if fine_ratio is None:
-        return Known(codes, grain_map)
-    shares = check_shares("fine_ratio", fine_ratio, num_granularities)
-    counts = torch.tensor(share_counts(shares, rows * columns), device=device)
-    for granularity, count in enumerate(counts.tolist()):
-        most = int((grain_map == granularity).sum(1).max())
+    counts = None if fine_ratio is None else region_counts(fine_ratio, grain_map, num_granularities)
+    return Known(codes.flatten(1), grain_map.flatten(1), counts)
+
+
+def region_counts(fine_ratio, grain_map, num_granularities):
+    """How many regions of each granularity `fine_ratio` means, (K,) long; ValueError if more are known in (B, h, w)."""
+    num_regions = grain_map[0].numel()
+    counts = share_counts(check_shares("fine_ratio", fine_ratio, num_granularities), num_regions)
+    for granularity, count in enumerate(counts):
+        most = int((grain_map == granularity).flatten(1).sum(1).max())
         if most > count:
             raise ValueError(
-                f"fine_ratio {fine_ratio} means {count} of {rows * columns} regions of granularity {granularity}, but "
+                f"fine_ratio {fine_ratio} means {count} of {num_regions} regions of granularity {granularity}, but "
                 f"grain_map, or what stays of the image, has {most}"
             )
-    return Known(codes, grain_map, counts)
+    return torch.tensor(counts, device=grain_map.device)
 
 
 def as_batch(name, values):
@@ -120,7 +124,6 @@ class KnownState(StreamState):
         """
         super().__init__(layout, labels, fixed_fine_positions, ascending=known.anything)
         self.known = known
-        self.order = self.tables.rank.argsort(1)  # (K, F): cells in the training order
 
     def select(self, rows):
         """As in `StreamState`."""
@@ -128,20 +131,20 @@ class KnownState(StreamState):
         chosen.known = replace(self.known, codes=self.known.codes[rows], grain_map=self.known.grain_map[rows])
         return chosen
 
-    def allowed_positions(self):
+    def allowed_cells_and_end(self):
         """As in `StreamState`, of those what agrees with what is known."""
-        allowed = super().allowed_positions() & self._agrees_with_grain_map()
-        return allowed if self.known.counts is None else allowed & self._agrees_with_counts()
+        cells, end = self._agreeing_with_grain_map()
+        return (cells, end) if self.known.counts is None else self._agreeing_with_counts(cells, end)
 
     def allowed_contents(self, positions):
         """As in `StreamState`; a code that is known is allowed alone."""
-        num_cells = self.tables.num_cells[self.granularity]
-        is_cell = (positions.t() < num_cells).t()[..., None]
-        cells = torch.where(is_cell[..., 0], positions, 0).view(len(positions), -1)
-        code = self.known.codes.gather(1, self.tables.top_left[self.granularity].gather(1, cells))
-        code = code.view_as(positions)[..., None]
+        is_cell = self._special(positions) < 0
+        cells = torch.where(is_cell, positions, 0).view(len(positions), -1)
+        code = self.known.codes.gather(1, self.tables.top_left[self.granularity].gather(1, cells)).view_as(positions)
         is_known = is_cell & (code != UNKNOWN)
-        return torch.where(is_known, self.content_ids == code, super().allowed_contents(positions))
+        return torch.where(
+            is_known[..., None], self.content_ids == code[..., None], super().allowed_contents(positions)
+        )
 
     def steer(self, logits):
         """Position logits (B, V) that keep the counts from being used up by the first rows.
@@ -152,58 +155,47 @@ class KnownState(StreamState):
         """
         if self.known.counts is None:
             return logits
-        order, num_cells = self.order[self.granularity], self.tables.num_cells[self.granularity][:, None]
+        order, end = self.tables.order[self.granularity], self.tables.num_cells[self.granularity][:, None] + 1
+        allowed_cells, allowed_end = self._agreeing_with_grain_map()
+        scores = logits.float()
+        cell_scores = scores[:, : order.shape[1]].masked_fill(~allowed_cells, -torch.inf).gather(1, order)
+        end_scores = scores.gather(1, end).masked_fill(~allowed_end[:, None], -torch.inf)
+        log_odds = choosing_log_odds(torch.cat([cell_scores, end_scores], dim=1))
+
         known, unknown, room = self._regions_ahead()
-        options = super().allowed_positions() & self._agrees_with_grain_map()
-        scores = logits.float().masked_fill(~options, -torch.inf)
-        end = scores.gather(1, num_cells + 1)
-        cells = scores[:, : order.shape[1]].masked_fill(~self.tables.is_cell[self.granularity], -torch.inf)
-        cells = cells.gather(1, order)
-        behind = torch.cat([cells[:, 1:], end], dim=1).flip(1).logcumsumexp(1).flip(1)
-        log_odds = torch.where(cells == -torch.inf, cells, cells - behind)
-        next_row = unknown & (cells > -torch.inf)
+        next_row = unknown & (cell_scores > -torch.inf)
         next_row &= next_row.cumsum(1) <= self.layout.grid_sizes[0][1]
         share = (room - known.sum(1, keepdim=True)) / unknown.sum(1, keepdim=True).clamp(min=1)
-        log_odds = log_odds + unknown * log_factor(log_odds, next_row, share)
+        log_probs = choosing_log_probs(log_odds + unknown * log_factor(log_odds, next_row, share))
 
-        passed = torch.nn.functional.logsigmoid(-log_odds).cumsum(1)
-        cells = torch.nn.functional.logsigmoid(log_odds) + torch.nn.functional.pad(passed[:, :-1], (1, 0))
-        steered = scores.scatter(1, order, cells).scatter(1, num_cells + 1, passed[:, -1:])
-        return torch.where((self._is_finest() | self.start_is_next)[:, None], logits, steered)
+        steered = torch.full_like(scores, -torch.inf).scatter(1, order, log_probs[:, :-1])
+        steered = steered.scatter(1, end, log_probs[:, -1:])
+        return torch.where((self.is_finest | self.start_is_next)[:, None], logits, steered)
 
-    def _is_finest(self):
-        return self.granularity == self.layout.num_granularities - 1
+    def _agreeing_with_grain_map(self):
+        """As `allowed_cells_and_end`, without regard to the counts."""
+        cells, end = super().allowed_cells_and_end()
+        rank, is_finest = self.tables.rank[self.granularity], self.is_finest  # (B, F), (B,)
+        wanted = self.known.grain_map.gather(1, self.tables.region[self.granularity])
+        is_wanted = wanted == self.granularity[:, None]
+        due = torch.where(self._free_cells() & is_wanted, rank, rank.shape[1]).amin(1)  # the next one that is known
+        fits = (is_wanted | (wanted == UNKNOWN)) & (rank <= due[:, None])
+        return cells & (fits | is_finest[:, None]), end & ((due == rank.shape[1]) | is_finest)
 
-    def _agrees_with_grain_map(self):
-        """Which positions contradict no known granularity, (B, V) bool."""
-        tables, granularity = self.tables, self.granularity[:, None]
-        rank, region = tables.rank[self.granularity], tables.region[self.granularity]  # (B, F)
-        wanted = self.known.grain_map.gather(1, region)
-        free = ~self.taken.gather(1, tables.top_left[self.granularity]) & tables.is_cell[self.granularity]
-        due = torch.where(free & (wanted == granularity), rank, rank.shape[1]).amin(1, keepdim=True)
-        fits = (wanted == UNKNOWN) | (wanted == granularity)
-        return self._with_end(fits & (rank <= due), due == rank.shape[1])
-
-    def _agrees_with_counts(self):
-        """Which positions leave the counts within reach, (B, V) bool."""
+    def _agreeing_with_counts(self, cells, end):
+        """What of these leaves the counts within reach."""
         known, unknown, room = self._regions_ahead()
         known_behind, unknown_behind = (each.flip(1).cumsum(1).flip(1) - each.long() for each in (known, unknown))
         left = room - (known | unknown).long() - known_behind
-        fits = (left >= 0) & (left <= unknown_behind)
-        return self._with_end(torch.zeros_like(fits).scatter(1, self.order[self.granularity], fits), room == 0)
-
-    def _with_end(self, cells, end):
-        """What of all positions is allowed (B, V), from what of the cells (B, F) and whether the end (B, 1) is."""
-        num_cells = self.tables.num_cells[self.granularity][:, None]
-        allowed = torch.nn.functional.pad(cells, (0, len(self.position_ids) - cells.shape[1]))
-        allowed |= self.position_ids >= num_cells
-        allowed &= (self.position_ids != num_cells + 1) | end
-        return allowed | self._is_finest()[:, None]
+        in_reach = (left >= 0) & (left <= unknown_behind)
+        fits = torch.zeros_like(in_reach).scatter(1, self.tables.order[self.granularity], in_reach)
+        is_finest = self.is_finest
+        return cells & (fits | is_finest[:, None]), end & ((room[:, 0] == 0) | is_finest)
 
     def _regions_ahead(self):
         """Cells (B, F) in the training order that begin a region which is known to get this granularity, or may get it,
         and for how many regions of this granularity there is room (B, 1)."""
-        tables, granularity, order = self.tables, self.granularity[:, None], self.order[self.granularity]
+        tables, granularity, order = self.tables, self.granularity[:, None], self.tables.order[self.granularity]
         top_left = tables.top_left[self.granularity].gather(1, order)
         begins = tables.opens_region[self.granularity].gather(1, order)
         wanted = self.known.grain_map.gather(1, tables.region[self.granularity].gather(1, order))
@@ -213,6 +205,20 @@ class KnownState(StreamState):
         begins = begins & ~taken & behind_last
         room = self.known.counts[granularity] - num_here
         return begins & (wanted == granularity), begins & (wanted == UNKNOWN), room
+
+
+def choosing_log_odds(scores):
+    """Log odds (B, N) that each of N options is chosen rather than one behind it, drawn by the softmax of N + 1 scores."""
+    behind = scores[:, 1:].flip(1).logcumsumexp(1).flip(1)
+    scores = scores[:, :-1]
+    return torch.where(scores == -torch.inf, scores, scores - behind)
+
+
+def choosing_log_probs(log_odds):
+    """The inverse: log-probabilities (B, N + 1) of the options."""
+    passed = torch.nn.functional.logsigmoid(-log_odds).cumsum(1)  # up to each option, itself included
+    chosen = torch.nn.functional.logsigmoid(log_odds) + torch.nn.functional.pad(passed[:, :-1], (1, 0))
+    return torch.cat([chosen, passed[:, -1:]], dim=1)
 
 
 def log_factor(log_odds, counted, share):
