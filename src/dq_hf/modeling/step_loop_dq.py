@@ -150,25 +150,20 @@ def fixed_steps(reader, state, source, lookahead):
     """
     rest = FixedPart(state, lookahead)
     granularities = torch.full_like(rest.targets, state.layout.num_granularities - 1)
-    inputs_of_all = rest.inputs(source) if lookahead > 1 else None
+    inputs = rest.inputs(source)
     while not is_over(rest.has_all_codes, state):
         targets = rest.targets
-        if lookahead == 1:  # all images that go on are at the same place
-            place = rest.first + rest.num_passes
-            places, window, inputs = torch.full_like(targets[:1], place - 1), None, source.inputs(place)
-        else:  # each is at its own
-            places = reader.both(rest.first - 1 + targets)
-            window, inputs = reader.window(places), inputs_of_all
-            if inputs is not None:
-                inputs = inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
         guesses, positions, next_positions = rest.elements(targets)
+        places = reader.both(rest.first - 1 + targets)
+        window = reader.window(places) if lookahead > 1 else None  # else all images that go on are at one place
         any_start = rest.num_passes == 0  # later passes have codes before their targets
         elements = reader.both_elements(guesses, positions, granularities, any_start)
         hidden_states = reader.read(elements, places, window, finest=True)
         following = reader.both(next_positions), elements[2]
         logits = state.watch(reader.content_logits(hidden_states, *following, window, finest=True)).flatten(0, 1)
         allowed = state.allowed_contents(next_positions).flatten(0, 1)
-        rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, inputs).view_as(targets))
+        chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
+        rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
         yield state
     rest.append_ends()
     yield state
