@@ -385,7 +385,7 @@ def test_unconditional_models_refuse_labels(tiny_transformer):
         (dict(temperature="hot"), TypeError, "^temperature must be a number"),
         (dict(position_temperature=-1.0), ValueError, "position_temperature must be 1e-06 or more"),
         (dict(top_k=0), ValueError, "^top_k must be at least 1, or None"),
-        (dict(top_k=2.5), TypeError, "^top_k must be a number"),
+        (dict(top_k=2.5), TypeError, "^top_k must be a whole number"),
         (dict(position_top_k=-1), ValueError, "position_top_k must be at least 1"),
         (dict(top_p=0), ValueError, r"^top_p must lie in \(0, 1\], got 0"),
         (dict(top_p=1.1), ValueError, r"^top_p must lie in \(0, 1\], got 1.1"),

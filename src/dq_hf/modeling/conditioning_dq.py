@@ -35,6 +35,11 @@ class Condition:
         """Elements that the stacks read before the stream."""
         return 0 if self.prefix is None else self.prefix.shape[1]
 
+    def is_finite(self):
+        """Whether the prefixes are, the twin's too; waits for the device."""
+        prefixes = (self.prefix, self.null_prefix)
+        return all(prefix.isfinite().all() for prefix in prefixes if prefix is not None)
+
     def hidden(self):
         """The twin that says nothing, for guidance and for dropout.
 

@@ -9,7 +9,6 @@ import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from transformers import CompileConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -17,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
 from .known_dq import KnownState, known_elements
-from .sampling_options_dq import SamplingOptions
+from .sampling_options_dq import SamplingOptions, check_count
 from .step_loop_dq import generation_steps
 
 
@@ -160,6 +159,7 @@ class DQSamplingMixin:
         """
         check_count("num_images", num_images)
         check_count("num_candidates", num_candidates)
+        self.check_passes(compile_config, lookahead)
         known = known_elements(self.config, self.input_device, codes, grain_map, fine_ratio)
         if num_candidates != 1 and (known is None or not do_sample):
             raise ValueError(
@@ -167,39 +167,23 @@ class DQSamplingMixin:
             )
         if known is not None and num_images is None and len(known) > 1:
             num_images = len(known)
+        texts = encoder_hidden_states, encoder_attention_mask
+        texts += negative_encoder_hidden_states, negative_encoder_attention_mask
         with torch.no_grad():
-            condition = self.condition(
-                class_labels,
-                num_images,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                negative_encoder_hidden_states,
-                negative_encoder_attention_mask,
-            )
-        if condition.prefix is not None and not all(
-            prefix.isfinite().all() for prefix in (condition.prefix, condition.null_prefix)
-        ):
+            condition = self.condition(class_labels, num_images, *texts)
+        if not condition.is_finite():
             raise ValueError("encoder_hidden_states must be finite, negative ones too; got NaN or infinite values")
-        options = SamplingOptions.of(options, others=inspect.signature(self.generate_steps).parameters)
-        if not do_sample:
-            options = options.greedy()
-        options = options.over(
-            {
-                name: value
-                for name, value in self.config.sampling_defaults.items()
-                if do_sample or name == "guidance_scale"
-            }
-        ).over({"guidance_scale": 1.0})
-        if options.guidance_scale < 1:
-            warnings.warn(
-                f"guidance_scale {options.guidance_scale} weakens class and text, and 0 ignores them; 1 means no guidance",
-                stacklevel=2,
+        batch, device = len(condition), condition.labels.device
+        if known is not None and len(known) not in (1, batch):
+            raise ValueError(
+                f"grain_map, or the images to edit, must be one or one for each of {batch} images, got {len(known)}"
             )
+        options = self.sampling_options(options, do_sample)
         if options.guidance_scale != 1:
             condition.hidden()  # or an error, before the work
-        self.check_passes(compile_config, lookahead)
-        source, batch, device = Greedy(), len(condition), condition.labels.device
+
         condition = condition.repeat(num_candidates)
+        source = Greedy()
         if do_sample:
             generators = own_generators(generator, batch)
             source = Draw(uniform_numbers(generators, self.config.longest_stream, num_candidates).to(device), options)
@@ -207,15 +191,25 @@ class DQSamplingMixin:
         if known is None:
             state = StreamState(self.layout, condition.labels, is_fixed)
         else:
-            if len(known) not in (1, batch):
-                raise ValueError(
-                    f"grain_map, or the images to edit, must be one or one for each of {batch} images, got {len(known)}"
-                )
             state = KnownState(self.layout, condition.labels, known.rows(batch, num_candidates), is_fixed)
         steps = self.run_steps(state, condition, source, options.guidance_scale, compile_config, lookahead)
         if num_candidates == 1:
             return steps
         return self.keep_candidates(steps, condition, uniform_numbers(generators, 1)[0, 0].to(device))
+
+    def sampling_options(self, given, do_sample) -> SamplingOptions:
+        """Options of `generate_steps`, and the configuration's where none are given; a warning at weak guidance."""
+        options = SamplingOptions.of(given, others=inspect.signature(self.generate_steps).parameters)
+        defaults = {"guidance_scale": 1.0} | self.config.sampling_defaults
+        if not do_sample:
+            options, defaults = options.greedy(), {"guidance_scale": defaults["guidance_scale"]}
+        options = options.over(defaults)
+        if options.guidance_scale < 1:
+            warnings.warn(
+                f"guidance_scale {options.guidance_scale} weakens class and text, and 0 ignores them; 1 means no guidance",
+                stacklevel=3,
+            )
+        return options
 
     @torch.no_grad()
     def run_steps(self, *arguments):
@@ -270,14 +264,6 @@ class DQSamplingMixin:
             )
 
 
-def check_count(name, count):
-    """Raise TypeError or ValueError unless this is a whole number of at least 1, or None."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
-        raise TypeError(f"{name} must be a whole number, got {count!r}")
-    if count is not None and count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-
-
 _MODES = threading.Lock()
 
 
@@ -289,9 +275,8 @@ def evaluation_mode(model):
     """
     with _MODES:
         holders, training = model.__dict__.get("_evaluation_mode", (0, []))
-        if more := [
-            module for module in model.modules() if module.training
-        ]:  # of a holder's time: set by someone else
+        more = [module for module in model.modules() if module.training]
+        if more:  # of a holder's time: set by someone else
             model.eval()
         model.__dict__["_evaluation_mode"] = (holders + 1, training + more)
     try:

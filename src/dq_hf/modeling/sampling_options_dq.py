@@ -40,9 +40,9 @@ class SamplingOptions:
 
     def __post_init__(self):
         for prefix in ("", "position_"):
-            check_number(f"{prefix}temperature", getattr(self, f"{prefix}temperature"))
-            check_number(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), Integral)
-            check_number(f"{prefix}top_p", getattr(self, f"{prefix}top_p"))
+            check_kind(f"{prefix}temperature", getattr(self, f"{prefix}temperature"))
+            check_kind(f"{prefix}top_k", getattr(self, f"{prefix}top_k"), Integral)
+            check_kind(f"{prefix}top_p", getattr(self, f"{prefix}top_p"))
             temperature, top_k, top_p = (
                 getattr(self, f"{prefix}{name}") for name in ("temperature", "top_k", "top_p")
             )
@@ -55,7 +55,7 @@ class SamplingOptions:
                 raise ValueError(f"{prefix}top_k must be at least 1, or None for no restriction; got {top_k}")
             if top_p is not None and not 0 < top_p <= 1:
                 raise ValueError(f"{prefix}top_p must lie in (0, 1], got {top_p}")
-        check_number("guidance_scale", self.guidance_scale)
+        check_kind("guidance_scale", self.guidance_scale)
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MOST_GUIDANCE:
             raise ValueError(f"guidance_scale must lie in [0, {MOST_GUIDANCE:g}], got {self.guidance_scale}")
         if self.fine_positions not in ("fixed", "free"):
@@ -89,7 +89,14 @@ WARPED = tuple(name for name in DEFAULT_NAMES if name != "guidance_scale")
 NO_EFFECT = {"temperature": 1, "top_p": 1, "position_temperature": 1, "position_top_p": 1}
 
 
-def check_number(name, value, kind=Real):
-    """Raise TypeError unless an option is a number or not given."""
+def check_kind(name, value, kind=Real):
+    """Raise TypeError unless an option is a number, of kind Integral a whole one, or not given."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a {'whole ' if kind is Integral else ''}number, got {value!r}")
+
+
+def check_count(name, count):
+    """Raise TypeError or ValueError unless this is a whole number of at least 1, or not given."""
+    check_kind(name, count, Integral)
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.generation_dq import check_count, evaluation_mode
+from ..modeling.generation_dq import evaluation_mode
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
 from ..modeling.known_dq import UNKNOWN, as_batch
 from ..modeling.modeling_utils_dq import check_indices
 from .class_labels import as_list
 from .masks import masked_regions, read_masks
-from .pipeline_dq import DQPipeline, DQPipelineOutput, bring_to_device
+from .pipeline_dq import DQPipeline, DQPipelineOutput, bring_to_device, images_each
 
 TEXTS = ("negative_prompt", "prompt_embeds", "prompt_attention_mask")  # conditions that `DQPipeline` has besides
 TEXTS += ("negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -79,26 +79,24 @@ class DQInpaintPipeline(DQPipeline):
         codes, known_map = self.encode_known(pixel_values, regenerated, grain_map)
         conditions = {name: arguments.pop(name, None) for name in TEXTS}
         conditions |= {"prompt": prompt, "class_labels": class_labels}
-        counts = {name: arguments[name] for name in COUNTS if arguments.get(name) is not None} or {COUNTS[0]: 1}
-        for name, count in counts.items():
-            check_count(name, count)
+        each = images_each(**{name: arguments.pop(name, None) for name in COUNTS})
         if len(pixel_values) > 1:
             conditions = {name: spread(given, len(pixel_values)) for name, given in conditions.items()}
-            each = next(iter(counts.values()))
             codes, known_map = (known.repeat_interleave(each, 0) for known in (codes, known_map))
-        if all(given is None for given in conditions.values()):  # then counts are of images in all
-            counts = {name: count * len(pixel_values) for name, count in counts.items()}
+        if all(given is None for given in conditions.values()):
+            each *= len(pixel_values)  # images in all
+        overlay = overlay and output_type != "codes"
         output = super().__call__(
             codes=codes,
             grain_map=known_map,
-            output_type="pt" if overlay and output_type != "codes" else output_type,
+            output_type="pt" if overlay else output_type,
+            num_images_per_prompt=each,
             **conditions,
-            **(arguments | counts),
+            **arguments,
         )
-        repeats = len(output.codes) // len(regenerated)
+        images, repeats = output.images, len(output.codes) // len(regenerated)
         regenerated = regenerated.repeat_interleave(repeats, 0)
-        images = output.images
-        if overlay and output_type != "codes":
+        if overlay:
             originals = to_unit(pixel_values).to(images.device).repeat_interleave(repeats, 0)
             images = from_unit(keep_outside(images, originals, regenerated.to(images.device)), output_type)
         output = DQInpaintPipelineOutput(

@@ -14,11 +14,12 @@ from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
-from ..modeling.generation_dq import check_count, evaluation_mode
+from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.sampling_options_dq import check_count
 from ..modeling.text_dq import prompt_arguments, require_text, text_encoder_class
 from .class_labels import as_list, class_ids
 
@@ -222,14 +223,7 @@ class DQPipeline(DiffusionPipeline):
             TypeError, ValueError: unknown labels; numbers of labels, prompts and negative prompts that are neither
                 1 nor equal; numbers of images that differ or are below 1.
         """
-        each = [num_images_per_prompt, num_images_per_label]
-        for name, number in zip(("num_images_per_prompt", "num_images_per_label"), each):
-            check_count(name, number)
-        if None not in each and each[0] != each[1]:
-            raise ValueError(
-                f"num_images_per_prompt and num_images_per_label are one number, got {each[0]} and {each[1]}"
-            )
-        each = each[0] or each[1] or 1
+        each = images_each(num_images_per_prompt, num_images_per_label)
         columns = dict(texts)
         if class_labels is not None:
             labels = class_ids(as_list(class_labels), self.transformer.config)
@@ -345,6 +339,19 @@ class DQPipeline(DiffusionPipeline):
         return init_dict, unused, hidden
 
 
+def images_each(num_images_per_prompt=None, num_images_per_label=None):
+    """How many images are made of each condition, by either name; TypeError or ValueError."""
+    check_count("num_images_per_prompt", num_images_per_prompt)
+    check_count("num_images_per_label", num_images_per_label)
+    each = num_images_per_prompt or num_images_per_label or 1
+    if num_images_per_label not in (None, each):
+        raise ValueError(
+            f"num_images_per_prompt and num_images_per_label are one number, got {num_images_per_prompt} and "
+            f"{num_images_per_label}"
+        )
+    return each
+
+
 def check_index(file):
     """What a `model_index.json` holds; `OSError` or `ValueError` if it is not one that `save_pretrained` writes."""
     if not file.is_file():
@@ -355,10 +362,8 @@ def check_index(file):
         if index.get(key) != expected:
             raise ValueError(f"{file}: {key} must be {expected}, got {index.get(key)}; save the model again")
     for name in DQPipeline._optional_components:
-        entry = index.get(name, ["transformers", "any"])
-        if not (
-            isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers"
-        ):  # what is named is imported
+        entry = index.get(name, ["transformers", "any"])  # what is named is imported
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "transformers"):
             raise ValueError(f"{file}: {name} must be a class of transformers, got {entry}; save the model again")
     known = {*parts, *DQPipeline._optional_components}
     if unknown := sorted(key for key in set(index) - known if not key.startswith("_")):
