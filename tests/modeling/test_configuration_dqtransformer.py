@@ -70,7 +70,7 @@ NAMED_TWICE = dict(id2label={0: "sun", 1: "moon"}, label2id={"sun": 1, "moon": 0
         (dict(attention_dropout="0.1"), TypeError, "attention_dropout"),
         (dict(content_loss_weight=-1), ValueError, "content_loss_weight must be 0 or more"),
         (dict(position_loss_weight=math.inf), ValueError, "position_loss_weight must be 0 or more and finite"),
-        (dict(fine_order="column-first"), ValueError, '"row-first" or "region-first", got \'column-first\''),
+        (dict(fine_order="column-first"), ValueError, '"row-first", "region-first"; got \'column-first\''),
         (dict(max_stream_length=1027), ValueError, "max_stream_length must be at least 1028"),
         (dict(sampling_defaults={"temprature": 1}), ValueError, "may hold temperature.*got temprature"),
         *((dict(grid_sizes=grids), ValueError, "coarsest first, each twice the one before") for grids in BAD_GRIDS),

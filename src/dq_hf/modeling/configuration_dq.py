@@ -33,25 +33,14 @@ class DQConfig(DQPreTrainedConfig):
     text_encoder_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
-        for name, config_class in (("vae_config", DQVAEConfig), ("transformer_config", DQTransformerConfig)):
-            given = getattr(self, name)
-            kind = getattr(given, "model_type", None)  # not its class: remote code may have been loaded twice
-            if not (given is None or isinstance(given, dict) or kind == config_class.model_type):
-                raise TypeError(
-                    f"{name} must be a {config_class.__name__} or a dictionary, got {type(given).__name__}"
-                )
         # Copies: a composite configuration resets the attention implementation of its parts.
         for name in self.sub_configs:
             setattr(self, name, copy.deepcopy(getattr(self, name)))
-        if isinstance(self.vae_config, dict):
-            self.vae_config = DQVAEConfig(**self.vae_config)
-        elif self.vae_config is None:
-            self.vae_config = DQVAEConfig()
-        if isinstance(self.transformer_config, dict):
-            self.transformer_config = DQTransformerConfig(**self.transformer_config)
-        elif self.transformer_config is None:
-            vae = self.vae_config
-            self.transformer_config = DQTransformerConfig(grid_sizes=vae.grid_sizes, codebook_size=vae.codebook_size)
+        self.vae_config = vae = as_config("vae_config", self.vae_config, DQVAEConfig, {})
+        fitting = {"grid_sizes": vae.grid_sizes, "codebook_size": vae.codebook_size}
+        self.transformer_config = as_config(
+            "transformer_config", self.transformer_config, DQTransformerConfig, fitting
+        )
         if isinstance(self.text_encoder_config, dict):
             self.text_encoder_config = text_encoder_config(self.text_encoder_config)
         names, ids = self.transformer_config.id2label, self.transformer_config.label2id
@@ -91,3 +80,13 @@ class DQConfig(DQPreTrainedConfig):
         """What the file holds: the parts as in their own files, without the path that they were loaded from."""
         parts = {name: getattr(self, name) for name in self.sub_configs}
         return super().to_diff_dict() | {name: part.to_diff_dict() for name, part in parts.items() if part is not None}
+
+
+def as_config(name, given, config_class, default):
+    """A configuration of this class, from one, from a dictionary or, where nothing is given, from the default one; `TypeError`."""
+    given = default if given is None else given
+    if isinstance(given, dict):
+        return config_class(**given)
+    if getattr(given, "model_type", None) != config_class.model_type:  # not its class: remote code may be loaded twice
+        raise TypeError(f"{name} must be a {config_class.__name__} or a dictionary, got {type(given).__name__}")
+    return given

@@ -8,7 +8,9 @@ from .configuration_utils_dq import (
     MOST_LAYERS,
     MOST_WIDTH,
     DQPreTrainedConfig,
+    check_choice,
     require_at_most,
+    require_finite,
     require_positive,
     require_probability,
 )
@@ -179,8 +181,7 @@ class DQTransformerConfig(DQPreTrainedConfig):
                 f"max_stream_length must be at least {self.longest_stream}, the longest stream of grid_sizes {grids}; "
                 f"got {self.max_stream_length}"
             )
-        if self.fine_order not in ("row-first", "region-first"):
-            raise ValueError(f'fine_order must be "row-first" or "region-first", got {self.fine_order!r}')
+        check_choice("fine_order", self.fine_order, ("row-first", "region-first"))
         if self.num_classes < 0 or (self.class_dropout > 0 and self.num_classes == 0):
             raise ValueError(
                 "num_classes must be 0 (unconditional) or positive, and positive where class_dropout is; "
@@ -209,6 +210,4 @@ class DQTransformerConfig(DQPreTrainedConfig):
                 f"sampling_defaults may hold {', '.join(DEFAULT_NAMES)}; got {', '.join(sorted(unknown))}"
             )
         SamplingOptions(**self.sampling_defaults)  # or an error
-        for name in ("content_loss_weight", "position_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
+        require_finite(self, "content_loss_weight", "position_loss_weight")

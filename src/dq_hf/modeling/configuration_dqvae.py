@@ -1,6 +1,5 @@
 """Configuration of DQ-VAE, the tokenizer with variable-length codes (stage 1)."""
 
-import json
 import math
 from typing import ClassVar
 
@@ -9,7 +8,9 @@ from .configuration_utils_dq import (
     MOST_LAYERS,
     MOST_WIDTH,
     DQPreTrainedConfig,
+    check_choice,
     require_at_most,
+    require_finite,
     require_positive,
     require_probability,
 )
@@ -133,9 +134,7 @@ class DQVAEConfig(DQPreTrainedConfig):
         require_at_most(self, MOST_WIDTH, "block_out_channels", "decoder_block_out_channels")
         require_at_most(self, MOST_COUNT, "codebook_size")
         require_probability(self, "dropout", "codebook_decay")
-        for name in ("commitment_beta", "codebook_weight", "budget_gamma"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number, 0 or more, got {getattr(self, name)}")
+        require_finite(self, "commitment_beta", "codebook_weight", "budget_gamma")
 
         factors = self.granularities
         halves = all(coarse == 2 * fine for coarse, fine in zip(factors, factors[1:]))
@@ -169,21 +168,10 @@ class DQVAEConfig(DQPreTrainedConfig):
             if not set(getattr(self, attention)) <= set(possible):
                 raise ValueError(f"{attention} must be among {possible}, got {getattr(self, attention)}")
 
-        self._validate_router()
-        if self.position_type not in ("learned", "fourier", "fourier+learned"):
-            raise ValueError(
-                f'position_type must be "learned", "fourier" or "fourier+learned", got {self.position_type!r}'
-            )
-
-    def _validate_router(self):
-        for name, choices in (
-            ("router", ("entropy", "feature", "gain", "random")),
-            ("router_gradient", ("compared", "selected")),
-            ("router_activation", ("silu", "relu", None)),
-        ):
-            if getattr(self, name) not in choices:
-                names = ", ".join(map(json.dumps, choices)).replace("null", "None")
-                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        check_choice("position_type", self.position_type, ("learned", "fourier", "fourier+learned"))
+        check_choice("router", self.router, ("entropy", "feature", "gain", "random"))
+        check_choice("router_gradient", self.router_gradient, ("compared", "selected"))
+        check_choice("router_activation", self.router_activation, ("silu", "relu", None))
         groups = self.router_norm_num_groups
         if self.router in ("feature", "gain") and groups is not None and (groups < 1 or self.z_channels % groups):
             raise ValueError(f"z_channels {self.z_channels} must be a multiple of router_norm_num_groups {groups}")

@@ -78,3 +78,17 @@ def require_probability(config, *names):
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+
+
+def require_finite(config, *names):
+    """Raise `ValueError` unless each named field is finite, and 0 or more."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more and finite, got {getattr(config, name)}")
+
+
+def check_choice(name, value, choices):
+    """Raise `ValueError` unless a value is one of these."""
+    if value not in choices:
+        names = ", ".join(str(choice) if choice is None else f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be one of {names}; got {value!r}")

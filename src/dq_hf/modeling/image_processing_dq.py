@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .configuration_utils_dq import MOST_WIDTH
+from .configuration_utils_dq import MOST_WIDTH, check_choice
 from .hub_dq import ProcessorHubMixin, without_remote_code
 
 # Besides the arguments, what transformers writes into a processor's file.
@@ -175,8 +175,8 @@ def other_arguments(arguments):
         )
     for name, only in FIXED_ARGUMENTS.items():
         value = arguments.get(name)
-        several = [value] * 3 if isinstance(only, list) and isinstance(value, (int, float)) else value
-        if not (value is None or (list(several) if isinstance(several, tuple) else several) == only):
+        same = (None, only, tuple(only), only[0]) if isinstance(only, list) else (None, only)
+        if value not in same:
             raise ValueError(f"{name} must be {only}, which the models were trained with; got {value}")
     return {name: value for name, value in arguments.items() if name in FILE_KEYS}
 
@@ -199,13 +199,6 @@ def check_flag(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
-
-
-def check_choice(name, value, choices):
-    """Raise `ValueError` unless a value is one of these."""
-    if value not in choices:
-        names = ", ".join(str(choice) if choice is None else f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} must be one of {names}; got {value!r}")
 
 
 def flatten_images(images):
@@ -233,7 +226,7 @@ def to_tensor(image, data_format=None):
             f"an image must be a PIL image, a numpy array or a torch tensor, got {type(image).__name__}{remedy}"
         )
     tensor = as_tensor(image)
-    usual = FORMATS[isinstance(image, np.ndarray)]
+    usual = "channels_last" if isinstance(image, np.ndarray) else "channels_first"
     tensor = channels_first(tensor, data_format or find_channels(tensor, usual))
     if tensor.dtype == torch.uint8:
         return to_rgb(tensor.float() / 255)
