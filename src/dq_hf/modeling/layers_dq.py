@@ -44,7 +44,8 @@ class DQLevel(GradientCheckpointingLayer):
         self.resnets = nn.ModuleList(
             residual_block(in_channels if i == 0 else out_channels, out_channels, config) for i in range(num_layers)
         )
-        self.attentions = nn.ModuleList(attention_block(out_channels, config) for _ in range(num_layers * attention))
+        num_attentions = num_layers if attention else 0
+        self.attentions = nn.ModuleList(attention_block(out_channels, config) for _ in range(num_attentions))
 
     def forward(self, hidden_states):
         for i, resnet in enumerate(self.resnets):

@@ -259,30 +259,28 @@ class DQForImageGeneration(HubMixin, ComposedModel):
         """
         with torch.no_grad():
             encoded = self.vae.eval().encode(pixel_values)
-        if input_ids is not None:
-            if encoder_hidden_states is not None:
-                raise ValueError("give input_ids or encoder_hidden_states, not both")
-            if self.text_encoder is None:
-                raise ValueError("input_ids need a text encoder, and this model has none: give encoder_hidden_states")
-            if encoder_attention_mask is not None:
-                raise ValueError(
-                    "encoder_attention_mask is of encoder_hidden_states; that of input_ids is attention_mask"
-                )
-            encoder_hidden_states, encoder_attention_mask = encode_tokens(self.text_encoder, input_ids, attention_mask)
-        elif attention_mask is not None:
-            raise ValueError("attention_mask is of input_ids: give both; that of the states is encoder_attention_mask")
+        texts = self.text_states(input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask)
         outputs = dict(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
-        return self.transformer(
-            encoded.codes,
-            encoded.grain_map,
-            class_labels,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            return_loss,
-            **{name: value for name, value in outputs.items() if value is not None},
-        )
+        outputs = {name: value for name, value in outputs.items() if value is not None}
+        return self.transformer(encoded.codes, encoded.grain_map, class_labels, *texts, return_loss, **outputs)
+
+    def text_states(self, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask):
+        """States of texts and their mask, as they are given or of `input_ids`; ValueError at both, or at a mask alone."""
+        if input_ids is None:
+            if attention_mask is not None:
+                raise ValueError(
+                    "attention_mask is of input_ids: give both; that of the states is encoder_attention_mask"
+                )
+            return encoder_hidden_states, encoder_attention_mask
+        if encoder_hidden_states is not None:
+            raise ValueError("give input_ids or encoder_hidden_states, not both")
+        if self.text_encoder is None:
+            raise ValueError("input_ids need a text encoder, and this model has none: give encoder_hidden_states")
+        if encoder_attention_mask is not None:
+            raise ValueError("encoder_attention_mask is of encoder_hidden_states; that of input_ids is attention_mask")
+        return encode_tokens(self.text_encoder, input_ids, attention_mask)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self):

@@ -161,7 +161,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         codes, grain_map = self.check_codes(codes, grain_map)
         condition = self.condition(class_labels, len(codes), encoder_hidden_states, encoder_attention_mask)
         if self.training:
-            condition = self.drop_out(condition)
+            condition = self.hide_at_random(condition)
         stream = self.layout.pack(codes, grain_map, condition.labels)
         with attention_weights(self) if output_attentions else nullcontext():
             position_logits, content_logits = self.logits(stream, condition)
@@ -325,9 +325,8 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             (encoder_hidden_states, encoder_attention_mask),
             (negative_encoder_hidden_states, negative_encoder_attention_mask),
         ]
-        given = [states for states, _ in texts if states is not None]
         if self.text_prefix is None:
-            if given or any(mask is not None for _, mask in texts):
+            if any(given is not None for text in texts for given in text):
                 raise ValueError(
                     "this model was trained without text (text_length None): leave out encoder_hidden_states"
                 )
@@ -352,7 +351,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         prefix, null_prefix = (prefix.expand(len(condition), -1, -1) for prefix in prefixes)
         return replace(condition, prefix=prefix, null_prefix=null_prefix)
 
-    def drop_out(self, condition):
+    def hide_at_random(self, condition):
         """The condition with some images' class and text hidden, for training; one draw an image decides on both."""
         config, has_text = self.config, condition.prefix is not None
         if config.class_dropout == 0 and not (has_text and config.text_dropout > 0):
@@ -390,14 +389,15 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
 
 def element_log_probs(predictions):
     """Log-probabilities (B, L) of every position and of every content of streams, in nats, from `predictions`: two."""
-    columns = []
-    for element in predictions:
-        columns.append([])
-        for logits, allowed, chosen in element:
-            scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(1, dtype=precise(logits.dtype))
-            columns[-1].append(scores.gather(1, chosen[:, None])[:, 0])
-    start = [[torch.zeros_like(column) for column in columns[0]]]
-    return [torch.stack(column, dim=1) for column in zip(*start, *columns)]
+    pairs = [[log_prob_of(*symbol) for symbol in element] for element in predictions]
+    start = [torch.zeros_like(pairs[0][0])] * 2  # forced
+    return [torch.stack(column, dim=1) for column in zip(start, *pairs)]
+
+
+def log_prob_of(logits, allowed, chosen):
+    """Log-probability (B,) of the chosen index (B,) by logits (B, V) of what is allowed (B, V)."""
+    scores = logits.masked_fill(~allowed, -torch.inf).log_softmax(1, dtype=precise(logits.dtype))
+    return scores.gather(1, chosen[:, None])[:, 0]
 
 
 def masked_cross_entropy(logits, targets, mask):

@@ -33,9 +33,7 @@ def tokenize(tokenizer, prompts, length):
     """
     prompts = as_prompts(prompts)
     tokens = pad_tokens(tokenizer, prompts, length)
-    uncut = tokenizer(prompts, verbose=False)[
-        "input_ids"
-    ]  # last: a tokenizer is saved with what it was last asked for
+    uncut = tokenizer(prompts, verbose=False)["input_ids"]  # last: a tokenizer is saved as it was last asked
     if num_cut := sum(len(ids) > length for ids in uncut):
         logger.warning(f"{num_cut} of {len(prompts)} prompts have more than {length} tokens and are cut")
     return tokens
@@ -108,8 +106,10 @@ def encode_prompts(tokenizer, text_encoder, prompts, length):
     Each is read alone: beside others its states may round differently, and a generated image should not depend on its
     neighbours. Next to sampling, this takes no time.
     """
-    tokens = (column.split(1) for column in tokenize(tokenizer, prompts, length))
-    return tuple(map(torch.cat, zip(*(encode_tokens(text_encoder, *each) for each in zip(*tokens)))))
+    input_ids, attention_mask = tokenize(tokenizer, prompts, length)
+    encoded = [encode_tokens(text_encoder, *each) for each in zip(input_ids.split(1), attention_mask.split(1))]
+    states, masks = zip(*encoded)
+    return torch.cat(states), torch.cat(masks)
 
 
 @torch.no_grad()
