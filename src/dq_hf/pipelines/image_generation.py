@@ -58,8 +58,8 @@ class DQGenerationPipeline(Pipeline):
         Raises:
             TypeError, ValueError: unknown arguments, names or values out of range, inputs that the model does not take.
         """
-        size = check_size("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
-        workers = check_size("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
+        size = check_at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
+        workers = check_at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
         _, options, _ = self._sanitize_parameters(**{**self._forward_params, **sampling})
         if is_stream(inputs):
             seeds = Seeds(seed, len(inputs) if isinstance(inputs, Sized) else None)
@@ -208,7 +208,7 @@ def read_ahead(inputs, batch_size, num_workers):
     )
 
 
-def check_size(name, size, least):
+def check_at_least(name, size, least):
     """The size, or ValueError."""
     if isinstance(size, bool) or not isinstance(size, Integral) or size < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
