@@ -160,7 +160,7 @@ class KnownState(StreamState):
         scores = logits.float()
         cell_scores = scores[:, : order.shape[1]].masked_fill(~allowed_cells, -torch.inf).gather(1, order)
         end_scores = scores.gather(1, end).masked_fill(~allowed_end[:, None], -torch.inf)
-        log_odds = choosing_log_odds(torch.cat([cell_scores, end_scores], dim=1))
+        log_odds = choosing_log_odds(torch.cat([cell_scores, end_scores], dim=1))  # of cells in the training order
 
         known, unknown, room = self._regions_ahead()
         next_row = unknown & (cell_scores > -torch.inf)
@@ -173,7 +173,7 @@ class KnownState(StreamState):
         return torch.where((self.is_finest | self.start_is_next)[:, None], logits, steered)
 
     def _agreeing_with_grain_map(self):
-        """As `allowed_cells_and_end`, without regard to the counts."""
+        """What `allowed_cells_and_end` gives where there are no counts."""
         cells, end = super().allowed_cells_and_end()
         rank, is_finest = self.tables.rank[self.granularity], self.is_finest  # (B, F), (B,)
         wanted = self.known.grain_map.gather(1, self.tables.region[self.granularity])
@@ -183,7 +183,7 @@ class KnownState(StreamState):
         return cells & (fits | is_finest[:, None]), end & ((due == rank.shape[1]) | is_finest)
 
     def _agreeing_with_counts(self, cells, end):
-        """What of these leaves the counts within reach."""
+        """Which of these cells and ends leave the counts within reach."""
         known, unknown, room = self._regions_ahead()
         known_behind, unknown_behind = (each.flip(1).cumsum(1).flip(1) - each.long() for each in (known, unknown))
         left = room - (known | unknown).long() - known_behind

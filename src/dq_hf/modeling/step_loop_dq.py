@@ -165,7 +165,7 @@ def fixed_steps(reader, state, source, lookahead):
         chosen_by = None if inputs is None else inputs.gather(2, targets.expand(2, -1, -1)).flatten(1)
         rest.accept(targets, guesses, source.choose(CONTENT, logits, allowed, chosen_by).view_as(targets))
         yield state
-    rest.append_ends()
+    rest.write(rest.num_targets)  # the ends
     yield state
 
 
@@ -228,15 +228,11 @@ class FixedPart:
         """Write what a pass has chosen for its targets (B, L) given guesses (B, L), as far as these were right."""
         self.contents.scatter_(1, targets + 1, chosen)
         if len(self.ahead) == 1:
-            self._write(self.done + 1)
+            self.write(self.done + 1)
         else:
-            self._write(self.done + 1 + (chosen[:, :-1] == guesses[:, 1:]).cumprod(1).sum(1))
+            self.write(self.done + 1 + (chosen[:, :-1] == guesses[:, 1:]).cumprod(1).sum(1))
             self._remember(targets, guesses, chosen)
         self.num_passes += 1
-
-    def append_ends(self):
-        """Write the end of all streams behind their last codes."""
-        self._write(self.num_targets)
 
     def _remember(self, targets, guesses, chosen):
         """Guess the next target from what it would have been in earlier passes. A target is in so many passes at most."""
@@ -249,8 +245,8 @@ class FixedPart:
         last = self.contents.gather(1, target + 1)
         self.contents.scatter_(1, target + 1, torch.where(right.any(1, keepdim=True), remembered, last))
 
-    def _write(self, done):
-        """So many targets (B,) have come."""
+    def write(self, done):
+        """Put into the state that so many targets (B,) have come."""
         state, self.done = self.state, torch.minimum(done, self.num_targets)
         has_come = self.target_of_cell < torch.minimum(self.done, self.num_codes)[:, None]  # (B, F)
         codes = self.contents[:, 1:].gather(1, self.target_of_cell)

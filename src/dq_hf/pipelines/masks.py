@@ -26,14 +26,12 @@ def read_masks(masks):
     unit = to_unit_mask(masks)
     if unit.dim() in (3, 4) and unit.shape[-1] == 4:  # what is transparent is black
         unit = unit[..., :3] * unit[..., 3:]
-    if unit.dim() == 2:
-        unit = unit[None]
-    elif unit.dim() == 3 and unit.shape[-1] in (1, 3):
-        unit = unit.mean(-1)[None]
-    elif unit.dim() == 4 and unit.shape[-1] in (1, 3):
+    if unit.dim() in (3, 4) and unit.shape[-1] in (1, 3):
         unit = unit.mean(-1)
     elif unit.dim() == 4 and unit.shape[1] in (1, 3):
         unit = unit.mean(1)
+    if unit.dim() == 2:
+        unit = unit[None]
     if unit.dim() != 3 or unit.numel() == 0:
         raise ValueError(
             f"a mask must have shape (H, W), (H, W, 1, 3 or 4), (1, H, W) or, for several, (B, H, W); got {tuple(masks.shape)}"
