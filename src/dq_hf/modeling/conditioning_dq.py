@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .modeling_utils_dq import check_indices
+from .modeling_utils_dq import call_device, check_indices
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TextPrefix(nn.Module):
     def forward(self, hidden_states, attention_mask=None):
         """(B, length, width) of states (B, T, d), T at most the length, and their mask (B, T): 0 where there is no token."""
         hidden_states, attention_mask = check_text(hidden_states, attention_mask, self.length, self.text_hidden_size)
-        hidden_states = hidden_states.to(self.projection.weight.device, self.projection.weight.dtype)
+        hidden_states = hidden_states.to(call_device(self.projection), self.projection.weight.dtype)
         missing = self.length - hidden_states.shape[1]
         hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing))
         mask = nn.functional.pad(attention_mask.to(hidden_states.device), (0, missing))[..., None] > 0
@@ -148,7 +148,7 @@ class TextPrefix(nn.Module):
 
     def empty(self):
         """The prefix of no text, (length, width)."""
-        return self.padding(torch.arange(self.length, device=self.padding.weight.device))
+        return self.padding(torch.arange(self.length, device=call_device(self.padding)))
 
 
 def check_text(

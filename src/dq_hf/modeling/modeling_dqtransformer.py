@@ -20,7 +20,7 @@ from .grain_map_dq import check_cells
 from .hub_dq import HubMixin
 from .known_dq import KnownState
 from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights, precise
-from .modeling_utils_dq import TorchInitMixin, check_indices
+from .modeling_utils_dq import TorchInitMixin, call_device, check_indices
 from .sequence_dq import DQStream, StreamLayout
 
 
@@ -124,9 +124,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
     @property
     def input_device(self):
         """Device of the contents' table; where accelerate has offloaded it, the one that it comes to when called."""
-        hook = getattr(self.content_embedding, "_hf_hook", None)
-        execution_device = getattr(hook, "execution_device", None)
-        return self.content_embedding.weight.device if execution_device is None else execution_device
+        return call_device(self.content_embedding)
 
     @capture_outputs
     def forward(

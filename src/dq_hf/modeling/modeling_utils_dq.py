@@ -12,6 +12,20 @@ class TorchInitMixin:
             module.reset_parameters()
 
 
+def uncompiled(module):
+    """The module that `torch.compile` made this one of, or itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def call_device(*modules):
+    """Device for the inputs of a module with a weight, the last one; where accelerate has offloaded it, or what holds it, the
+    one that the weight comes to when called.
+    """
+    hooks = [getattr(module, "_hf_hook", None) for module in modules]
+    devices = [device for hook in hooks if (device := getattr(hook, "execution_device", None)) is not None]
+    return [*devices, modules[-1].weight.device][0]
+
+
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .conditioning_dq import inputs_of
 from .generation_dq import evaluation_mode
-from .modeling_utils_dq import check_indices
+from .modeling_utils_dq import call_device, check_indices
 
 logger = logging.get_logger(__name__)
 
@@ -77,11 +77,9 @@ def encode_tokens(text_encoder, input_ids, attention_mask=None):
     Raises:
         TypeError, ValueError: tensors of another type, shape or range.
     """
-    hook = getattr(text_encoder, "_hf_hook", None)  # of accelerate, where the encoder is put away between calls
-    device = getattr(hook, "execution_device", None)
-    device = text_encoder.device if device is None else device
-    vocab_size = text_encoder.get_input_embeddings().num_embeddings
-    input_ids = check_indices("input_ids", input_ids, (None, None), vocab_size, device)
+    embedding = text_encoder.get_input_embeddings()
+    device = call_device(text_encoder, embedding)
+    input_ids = check_indices("input_ids", input_ids, (None, None), embedding.num_embeddings, device)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     attention_mask = check_indices("attention_mask", attention_mask, input_ids.shape, 2, device)
@@ -200,7 +198,7 @@ def check_tokenizer(tokenizer, config, length):
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"the tokenizer must be one of transformers, got {type(tokenizer).__name__}")
     if config is None:
-        raise ValueError("a tokenizer needs its text encoder: give text_encoder, too")
+        raise ValueError("a tokenizer needs its text encoder: give text_encoder, too, or tokenizer=None")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"tokenizer and text encoder do not fit: the tokenizer has {len(tokenizer)} tokens, the text encoder "
