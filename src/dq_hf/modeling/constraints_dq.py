@@ -116,7 +116,7 @@ class StreamState:
         covered &= (contents < self.layout.content_pad)[:, None]
         self.codes = torch.where(covered, contents[:, None], self.codes)
         self.fine_grain_map = torch.where(covered, self.granularity[:, None], self.fine_grain_map)
-        self.taken |= covered
+        self.taken = self.taken | covered
         self.elements.scatter_(2, self.lengths.expand(3, -1)[..., None], torch.stack(self.last)[..., None])
         self.lengths = self.lengths + ~self.finished
         is_end, is_finest = contents == self.layout.content_end, self.is_finest
