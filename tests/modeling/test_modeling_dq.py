@@ -62,6 +62,56 @@ def test_a_saved_model_loads_with_the_same_weights_and_images(model, saved, mode
     assert torch.equal(before.codes, after.codes) and torch.equal(before.pixel_values, after.pixel_values)
 
 
+def save_again(model, folder):
+    """What `AutoModel` loads of a saved model."""
+    model.save_pretrained(folder)
+    return AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("names_of", [lambda model: model.config, lambda model: model.transformer.config])
+def test_classes_that_are_renamed_are_saved_wherever_they_were(folder, names_of):
+    model = AutoModel.from_pretrained(folder)
+    names_of(model).id2label = {0: "cat", 1: "dog", 2: "cow"}
+    names_of(model).label2id = {"cat": 0, "dog": 1, "cow": 2}
+    loaded = save_again(model, folder)
+    for config in (loaded.config, loaded.transformer.config):
+        assert config.id2label == {0: "cat", 1: "dog", 2: "cow"} and config.label2id == {"cat": 0, "dog": 1, "cow": 2}
+
+
+def test_half_renamed_classes_are_refused_and_the_folder_stays(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.config.id2label = {0: "cat", 1: "dog", 2: "cow"}
+    with pytest.raises(ValueError, match="label2id must be the inverse of id2label"):
+        model.save_pretrained(folder)
+    assert AutoModel.from_pretrained(folder).config.id2label == NAMES
+
+
+def test_a_part_that_is_replaced_is_saved_with_its_configuration(folder):
+    model = AutoModel.from_pretrained(folder)
+    model.vae = make_vae(commitment_beta=0.5)
+    model.transformer = make_transformer(num_classes=3, id2label={0: "a", 1: "b", 2: "c"}, residual_dropout=0.3)
+    loaded = save_again(model, folder)
+    assert loaded.config.vae_config.commitment_beta == 0.5
+    assert loaded.config.transformer_config.residual_dropout == 0.3
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
+    model.vae = make_vae(codebook_size=8)
+    with pytest.raises(ValueError, match="tokenizer's codebook_size is 8, the generator's 16"):
+        model.save_pretrained(folder)
+
+
+def test_class_names_as_an_argument_are_refused_with_the_way_to_set_them(folder):
+    with pytest.raises(ValueError, match="disagree on id2label.*set it on the configuration of the loaded model"):
+        DQForImageGeneration.from_pretrained(folder, id2label={0: "cat", 1: "dog", 2: "cow"})
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_compiled_part_is_saved_as_if_it_were_not(model, folder, part):
+    compiled = AutoModel.from_pretrained(folder)
+    setattr(compiled, part, torch.compile(getattr(compiled, part)))
+    loaded = save_again(compiled, folder).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
 def test_the_folder_holds_every_weight_once(model, saved):
     for part in ("vae", "transformer"):
         weights = load_file(saved / part / "model.safetensors")
@@ -225,7 +275,7 @@ def test_a_configuration_fills_what_it_is_not_given_copies_what_it_is_and_refuse
 def test_configurations_that_disagree_are_refused_by_field(folder, part, field, value):
     names = {"label2id": None} if field == "id2label" else {}
     edit_config(folder / part / "config.json", **{field: value}, **names)
-    with pytest.raises(ValueError, match=rf"config.json and {part}/config.json disagree on {field}$"):
+    with pytest.raises(ValueError, match=rf"config.json and {part}/config.json disagree on {field};"):
         DQForImageGeneration.from_pretrained(folder)
 
 

@@ -53,6 +53,20 @@ class DQConfig(DQPreTrainedConfig):
         self.id2label, self.label2id = dict(names), dict(ids)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name, value):
+        """Class names that are set here are the generator's."""
+        super().__setattr__(name, value)
+        if name in ("id2label", "label2id") and isinstance(self.transformer_config, PreTrainedConfig):
+            setattr(self.transformer_config, name, copy.copy(value))
+
+    def join(self, **configs):
+        """Let the configurations of the parts be these, as `vae_config` and so on, and check that they fit each other."""
+        for name in self.sub_configs:
+            setattr(self, name, configs.get(name))
+        names = self.transformer_config
+        self.id2label, self.label2id = dict(names.id2label), dict(names.label2id)
+        self.validate()
+
     @property
     def num_labels(self):
         """The generator's `num_classes`. Another number gives the classes new names."""

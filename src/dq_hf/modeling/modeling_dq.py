@@ -16,7 +16,7 @@ from .hub_dq import HubMixin, load_model
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
-from .modeling_utils_dq import TorchInitMixin
+from .modeling_utils_dq import TorchInitMixin, uncompiled
 from .text_dq import check_tokenizer, encode_tokens, prompt_arguments, text_encoder_class, unused_parameters
 
 
@@ -47,8 +47,9 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
     """Saves and loads each part in a folder of its own, with the files of a pipeline beside them."""
 
     def save_pretrained(self, save_directory, *, is_main_process=True, state_dict=None, **arguments):
-        """Save as in transformers; `ValueError` if a part has an adapter."""
+        """Save as in transformers; `ValueError` if a part has an adapter, or the parts do not fit each other."""
         folder = Path(save_directory)
+        self.config.join(**{f"{name}_config": part.config for name, part in self.parts.items()})  # or part of others
         for name, part in self.parts.items():
             if any(hasattr(module, "base_layer") for module in part.modules()):
                 raise ValueError(
@@ -94,7 +95,10 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
             part_class = PARTS.get(name) or text_encoder_class(listed)
             models[name], infos[name] = load_part(part_class, source, root / name, *args, **options)
             if different := differences(models[name].config, listed):
-                raise ValueError(f"{source}: config.json and {name}/config.json disagree on {', '.join(different)}")
+                raise ValueError(
+                    f"{source}: config.json and {name}/config.json disagree on {', '.join(different)}; if that was given "
+                    "as an argument, set it on the configuration of the loaded model instead"
+                )
         tokenizer = None if config.text_encoder_config is None else load_text_tokenizer(source, root, place)
         model = cls.from_models(**models, tokenizer=tokenizer).eval()
         if attention is not None:
@@ -212,11 +216,14 @@ class DQForImageGeneration(HubMixin, ComposedModel):
         Raises:
             TypeError, ValueError: they do not fit each other.
         """
-        parts = {"vae": vae, "transformer": transformer}
+        parts = {"vae": uncompiled(vae), "transformer": uncompiled(transformer)}
         if text_encoder is not None:
+            text_encoder = parts["text_encoder"] = uncompiled(text_encoder)
             if not isinstance(text_encoder, PreTrainedModel):
-                raise TypeError(f"text_encoder must be a model of transformers, got {type(text_encoder).__name__}")
-            parts["text_encoder"] = text_encoder
+                raise TypeError(
+                    f"text_encoder must be a model of transformers, got {type(text_encoder).__name__}; of a PeftModel, "
+                    "give what merge_and_unload() returns"
+                )
             text_encoder.config.architectures = [type(text_encoder).__name__]  # as saving it does
         configs = {f"{name}_config": part.config for name, part in parts.items()}
         with torch.device("meta"):  # nothing is allocated or initialised for the parts that are replaced
@@ -225,14 +232,14 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             check_tokenizer(tokenizer, model.config.text_encoder_config, transformer.config.text_length)
         for name, part in parts.items():
             setattr(model, name, part)
-            setattr(model.config, f"{name}_config", part.config)
+        model.config.join(**{f"{name}_config": part.config for name, part in parts.items()})
         model.tokenizer = tokenizer
         return model
 
     @property
     def parts(self):
         """{sub-folder: model} of the models in a saved folder."""
-        return {name: part for name in PART_FOLDERS if (part := getattr(self, name)) is not None}
+        return {name: uncompiled(part) for name in PART_FOLDERS if (part := getattr(self, name)) is not None}
 
     def forward(
         self,
