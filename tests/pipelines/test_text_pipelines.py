@@ -1,7 +1,10 @@
 """Prompts through DQPipeline: as in diffusers, the same images as the model's own; other inputs are refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import (
     TEXT,
     edit_config,
@@ -219,6 +222,63 @@ def test_components_are_those_of_diffusers(pipe):
     assert DQPipeline.from_pipe(pipe).text_encoder is pipe.text_encoder
     half = DQPipeline(**pipe.components).to(torch.float32)
     assert half("sun", output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_compiled_components_are_saved_as_if_they_were_not(folder, tmp_path):
+    pipe = DQPipeline.from_pretrained(folder)
+    for name in ("vae", "transformer", "text_encoder"):
+        setattr(pipe, name, torch.compile(getattr(pipe, name)))
+    pipe.save_pretrained(tmp_path / "saved")
+    loaded, expected = (DQForImageGeneration.from_pretrained(place) for place in (tmp_path / "saved", folder))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert DQPipeline.from_pipe(pipe).text_encoder is pipe.text_encoder
+
+
+def test_states_of_texts_need_no_text_encoder_and_saving_says_what_it_would_lose(pipe, folder, tmp_path):
+    states = pipe.encode_prompt("a red sun")
+    expected = pipe("a red sun", generator=seeded(0), output_type="codes").codes
+    given = dict(prompt_embeds=states["encoder_hidden_states"], prompt_attention_mask=states["encoder_attention_mask"])
+    for light in (
+        DQPipeline.from_pretrained(folder, text_encoder=None),
+        DQPipeline.from_pipe(pipe, text_encoder=None),
+    ):
+        assert torch.equal(light(**given, generator=seeded(0), output_type="codes").codes, expected)
+        with pytest.raises(ValueError, match="needs its text encoder: give text_encoder, too, or tokenizer=None"):
+            light.save_pretrained(tmp_path / "light")
+        light.tokenizer = None
+        light.save_pretrained(tmp_path / "light")
+        assert DQPipeline.from_pretrained(tmp_path / "light").tokenizer is None
+
+
+def test_a_pipeline_without_its_models_is_refused(folder):
+    with pytest.raises(TypeError, match="needs the tokenizer and the generator"):
+        DQPipeline.from_pretrained(folder, vae=None, transformer=None)
+
+
+def test_text_models_may_be_offloaded_in_whole_or_in_small_pieces(model, folder, tmp_path):
+    expected = model.generate(prompt="a red sun", generator=seeded(0)).codes
+    options = dict(device_map="auto", max_memory={"cpu": "1KB"}, offload_folder=tmp_path)
+    on_disk = DQForImageGeneration.from_pretrained(folder, **options)
+    assert all(parameter.is_meta for parameter in on_disk.transformer.text_prefix.parameters())
+    assert torch.equal(on_disk.generate(prompt="a red sun", generator=seeded(0)).codes, expected)
+
+    pipe = DQPipeline.from_pretrained(folder)
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        cpu_offload(part, torch.device("cpu"))  # as enable_sequential_cpu_offload does
+    assert pipe.text_encoder.get_input_embeddings().weight.is_meta
+    assert torch.equal(pipe("a red sun", generator=seeded(0)).codes, expected)
+
+
+def test_threads_with_a_pipeline_each_may_share_the_models(pipe):
+    def run(scale):
+        own = DQPipeline.from_pipe(pipe)
+        own.set_progress_bar_config(disable=True)
+        return own("sun", guidance_scale=scale, generator=seeded(0), callback_on_step_end=lambda *given: None).codes
+
+    scales = [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]
+    expected = [run(scale) for scale in scales]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(*pair) for pair in zip(expected, pool.map(run, scales)))
 
 
 def test_the_task_takes_a_prompt(model, pipe):

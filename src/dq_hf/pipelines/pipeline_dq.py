@@ -49,7 +49,9 @@ class DQPipeline(DiffusionPipeline):
     Args:
         vae: the image tokenizer.
         transformer: the generator, trained on this tokenizer's codes.
-        text_encoder, tokenizer: for a generator with text; without them prompts are given as `prompt_embeds`.
+        text_encoder, tokenizer: for a generator with text; without the encoder prompts are given as `prompt_embeds`.
+
+    A pipeline works on one call at a time, as in diffusers. Threads that share models have a pipeline each, by `from_pipe`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -64,7 +66,11 @@ class DQPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        DQForImageGeneration.from_models(vae, transformer, text_encoder, tokenizer)  # raises if they do not fit
+        if vae is None or transformer is None:
+            raise TypeError(NEEDS_BOTH)
+        has_only_tokenizer = text_encoder is None and transformer.config.text_length is not None  # for `prompt_embeds`
+        fitting = None if has_only_tokenizer else tokenizer
+        DQForImageGeneration.from_models(vae, transformer, text_encoder, fitting)  # raises if they do not fit
         self.register_modules(vae=vae, transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = DQImageProcessor.for_model(vae.config)
         self._guidance_scale, self._interrupt = None, False
