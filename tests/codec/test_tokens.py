@@ -152,6 +152,11 @@ def test_a_sequence_that_is_no_image_may_be_none():
         [[1, 4, 2, 11, 3], [1, 4, 2], [1, 5, 2, 22, 23, 24, 25, 3]], strict=False
     )
     assert second is None and (first.grain_map.item(), third.grain_map.item()) == (0, 1)
+    assert (
+        tokens.from_tokens([[]], strict=False) == [None] and tokens.from_tokens([[], []], strict=False) == [None] * 2
+    )
+    behind_an_empty_batch = [torch.zeros(0, 5, dtype=torch.long), [1, 4, 2, 11, 3]]
+    assert len(tokens.from_tokens(behind_an_empty_batch)) == 1
 
 
 @pytest.mark.parametrize("padding", [None, 0])
@@ -222,8 +227,7 @@ def test_codes_of_a_pipeline_are_taken():
         ([], ValueError, "at least one sequence, got none"),
         ({"ids": [1]}, TypeError, "must have input_ids, or sequences as generate gives them, got .'ids'."),
         (torch.zeros(0, 5, dtype=torch.long), ValueError, "at least one sequence, got none"),
-        (torch.zeros(2, 0, dtype=torch.long), ValueError, "sequence 0 is no image: it has no token of the start"),
-        ([1, [4, 2]], TypeError, "a sequence of whole numbers or several such, got int"),
+        (torch.zeros(2, 0, dtype=torch.long), ValueError, "at least one sequence, got none"),
     ],
 )
 def test_what_is_no_sequence_is_refused(given, error, message):

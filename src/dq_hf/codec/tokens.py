@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import chain
 from numbers import Integral
 
+import numpy as np
 import torch
 from transformers import BatchEncoding
 
@@ -89,10 +90,8 @@ class DQTokens:
             if not named:
                 raise TypeError(f"tokens must have input_ids, or sequences as generate gives them, got {list(tokens)}")
             tokens = tokens[named[0]]
-        images, sequences = [], sequences_of(tokens)
-        if sequences == [[]]:
-            raise ValueError("tokens must hold at least one sequence, got none")
-        for number, sequence in enumerate(sequences):
+        images = []
+        for number, sequence in enumerate(sequences_of(tokens)):
             try:
                 images.append(self._image(*self._from_start(sequence)))
             except ValueError as error:
@@ -284,15 +283,36 @@ class Sequence:
         return allowed
 
 
-def sequences_of(tokens):
-    """Lists of whole numbers: one sequence, or all that are in whatever holds several; TypeError at anything else."""
-    tokens = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
-        raise TypeError(f"tokens must be a sequence of whole numbers or several such, got {type(tokens).__name__}")
-    parts = [part.tolist() if hasattr(part, "tolist") else part for part in tokens]
-    if any(isinstance(part, Iterable) and not isinstance(part, str) for part in parts):
-        return [sequence for part in parts for sequence in sequences_of(part)]
-    return [whole_numbers(parts)]
+def sequences_of(ids):
+    """Lists of whole numbers from a tensor or array (B, L) or (L,), or from any number of sequences.
+
+    Raises:
+        TypeError, ValueError: others, or none.
+    """
+    if isinstance(ids, (torch.Tensor, np.ndarray)) and ids.dtype != object:
+        sequences = [ids] if ids.ndim < 2 else ids.reshape(-1, ids.shape[-1]) if ids.shape[-1] else []
+    elif isinstance(ids, Iterable) and not isinstance(ids, str):
+        sequences = list(ids)
+        if sequences and all(isinstance(token, Integral) or getattr(token, "ndim", None) == 0 for token in sequences):
+            sequences = [sequences]
+    else:
+        raise TypeError(f"tokens must be a sequence of whole numbers or several such, got {type(ids).__name__}")
+    if len(sequences) == 0:
+        raise ValueError("tokens must hold at least one sequence, got none")
+    return [whole_numbers(row) for sequence in sequences for row in rows_of(sequence)]
+
+
+def rows_of(sequence):
+    """The sequences of one, or of a batch of such."""
+    is_batch = getattr(sequence, "ndim", None) == 2 or (
+        isinstance(sequence, (list, tuple)) and sequence and is_nested(sequence)
+    )
+    return sequence if is_batch else [sequence]
+
+
+def is_nested(sequence):
+    """Whether a list has lists, tuples or rows for elements."""
+    return all(isinstance(part, (list, tuple)) or getattr(part, "ndim", 0) == 1 for part in sequence)
 
 
 def whole_numbers(sequence):
