@@ -257,6 +257,8 @@ def test_arguments_of_transformers_processors_mean_what_they_mean_there(processo
         resample=Image.BICUBIC, rescale_factor=1 / 255, image_mean=0.5, image_std=(0.5, 0.5, 0.5), do_pad=False
     )
     assert torch.equal(processor(RGB, **usual, do_convert_rgb=True)["pixel_values"], pixel_values)
+    for means in (np.full(3, 0.5), torch.full((3,), 0.5)):
+        assert torch.equal(processor(RGB, image_mean=means)["pixel_values"], pixel_values)
     array = processor(RGB, return_tensors="np")["pixel_values"]
     assert isinstance(array, np.ndarray) and np.array_equal(array, pixel_values.numpy())
     last = processor(RGB, data_format="channels_last", device="cpu")["pixel_values"]

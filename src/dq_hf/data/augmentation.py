@@ -40,6 +40,8 @@ class Augmentation:
 
     def __call__(self, pixel_values, rows, epoch):
         """`pixel_values` (B, 3, H, W) of these rows, changed."""
+        if not (self.max_shift or self.horizontal_flips):
+            return pixel_values
         draws = [self._draw(image.flatten().numpy(), epoch) for image in pixel_values]
         if self.max_shift > 0:
             height, width = pixel_values.shape[2:]

@@ -68,12 +68,14 @@ def encode_batches(vae, loader, schema, horizontal_flips=False):
     """
     vae.eval()
     for batch in loader:
-        images, may_flip = batch["pixel_values"], batch["may_flip"] & horizontal_flips
+        images, may_flip = batch["pixel_values"].to(vae.device), batch["may_flip"] & horizontal_flips
         # Each row's number with 0 and, where its image is mirrored too, with 1.
         versions = torch.stack([torch.ones_like(may_flip), may_flip], dim=1).nonzero()
         rows, flipped = versions[:, 0], versions[:, 1].bool()
-        images = torch.where(flipped[:, None, None, None], images.flip(-1)[rows], images[rows])
-        encoded = vae.encode(images.to(vae.device))
+        if flipped.any():
+            images = images[rows]
+            images[flipped] = images[flipped].flip(-1)
+        encoded = vae.encode(images)
         columns = {
             "codes": flat_lists(encoded.codes),
             "grain_map": flat_lists(encoded.grain_map),

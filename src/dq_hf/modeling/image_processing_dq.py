@@ -175,6 +175,7 @@ def other_arguments(arguments):
         )
     for name, only in FIXED_ARGUMENTS.items():
         value = arguments.get(name)
+        value = value.tolist() if hasattr(value, "tolist") else value
         same = (None, only, tuple(only), only[0]) if isinstance(only, list) else (None, only)
         if value not in same:
             raise ValueError(f"{name} must be {only}, which the models were trained with; got {value}")
