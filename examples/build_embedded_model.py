@@ -102,20 +102,20 @@ class Arguments:
 @torch.no_grad()
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
+    prompts = Path(args.prompts).read_text("utf-8").splitlines()
+    findings = None if args.findings is None else Path(args.findings).read_text("utf-8").strip()
     model = chosen_model(args)
     with whole_folder(args.output_dir) as folder:
         save_bfloat16(model, folder)
-        figures = complete(args, folder)
+        figures = complete(args, folder, prompts, findings)
     size = sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     print(json.dumps(figures | {"megabytes": size / 1e6}, indent=2))
 
 
-def complete(args, folder):
+def complete(args, folder, prompts, findings):
     """Put pictures and card into the folder of the model; the figures of the card."""
     for pictures in folder.glob("origin*"):  # of the run's card, which the one below takes the place of
         shutil.rmtree(pictures)
-    prompts = Path(args.prompts).read_text("utf-8").splitlines()
-    findings = None if args.findings is None else Path(args.findings).read_text("utf-8").strip()
     model = DQForImageGeneration.from_pretrained(folder)
     sets = {split: load_images(args.data, split) for split in SPLITS}
     train_set = load_images(args.data, "train")
