@@ -14,6 +14,7 @@ from conftest import TEXT, make_text_encoder, make_text_tokenizer, make_transfor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import BertConfig
 
 from dq_hf import DEFAULT_MODEL, DQForImageGeneration, DQPipeline
@@ -170,6 +171,29 @@ def test_a_tokenizer_alone_reads_what_a_pipeline_wrote_with_the_static_prior(vae
     data = compress(DQPipeline(vae=vae, transformer=model.transformer), picture(1))
     assert data == compress(vae, picture(1)) == compress(model, np.array(picture(1)))
     assert decompress(vae, data) == decompress(model, data)
+
+
+@pytest.mark.parametrize("prior", ["static", "generator"])
+def test_a_compiled_model_reads_and_writes_the_files_of_the_same_model_and_of_no_other(model, prior):
+    image = picture(0)
+    compiled = DQForImageGeneration.from_models(model.vae, model.transformer)
+    compiled.vae, compiled.transformer = torch.compile(model.vae), torch.compile(model.transformer)
+    data = compress(compiled, image, prior)
+    assert data == compress(model, image, prior)
+    other = DQForImageGeneration.from_models(copy.deepcopy(model.vae), model.transformer)
+    next(other.vae.decoder.parameters()).data += 1
+    other.vae = torch.compile(other.vae)
+    with pytest.raises(ValueError, match="of another model"):
+        decompress(other, data)
+    assert compress(torch.compile(model.vae), image) == compress(model.vae, image)
+
+
+def test_a_model_of_8_bits_reads_what_it_wrote_with_the_generator():
+    model = DQForImageGeneration.from_models(make_vae(), make_transformer(num_classes=2, class_dropout=0.2)).eval()
+    quantize_(model.transformer, Int8WeightOnlyConfig())
+    data = compress(model, picture(0), "generator", class_label=1)
+    again = DQForImageGeneration.from_models(model.vae, copy.deepcopy(model.transformer))
+    assert np.array_equal(decompress(again, data), decompress(model, data))
 
 
 def test_the_static_prior_costs_what_the_cluster_sizes_say(vae):

@@ -12,6 +12,7 @@ from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.modeling_utils_dq import uncompiled
 from ..pipelines.class_labels import class_ids
 from .container import DAMAGED, GENERATOR, MOST_SIDE, STATIC, Header, read_file, write_file
 from .generator_prior import GeneratorPrior
@@ -150,6 +151,7 @@ def decode(prior, header, payload, holds):
 
 def parts(model):
     """The tokenizer and the generator, or None, of a model."""
+    model = uncompiled(model)
     if isinstance(model, DQVAEModel):
         return model, None
     if not all(hasattr(model, name) for name in ("vae", "transformer")):

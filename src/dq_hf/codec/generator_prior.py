@@ -11,6 +11,7 @@ import copy
 
 import torch
 
+from ..data.fingerprint import is_quantized
 from ..modeling.constraints_dq import StreamState
 from ..modeling.step_loop_dq import check_finite
 from ..modeling.text_dq import encode_prompts
@@ -108,6 +109,11 @@ class GeneratorPrior:
 
 def exact_copy(module):
     """A model on the CPU, in float64, with plain attention."""
-    module = copy.deepcopy(module).cpu().double().eval()
+    module = copy.deepcopy(module).cpu()
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if is_quantized(weight):
+                setattr(part, name, torch.nn.Parameter(weight.dequantize()))
+    module = module.double().eval()
     module.set_attn_implementation("eager")
     return module

@@ -48,24 +48,29 @@ def decoding_fingerprint(vae, transformer=None, text_encoder=None, text_tokenize
         digits = hash_weights(weights, digits + json.dumps(fields, sort_keys=True))
     if text_encoder is not None:
         words = json.dumps(text_tokenizer.get_vocab(), sort_keys=True)
-        digits = hash_weights(text_encoder.state_dict(), digits + words)
+        digits = hash_weights(weights_of(text_encoder), digits + words)
     return digits
 
 
 def text_fingerprint(text_encoder, text_tokenizer):
     """16 hex digits that tell text encoders, or their vocabularies, apart."""
     facts = type(text_encoder).__name__, text_tokenizer.get_vocab()
-    return hash_weights(text_encoder.state_dict(), json.dumps(facts, sort_keys=True))
+    return hash_weights(weights_of(text_encoder), json.dumps(facts, sort_keys=True))
 
 
 def fields_and_weights(model):
     """What a fingerprint is made of. A router's thresholds are a field, as they were before they became weights."""
     fields = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}
-    weights = model.state_dict()
+    weights = weights_of(model)
     if (thresholds := weights.pop(THRESHOLDS, None)) is not None:
         calibrated = thresholds.isfinite().all()
         fields["entropy_thresholds"] = thresholds.tolist() if calibrated else model.config.initial_thresholds
     return fields, weights
+
+
+def weights_of(model):
+    """The weights of a model by the names that they have in its file, also where `torch.compile` made another module of it."""
+    return getattr(model, "_orig_mod", model).state_dict()
 
 
 def hash_weights(state_dict, text=""):
@@ -73,5 +78,12 @@ def hash_weights(state_dict, text=""):
     digest = hashlib.sha256(text.encode())
     for name, weight in sorted(state_dict.items()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if is_quantized(weight):
+            weight = weight.dequantize()
         digest.update(weight.float().flatten().cpu().numpy())
     return digest.hexdigest()[:16]
+
+
+def is_quantized(weight):
+    """Whether a tensor is made of others, as those of torchao are, which keep numbers of fewer bits."""
+    return hasattr(weight, "__tensor_flatten__")
