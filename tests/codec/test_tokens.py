@@ -140,10 +140,47 @@ def test_what_stands_before_the_start_is_not_read():
     prompt = [7, *tokens.to_tokens(random_image(2, 1, 1, 1))["input_ids"][0].tolist(), 8]  # one that has an image, too
     (back,) = tokens.from_tokens([*prompt, *ids])
     assert torch.equal(back.codes, image.codes) and tokens.allowed([*prompt, *ids[:-1]]) == [103]
-    with pytest.raises(ValueError, match="token 99 at place 8 cannot stand there"):
-        tokens.allowed([0, 0, 0, 0, 0, 0, 0, 101, 99])
-    with pytest.raises(ValueError, match="token 99 at place 1 cannot stand there"):
-        tokens.allowed([101, 99])
+    for number, sequence in ((8, [0, 0, 0, 0, 0, 0, 0, 101, 99]), (1, [101, 99])):
+        assert tokens.allowed(sequence) == [tokens.pad_token_id]  # beam search has such sequences
+        with pytest.raises(ValueError, match=f"token 99 at place {number} cannot stand there"):
+            tokens.from_tokens(sequence)
+
+
+@pytest.mark.parametrize("arguments", [dict(offset=-1), dict(offset=1.5), dict(offset=True), dict(offset="3")])
+def test_an_offset_is_a_number_of_tokens(arguments):
+    with pytest.raises(ValueError, match="offset must be a whole number of at least 0"):
+        DQTokens(CONFIGS[2], **arguments)
+    with pytest.raises(TypeError, match="must be a DQVAEConfig.*, got object; of a model, give its config"):
+        DQTokens(object())
+
+
+def test_beams_are_images():
+    tokens = DQTokens(CONFIGS[2], offset=10)
+    special = dict(
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=tokens.vocab_size, n_positions=128, n_embd=8, n_layer=1, n_head=1, **special)
+    ).eval()
+    seen, options = [], dict(num_beams=4, do_sample=True, max_new_tokens=40, num_return_sequences=2)
+
+    def watched(batch_id, sequence):
+        seen.append(tokens.allowed(sequence, shape=(2, 2)))
+        return seen[-1]
+
+    out = model.generate(torch.tensor([[tokens.bos_token_id]] * 3), prefix_allowed_tokens_fn=watched, **options)
+    assert len(tokens.from_tokens(out)) == 6 and [tokens.pad_token_id] in seen
+
+
+def test_rows_of_several_sizes_are_given_one_by_one():
+    tokens = DQTokens(CONFIGS[2])
+    images = [random_image(2, side, 1, 0) for side in (1, 2)]
+    rows = [{name: image[name][0].tolist() for name in ("codes", "grain_map")} for image in images]
+    assert len(tokens.to_tokens(rows)["input_ids"]) == 2
+    columns = {name: [row[name] for row in rows] for name in ("codes", "grain_map")}
+    with pytest.raises(TypeError, match="rows of several sizes are given one by one"):
+        tokens.to_tokens(columns)
 
 
 def test_a_sequence_that_is_no_image_may_be_none():

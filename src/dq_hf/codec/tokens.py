@@ -35,6 +35,13 @@ class DQTokens:
 
     def __init__(self, config, folded=True, offset=0):
         config = getattr(config, "vae_config", config)
+        if not hasattr(config, "granularities"):
+            raise TypeError(
+                f"config must be a DQVAEConfig, or the DQConfig of a whole model, got {type(config).__name__}; of a model, "
+                "give its config"
+            )
+        if isinstance(offset, bool) or not isinstance(offset, Integral) or offset < 0:
+            raise ValueError(f"offset must be a whole number of at least 0, got {offset!r}")
         self.num_granularities = len(config.granularities)
         self.codebook_size = config.codebook_size
         self.folded, self.offset = folded, offset
@@ -105,12 +112,12 @@ class DQTokens:
 
         Args:
             tokens: (L,), a sequence so far. What stands before the last START is not read, and without
-                one only START may follow; behind END there is only padding.
+                one only START may follow; behind END there is only padding, and behind what is no beginning of an image,
+                too: beam search goes on with such sequences where there are fewer others than beams, at probability 0.
             shape: (rows, columns) of regions that the image is to have; None: any.
 
         Raises:
             TypeError: no whole numbers, or a shape that is no pair of such.
-            ValueError: no beginning of an image.
         """
         if shape is not None:
             shape = tuple(shape) if isinstance(shape, Iterable) else (shape,)
@@ -123,8 +130,11 @@ class DQTokens:
             self._open.pop((shape, *ids[: ids.index(END)]), None)
             return [self.pad_token_id]
         sequence = self._open.pop((shape, *ids[:-1]), None) or Sequence(self, shape)
-        for token in ids[sequence.length :]:
-            sequence.read(token, first)
+        try:
+            for token in ids[sequence.length :]:
+                sequence.read(token, first)
+        except ValueError:
+            return [self.pad_token_id]
         if len(self._open) >= MOST_OPEN:
             self._open.clear()
         self._open[shape, *ids] = sequence
@@ -336,6 +346,7 @@ def grids_of(encoded):
         grids = [torch.as_tensor(encoded[name]) for name in ("codes", map_name)]
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise TypeError(
-            "encoded must have codes and grain_map, as DQVAEModel.encode gives them, or be a list of such"
+            "encoded must have codes and grain_map, as DQVAEModel.encode gives them, each of one size, or be a list of such: "
+            "rows of several sizes are given one by one"
         ) from error
     return [grid if grid.dim() == 3 else grid[None] for grid in grids]
