@@ -380,6 +380,10 @@ def test_evaluate_loads_and_combines_every_metric_from_its_file(extractor, image
     assert result["PSNR"] == PSNR().compute(**arguments)["PSNR"] and {"SSIM", "FD-EffLite0", "extractor"} <= set(
         result
     )
+    mixed = evaluate.combine([PSNR(), InceptionScore(extractor=extractor)]).compute(**arguments)
+    assert mixed["PSNR"] == result["PSNR"] and mixed.keys() > {"PSNR", "extractor"}
+    with pytest.raises(ValueError, match="num_process must be 1, got 2"):
+        evaluate.load(str(FOLDER / "psnr.py"), num_process=2, process_id=0, experiment_id="x")
     loaded = evaluate.load(str(FOLDER / "code_statistics.py"), codebook_size=4, num_granularities=1)
     grid = torch.tensor([[[0, 1], [2, 3]]])
     result = loaded.compute(codes=grid, grain_maps=grid * 0)

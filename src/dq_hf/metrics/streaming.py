@@ -29,6 +29,11 @@ class StreamingMetric(evaluate.Metric, ABC):
     inputs = ("predictions", "references")  # names of the arguments of `add_batch`
 
     def __init__(self, **kwargs):
+        if kwargs.get("num_process", 1) != 1:
+            raise ValueError(
+                f"num_process must be 1, got {kwargs['num_process']}: processes of torch.distributed, as accelerate starts "
+                "them, are put together without it"
+            )
         super().__init__(**kwargs)
         self.state = self.empty_state()
 
@@ -74,6 +79,9 @@ class StreamingMetric(evaluate.Metric, ABC):
         Raises:
             ValueError: too few images, which are kept, or processes that do not measure the same.
         """
+        # As evaluate's own metrics: `evaluate.combine` gives all of them the same.
+        others = {"predictions", "references"} - set(self.inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in others}
         if any(value is not None for value in inputs.values()):
             self.add_batch(**inputs)
         identities, states = zip(*gather((self.identity, self.state)))
