@@ -153,7 +153,7 @@ def add_condition(pipe):
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
         dice = gr.Button("Random", min_width=60, scale=1, size="md")
-    guidance = gr.Slider(
+    guidance = slider(
         1,
         8,
         config.sampling_defaults.get("guidance_scale", 1.0),
@@ -164,6 +164,11 @@ def add_condition(pipe):
     )
     dice.click(None, None, seed, js="() => Math.floor(Math.random() * 2147483648)", **PRIVATE)
     return Condition(config, has_prompts, label, seed, guidance, prompt)
+
+
+def slider(lowest, highest, value, **options):
+    """A slider that has its first value between its ends."""
+    return gr.Slider(min(lowest, value), max(highest, value), value, **options)
 
 
 def is_guided(config):

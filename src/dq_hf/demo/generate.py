@@ -14,6 +14,7 @@ from .components import (
     paint_editor,
     picture,
     served,
+    slider,
     told,
 )
 from .views import cost_cells, enlarged, markdown_table, painted_detail, sample_frames
@@ -35,11 +36,11 @@ def add_generate_tab(pipe, turn):
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             condition = add_condition(pipe)
-            temperature = gr.Slider(0.1, 2, defaults.get("temperature", 1.0), step=0.05, label="Temperature of codes")
-            position_temperature = gr.Slider(
+            temperature = slider(0.1, 2, defaults.get("temperature", 1.0), step=0.05, label="Temperature of codes")
+            position_temperature = slider(
                 0.1, 2, defaults.get("position_temperature", 1.0), step=0.05, label="Temperature of positions"
             )
-            top_p = gr.Slider(0.05, 1, defaults.get("top_p", 1.0), step=0.01, label="Top-p of codes")
+            top_p = slider(0.05, 1, defaults.get("top_p", 1.0), step=0.01, label="Top-p of codes")
             sliders = dict(temperature=temperature, position_temperature=position_temperature, top_p=top_p)
             button = gr.Button("Sample", variant="primary")
             gr.Markdown(
