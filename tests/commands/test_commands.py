@@ -784,7 +784,7 @@ def test_draw_usage_counts_each_code_once(run, place, photographs, models):
         (["order", "order.png"], r"order.png must end in .gif or .webp"),
         (["order", "taken.gif"], "taken.gif exists; choose another name or give --force"),
         (["order", "no/order.gif"], "no/order.gif cannot be written"),
-        (["order", "order.gif", "--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["order", "order.gif", "--seconds", "0"], "--seconds must be above 0 and at most 600, got 0.0"),
         (["order", "order.gif", "-n", "0"], "--num-images must be at least 1, got 0"),
         (["order", "order.gif", "--class-label", "mon"], "unknown class 'mon'"),
         (["router", "none.png", "out.png"], "none.png does not exist"),

@@ -1,6 +1,5 @@
 """`dq-hf draw`: pictures of what the models do."""
 
-import math
 from pathlib import Path
 
 from .images import add_data_options, add_encoding_options, check_encoding, fine_ratio, open_image, read_images
@@ -17,6 +16,7 @@ from .options import (
 from .sampling import add_generation_options, check_generation, chosen_inputs, chosen_sampling
 
 ANIMATIONS = (".gif", ".webp")
+MOST_SECONDS = 600  # a GIF shows one frame for 655 seconds at most
 FRAME_SECONDS = 0.08
 FINISHED_SECONDS = 2  # how long an animation shows the finished images
 
@@ -45,8 +45,8 @@ def register(commands):
 
 
 def run_order(args):
-    if not 0 < args.seconds < math.inf:
-        raise ValueError(f"--seconds must be above 0, got {args.seconds}")
+    if not 0 < args.seconds <= MOST_SECONDS:
+        raise ValueError(f"--seconds must be above 0 and at most {MOST_SECONDS}, got {args.seconds}")
     if args.output.suffix.lower() not in ANIMATIONS:
         raise ValueError(f"{args.output} must end in {' or '.join(ANIMATIONS)}; other formats hold no animation")
     check_generation(args)

@@ -18,7 +18,7 @@ MAX_DEPTH = 50  # of values in each other, in JSON and YAML
 def whole_file(path):
     """A path to write to, which becomes `path` at the end; after an error what was there before is still there."""
     path = Path(path).resolve()  # through a link
-    name = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # short: the file's own may be as long as can be
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # short: the file's own may be as long as can be
     partial = path.with_name(f".partial-{name}{path.suffix[:16]}")
     try:
         yield partial
