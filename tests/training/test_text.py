@@ -134,6 +134,18 @@ def test_an_encoder_is_found_in_a_saved_model_with_text(tmp_path, small):
     assert small.fingerprint == frozen.fingerprint != FrozenText(learn_vocabulary(["a"], 6), encoder, 6).fingerprint
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip", "gpt2"])
+def test_several_processes_wait_for_what_is_trained_only(tmp_path, kind):
+    """A weight without a gradient that is not named would end the second step of DistributedDataParallel."""
+    save_encoder(tmp_path, kind)
+    text = make_text(options(text_encoder=str(tmp_path)), CAPTIONS, CAPTIONS, "cpu")
+    model = text.join(make_transformer(text_hidden_size=12, text_length=6))
+    codes, grain_map = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, 4, 4, dtype=torch.long)
+    model(codes, grain_map, **text.collate(["heart"])).loss.backward()
+    untrained = {name for name, weight in model.named_parameters() if weight.grad is None}
+    assert untrained == set(model._ddp_params_and_buffers_to_ignore)
+
+
 def test_a_small_encoder_learns_with_the_generator_and_some_words_are_hidden_from_it(small):
     torch.manual_seed(0)
     model = small.join(make_transformer(text_hidden_size=128, text_length=6, text_dropout=0.0))

@@ -19,7 +19,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..data.captions import CaptionDraw
-from ..modeling.text_dq import check_tokenizer, encode_tokens, pad_tokens, text_encoder_class, tokenize
+from ..modeling.text_dq import (
+    check_tokenizer,
+    encode_tokens,
+    pad_tokens,
+    text_encoder_class,
+    tokenize,
+    unused_parameters,
+)
 from .options import SMALL
 
 SMALL_SIZES = {"dim": 128, "hidden_dim": 512, "n_layers": 2, "n_heads": 4}
@@ -210,6 +217,11 @@ class GeneratorWithText(nn.Module):
     def config(self):
         """The generator's."""
         return self.transformer.config
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self):
+        """Names of what `forward` does not train, and DistributedDataParallel need not wait for."""
+        return [f"text_encoder.{name}" for name in unused_parameters(self.text_encoder)]
 
     def forward(self, codes, grain_map, class_labels=None, input_ids=None, attention_mask=None):
         """As the generator's, of token ids (B, T) and their mask in place of states; None: no text."""
