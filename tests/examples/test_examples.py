@@ -832,6 +832,29 @@ def test_what_cannot_work_is_refused_at_once(place, plain, message, arguments):
     assert len(training_rows(plain[0])) == 3
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_run_names_no_images_that_it_was_not_measured_on(place, plain, unconditional, stage):
+    command = {
+        1: f"{PLAIN} {THREE_STEPS}",
+        2: f"{STAGE_2} --vae plain/model --codes codes --label_column none --learning_rate 3 --max_steps 3 "
+        "--save_every 1 --keep_checkpoints 3 --sample_every 1",
+    }[stage]
+    run = place / f"finished-{stage}"
+    shutil.copytree({1: plain[0], 2: unconditional}[stage], run)
+    card = (run / "model" / "README.md").read_text()
+    command += f" --output_dir {run.name}"
+    others = {1: ("--test_split train", "--data folders", "--max_test_images 4"), 2: ("--test_split train",)}[stage]
+    for other in others:
+        refused = refusal(place, f"{command} {other}")
+        assert re.search("no step is left, and nothing was measured on .*; give .* or a larger --max_steps", refused)
+        assert (run / "model" / "README.md").read_text() == card
+    run_here(place, command)
+    figures = card_figures(run / "model", "held out")
+    run_here(place, f"{command} --test_split train --max_steps 4")
+    assert card_figures(run / "model", "training images") and not card_figures(run / "model", "held out")
+    assert figures and "nothing was measured on" in refusal(place, f"{command} --max_steps 4")
+
+
 def test_what_was_tidied_away_from_a_run_is_left_out_of_its_card(place, plain, unconditional):
     """Its best step is the first; its pictures, and the rows of the log with its figures, are gone."""
     shutil.copytree(unconditional, place / "tidied")

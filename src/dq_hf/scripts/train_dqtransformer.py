@@ -93,7 +93,7 @@ def train(args):
     if args.ema_decay > 0:
         average = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     held_out = args.test_split[0]
-    best = BestLoss([args.codes or args.data, held_out, len(test_sets[held_out])])
+    best = BestLoss(run.held_out)
     facts = {"vae": codes_fingerprint(vae)}  # another tokenizer with the same codes will do
     if names:
         facts["label_column"] = f"{label_column}, with the classes {', '.join(names)}"

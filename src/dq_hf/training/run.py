@@ -50,13 +50,13 @@ from .progress import (
 from .publish import command_line, machine_facts, push_folder
 
 logger = logging.getLogger(__name__)
-OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change
+OPTIONS_FILE = "options.json"  # of a checkpoint: what a resumed run must not change, and what was measured on
 
 
 class Run:
     """What a training script needs around its step; all processes make one and call its methods.
 
-    In the order of their use: `load_images`, `train_loader`, `begins`, `resume`, then in the loop over `batches` first
+    In the order of their use: `load_images`, `train_loader`, `test_loaders`, `begins`, `resume`, then in the loop over `batches` first
     `watch`, and after a step `count_step`, `due`, `record`, `report`, `save_when_due`; last `end`.
 
     Args:
@@ -67,6 +67,8 @@ class Run:
     Attributes:
         accelerator, progress, options: as given and made.
         dir: the run's folder.
+        held_out: what tells the images that count from others: where they come from, their split and number.
+        measured_on: `held_out` of the last measurement, also of one before the run was resumed; None: there was none.
         stopped: whether the loop has ended because the run was asked to stop.
 
     Raises:
@@ -107,6 +109,7 @@ class Run:
             )
         set_seed(options.seed)
         self.progress = Progress()
+        self.measured_on = None
         self.stopped = False
 
     @property
@@ -148,6 +151,8 @@ class Run:
 
     def test_loaders(self, test_sets, collate):
         """{split: prepared batches to measure on}; how often they are read does not change what training draws."""
+        first, images = next(iter(test_sets.items()))
+        self.held_out = [getattr(self.options, "codes", None) or self.options.data, first, len(images)]
         settings = {"batch_size": self.options.batch_size, "collate_fn": collate}
         return {
             split: self.accelerator.prepare(DataLoader(images, **settings, generator=torch.Generator()))
@@ -182,7 +187,7 @@ class Run:
 
         Raises:
             CheckpointError: the checkpoint does not fit, or is damaged.
-            ValueError: no step is left.
+            ValueError: no step is left, unless it was made, and measured on these images, before.
         """
         accelerator, options = self.accelerator, self.options
         self.fixed = {name: value for name, value in vars(options).items() if name in REFUSED} | facts
@@ -192,6 +197,12 @@ class Run:
         set_seed(options.seed, device_specific=True)
         resume(accelerator, self.dir, options.resume)
         check_max_steps(options.max_steps, self.step, self.dir)
+        if self.step == options.max_steps and self.measured_on != self.held_out:
+            data, split, number = self.held_out
+            raise ValueError(
+                f"no step is left, and nothing was measured on these {number} images of split {split!r} of {data}; give those "
+                "that were measured on, or a larger --max_steps"
+            )
         accelerator.init_trackers(self.name, config={name: str(value) for name, value in vars(options).items()})
         self.log = RunLog(self.dir / "log.jsonl", self.step) if accelerator.is_main_process else None
         self.finite = FiniteCheck(self.step)
@@ -200,10 +211,12 @@ class Run:
 
     def _save_fixed_options(self, models, weights, folder):
         if self.accelerator.is_main_process:
-            (Path(folder) / OPTIONS_FILE).write_text(json.dumps(self.fixed, indent=1))
+            facts = self.fixed | {"measured_on": self.measured_on}
+            (Path(folder) / OPTIONS_FILE).write_text(json.dumps(facts, indent=1))
 
     def _check_fixed_options(self, models, folder):
         saved = json.loads((Path(folder) / OPTIONS_FILE).read_text())
+        self.measured_on = saved.get("measured_on")
         for name in saved.keys() & self.fixed.keys():
             if saved[name] != self.fixed[name]:
                 raise ValueError(f"--{name} was {saved[name]}, got {self.fixed[name]}")
@@ -272,6 +285,7 @@ class Run:
             f"{name}/{split}": value for split in others for name, value in figures[split].items()
         }
         values |= more
+        self.measured_on = self.held_out
         self.record(values)
         self.accelerator.print(f"step {self.step}: {json.dumps(values)}")
 
