@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_transformer
+from conftest import make_transformer, make_vae
+from hub_server import HubServer, run_client
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertModel,
@@ -19,6 +21,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from dq_hf import DQForImageGeneration
 from dq_hf.modeling.text_dq import encode_prompts
 from dq_hf.training.text import CaptionBatches, FrozenText, learn_vocabulary, load_text_encoder, make_text
 
@@ -111,6 +114,12 @@ def test_a_model_that_is_no_text_encoder_is_named(tmp_path):
         load_text_encoder(str(tmp_path / "text"))
 
 
+def test_a_model_without_text_is_named(tmp_path):
+    DQForImageGeneration.from_models(make_vae(), make_transformer()).save_pretrained(tmp_path / "wordless")
+    with pytest.raises(ValueError, match="wordless must have a text encoder, got a model without text"):
+        load_text_encoder(str(tmp_path / "wordless"))
+
+
 def test_an_encoder_whose_tokenizer_is_written_in_python_is_trained_along(tmp_path):
     tokenizer = ByT5Tokenizer()
     sizes = {"d_model": 12, "d_ff": 16, "d_kv": 6, "num_layers": 1, "num_heads": 2}
@@ -123,10 +132,17 @@ def test_an_encoder_whose_tokenizer_is_written_in_python_is_trained_along(tmp_pa
     assert model(codes, grain_map, **text.collate(["heart"])).loss.isfinite()
 
 
-def test_an_encoder_is_found_in_a_saved_model_with_text(tmp_path, small):
-    small.encoder.save_pretrained(tmp_path / "text_encoder")
-    small.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    tokenizer, encoder = load_text_encoder(str(tmp_path))
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, small):
+    """The folder of a tokenizer and a generator with this text encoder."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    generator = make_transformer(text_hidden_size=128, text_length=6)
+    DQForImageGeneration.from_models(make_vae(), generator, small.encoder, small.tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_is_found_in_a_saved_model_with_text(saved, small):
+    tokenizer, encoder = load_text_encoder(str(saved))
     frozen = FrozenText(tokenizer, encoder, 6)
     states, mask = frozen.arguments(frozen.collate(["red heart"])).values()
     expected, expected_mask = encode_prompts(small.tokenizer, small.encoder.eval(), ["red heart"], 6)
@@ -144,6 +160,23 @@ def test_several_processes_wait_for_what_is_trained_only(tmp_path, kind):
     model(codes, grain_map, **text.collate(["heart"])).loss.backward()
     untrained = {name for name, weight in model.named_parameters() if weight.grad is None}
     assert untrained == set(model._ddp_params_and_buffers_to_ignore)
+
+
+LOAD = """
+from dq_hf.training.text import TrainedText, load_text_encoder
+
+tokenizer, encoder = load_text_encoder("user/gen")
+encoder.save_pretrained("loaded")
+print(type(encoder).__name__, TrainedText(tokenizer, encoder, 6).fingerprint)
+"""
+
+
+def test_an_encoder_is_found_in_a_model_on_the_hub(tmp_path, saved, small):
+    with HubServer() as hub:
+        hub.add("user/gen", saved)
+        assert run_client(hub, LOAD, cwd=tmp_path).stdout.split() == ["DistilBertModel", small.fingerprint]
+    weights = load_file(tmp_path / "loaded" / "model.safetensors")
+    assert all(torch.equal(weight, weights[name]) for name, weight in small.encoder.state_dict().items())
 
 
 def test_a_small_encoder_learns_with_the_generator_and_some_words_are_hidden_from_it(small):

@@ -1,7 +1,6 @@
 """The text side of a generator's training: vocabulary and text encoder, and what becomes of a batch's captions."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -19,6 +18,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from ..data.captions import CaptionDraw
+from ..hub.download import model_type_of
+from ..modeling.configuration_dq import DQConfig
 from ..modeling.text_dq import (
     check_tokenizer,
     encode_tokens,
@@ -92,12 +93,17 @@ def load_text_encoder(name):
     Raises:
         OSError, ValueError: there are none, or none that transformers loads as such.
     """
-    parts = Path(name, "tokenizer"), Path(name, "text_encoder")
-    tokens, states = parts if all(part.is_dir() for part in parts) else (name, name)
-    config = AutoConfig.from_pretrained(states).get_text_config()  # of CLIP, that of its text model
+    model_type, commit = model_type_of(name)
+    is_whole = model_type == DQConfig.model_type
+    if is_whole and DQConfig.from_pretrained(name, revision=commit).text_encoder_config is None:
+        raise ValueError(f"{name} must have a text encoder, got a model without text; give another, or small")
+    tokens, states = (
+        {"revision": commit, "subfolder": part if is_whole else ""} for part in ("tokenizer", "text_encoder")
+    )
+    config = AutoConfig.from_pretrained(name, **states).get_text_config()  # of CLIP, that of its text model
     kind = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
     try:
-        encoder = kind.from_pretrained(states, config=config, dtype=torch.float32)
+        encoder = kind.from_pretrained(name, config=config, dtype=torch.float32, **states)
     except ValueError as error:
         raise ValueError(
             f"{name} must have a model that AutoModelForTextEncoding or AutoModel of transformers loads, got one with a "
@@ -105,7 +111,7 @@ def load_text_encoder(name):
         ) from error
     encoder.config.architectures = [type(encoder).__name__]  # not the class that the checkpoint was saved from
     text_encoder_class(encoder.config)  # raises if it reads more than a text
-    return AutoTokenizer.from_pretrained(tokens), encoder
+    return AutoTokenizer.from_pretrained(name, **tokens), encoder
 
 
 class TrainedText:
