@@ -166,6 +166,27 @@ def test_tables_of_other_names_are_not_read_and_one_warning_names_them(tmp_path,
     assert dataset.column_names == ["image"]
 
 
+def test_files_of_unknown_endings_are_not_read_and_one_warning_a_split_names_them(tmp_path, caplog):
+    write(tmp_path, ["train/cat/a.png", "test/cat/b.png"])
+    for name in ("train/dog/1.heic", "train/dog/0.heic", "train/cat/c.QOI", "train/cat/plain"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("train/cat/a.txt", "train/README.md", "train/.hidden", "README.md", "LICENSE"):
+        (tmp_path / name).write_text("a cat")
+    warning = "4 file(s) in {} are not read, such as {}; convert them to .png or .jpg if they are images"
+    for split in ("train", "test"):
+        load_images(tmp_path, split)
+    assert [record.getMessage() for record in caplog.records] == [warning.format(tmp_path / "train", "cat/c.QOI")]
+    caplog.clear()
+    assert image_names(tmp_path / "train") == ["cat/a.png"]
+    assert [record.getMessage() for record in caplog.records] == [warning.format(tmp_path / "train", "cat/c.QOI")]
+    caplog.clear()
+    names = ("dog/0.heic", "dog/1.heic", "cat/c.QOI", "cat/plain")
+    rows = [{"file_name": name, "kind": "read"} for name in names]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_images(tmp_path, "train")) == 5 and not caplog.records
+
+
 def test_a_folder_named_by_a_path_through_another_has_the_same_captions(tmp_path, monkeypatch):
     write(tmp_path, ["train/a.png", "beside/b.png"])
     (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "snail"}')

@@ -33,6 +33,7 @@ METADATA = {
     "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
 }
 NOTES = {".jsonl", ".json", ".csv", ".tsv"}  # of which only those in METADATA are read
+BESIDE = {".txt", ".md", ".parquet", *NOTES}  # of files that are known to be no images
 SPLITS = {  # a split: other names of its folder
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -75,9 +76,22 @@ def table_beside_images(folder):
 
 def image_names(folder):
     """Paths, from a folder, of all images in it and in its folders, in order; ValueError as `check_names`."""
-    paths = [path.relative_to(folder).as_posix() for path in visible_files(folder) if is_image(path)]
+    files = visible_files(folder)
+    images = list(filter(is_image, files))
+    warn_of_unread(folder, set(files).difference(images))
+    paths = [path.relative_to(folder).as_posix() for path in images]
     check_names(paths)
     return paths
+
+
+def warn_of_unread(folder, files):
+    """Say which of these files of a folder, none of which is read, may be images of another ending."""
+    unread = [path for path in files if path.suffix.lower() not in BESIDE]
+    if unread:
+        logger.warning(
+            "%d file(s) in %s are not read, such as %s; convert them to .png or .jpg if they are images",
+            *(len(unread), folder, min(unread).relative_to(folder)),
+        )
 
 
 def check_names(paths):
@@ -154,6 +168,7 @@ def read_split(folder, places, split):
         )
     paths, metadata = set(filter(is_image, own)), read_metadata(files, places)
     paths = sorted(paths | {path for path in metadata if path.is_relative_to(places[split])})
+    warn_of_unread(places[split], set(own).difference(paths))
     columns = {"image": (datasets.Image(decode=False), [{"path": str(path), "bytes": None} for path in paths])}
     if metadata:
         columns |= metadata_columns(paths, metadata, folder)
