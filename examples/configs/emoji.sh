@@ -24,8 +24,8 @@ $launch examples/encode_dataset.py --vae $vae --output_dir runs/emoji-codes \
 python examples/adopt_codes.py --model $before --vae $vae --data examples/data/emoji --text_length 12 \
     --output_dir runs/emoji-text-start
 $launch examples/train_dqtransformer.py --codes runs/emoji-codes-moved --vae $vae --start_from runs/emoji-text-start \
-    --output_dir runs/emoji-text-moved --test_split test_pairs test --label_column none --caption_column captions \
-    --text_length 12 --dropout 0 --attention_dropout 0 --ema_decay 0.999 --batch_size 16 --learning_rate 1e-3 \
+    --text_encoder small --output_dir runs/emoji-text-moved --test_split test_pairs test --label_column none \
+    --caption_column captions --text_length 12 --dropout 0 --attention_dropout 0 --ema_decay 0.999 --batch_size 16 --learning_rate 1e-3 \
     --warmup_steps 50 --max_steps 763 --sample_every 763 --max_test_images 150
 $launch examples/train_dqtransformer.py --codes runs/emoji-codes --vae $vae --start_from runs/emoji-text-moved/model \
     --text_encoder runs/emoji-text-moved/model --train_text_encoder --output_dir runs/emoji-text \

@@ -1088,6 +1088,14 @@ def test_a_run_with_text_goes_on_bit_for_bit(place, worded):
     assert_same_weights(resumed / "checkpoint-6" / "model.safetensors", worded / "checkpoint-6" / "model.safetensors")
 
 
+def test_a_text_encoder_goes_on_with_its_generator(place, worded):
+    command = f"{TEXT} --start_from worded/model --text_encoder worded/model --train_text_encoder --max_steps 1"
+    run_here(place, f"{command} --learning_rate 0 --ema_decay 0 --output_dir worded-further")
+    for part in ("text_encoder", "transformer"):
+        paths = (place / run / "model" / part / "model.safetensors" for run in ("worded", "worded-further"))
+        assert_same_weights(*paths)
+
+
 @pytest.mark.parametrize(
     "message, arguments",
     [
@@ -1101,6 +1109,10 @@ def test_a_run_with_text_goes_on_bit_for_bit(place, worded):
         ),
         ("--precompute_text is for a text encoder that stays as it is", "--precompute_text"),
         ("--text_dropout must lie in", "--text_dropout 2"),
+        (
+            "give --text_encoder worded/model --train_text_encoder to keep that, or --text_encoder small for a new one",
+            "--start_from worded/model",
+        ),
         ("--test_split must name each only once, got test test", "--test_split test test"),
         ("checkpoint-6 cannot be loaded: .*--text_length was 4, got 5", "--output_dir worded --text_length 5"),
     ],

@@ -229,7 +229,8 @@ class GeneratorArguments(RunOptions):
     text_encoder: str | None = option(
         None,
         "What reads the captions: small, two layers and a vocabulary of whole words that are made from the captions and "
-        "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small.",
+        "trained along; or the folder or Hub id of any text encoder of transformers, which stays as it is. Default: small, "
+        "but with --start_from there is none.",
     )
     train_text_encoder: bool = option(False, "Train the --text_encoder of a folder or of the Hub along, too.")
     precompute_text: bool = option(
@@ -280,6 +281,11 @@ class GeneratorArguments(RunOptions):
                 if getattr(self, name) not in (None, False):
                     raise ValueError(f"--{name} is for a model with text; give it with --caption_column")
             return
+        if self.start_from is not None and self.text_encoder is None:
+            raise ValueError(
+                f"--start_from {self.start_from} has learned what its own text encoder says: give --text_encoder "
+                f"{self.start_from} --train_text_encoder to keep that, or --text_encoder {SMALL} for a new one"
+            )
         self.text_encoder = self.text_encoder or SMALL
         self.train_text_encoder |= self.text_encoder == SMALL
         if self.train_text_encoder and self.precompute_text:

@@ -244,8 +244,8 @@ def make_model(vae, names, text, model, args):
     for name, value in fitting.items():
         if getattr(model.config, name) != value:
             raise ValueError(
-                f"--start_from must have {name} {value}, as the tokenizer and the images have; "
-                f"got {getattr(model.config, name)}; train a new generator for them"
+                f"--start_from must have {name} {value}, as the tokenizer, the images and the text encoder have; got "
+                f"{getattr(model.config, name)}; train a new generator, or give those that it was trained with"
             )
     return model
 
