@@ -26,6 +26,7 @@ from dq_hf.data.augmentation import Augmentation
 from dq_hf.data.images import (
     ImageCollator,
     check_column,
+    check_no_flip_column,
     decode_image,
     drop_broken_images,
     find_labels,
@@ -364,6 +365,24 @@ def test_the_columns_of_a_stream_are_checked_as_those_of_its_data_set(column_nam
     check_column(stream, "number")
     with pytest.raises(ValueError, match="no column 'letters'; it has image, number"):
         check_column(stream, "letters")
+
+
+@pytest.mark.parametrize("kind", ["stored", "streamed", "streamed without types"])
+@pytest.mark.parametrize(
+    "values, got", [([True, None], None), ([1, 0], None), (["no", "yes"], "string"), ([1.0, float("nan")], "double")]
+)
+def test_no_text_says_that_an_image_is_not_mirrored(kind, values, got):
+    dataset = Dataset.from_dict({"letters": values})
+    if kind == "streamed":
+        dataset = dataset.to_iterable_dataset()
+    elif kind == "streamed without types":
+        dataset = datasets.IterableDataset.from_generator(lambda: ({"letters": value} for value in values))
+    if got is None:
+        return check_no_flip_column(dataset, "letters")
+    with pytest.raises(
+        ValueError, match=f"letters must hold booleans or whole numbers, got {got}; write true or false"
+    ):
+        check_no_flip_column(dataset, "letters")
 
 
 def test_a_part_is_the_same_stream_for_another_process():

@@ -115,6 +115,17 @@ def check_column(dataset, column, name="the data set"):
         raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
 
 
+def check_no_flip_column(dataset, column):
+    """Raise ValueError unless a data set has such a column, of booleans or whole numbers: any text would count as true."""
+    check_column(dataset, column)
+    schema = dataset.features and dataset.features.arrow_schema
+    kind = schema.field(column).type if schema else pa.array([next(iter(dataset))[column]]).type
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind)):
+        raise ValueError(
+            f"--no_flip_column {column} must hold booleans or whole numbers, got {kind}; write true or false, or 1 or 0"
+        )
+
+
 def find_labels(splits, label_column=None):
     """The column with the class ids, the names of the classes, and the rows of all splits, which have that column;
     (None, [], rows) where there are no classes.

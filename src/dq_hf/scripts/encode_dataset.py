@@ -46,7 +46,14 @@ from dq_hf.data.codes import (
     write_codes,
     write_index,
 )
-from dq_hf.data.images import ImageCollator, check_column, drop_broken_images, find_labels, first_rows, load_images
+from dq_hf.data.images import (
+    ImageCollator,
+    check_no_flip_column,
+    drop_broken_images,
+    find_labels,
+    first_rows,
+    load_images,
+)
 from dq_hf.hub.card import lasting_name
 from dq_hf.hub.folders import check_output_folder, check_place, partial_of, put_in_place
 from dq_hf.loading import load_tokenizer
@@ -133,7 +140,7 @@ def load_split(args, name):
     if args.max_images is not None:
         dataset = first_rows(dataset, args.max_images)
     if args.no_flip_column is not None:
-        check_column(dataset, args.no_flip_column)
+        check_no_flip_column(dataset, args.no_flip_column)
     if args.caption_column is not None:
         all_captions(dataset, args.caption_column, args.max_uncaptioned_share)
     return drop_broken_images(dataset, args.image_column, args.max_broken_share, num_proc=args.num_workers or None)

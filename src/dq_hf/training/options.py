@@ -57,7 +57,9 @@ class ImageOptions:
         "Images are scaled until they cover the size; what is cut out of a training image then: its center, or a random part.",
     )
     no_flip_column: str | None = option(
-        None, "Column that is true for images that are never mirrored, such as those of letters. Default: none."
+        None,
+        "Column of booleans or whole numbers that is true for images that are never mirrored, such as those of letters. "
+        "Default: none.",
     )
     batch_size: int = option(32, "Images of a forward pass, in each process.")
     num_workers: int = option(0, "Processes that read images, for each process that trains or encodes.")

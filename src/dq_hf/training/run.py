@@ -22,7 +22,7 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from ..data.augmentation import Augmentation
-from ..data.images import check_column
+from ..data.images import check_no_flip_column
 from ..data.streams import load_train_and_test
 from ..hub.card import write_model_card
 from ..hub.folders import check_place, whole_folder
@@ -139,7 +139,7 @@ class Run:
             options.seed,
         )
         if options.no_flip_column is not None:
-            check_column(train_set, options.no_flip_column)
+            check_no_flip_column(train_set, options.no_flip_column)
         return train_set, dict(zip(options.test_split, test_sets))
 
     def augmentation(self):
