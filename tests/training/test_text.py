@@ -51,6 +51,21 @@ def test_the_vocabulary_is_the_words_of_the_captions():
     assert learn_vocabulary(CAPTIONS[::-1], 6).get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize(
+    "caption, tokens",
+    [
+        ("红色的猫, 3只", "红 色 的 猫 3 只"),
+        ("コーヒーと猫 cat2", "コ ー ヒ ー と 猫 cat2"),
+        ("แมวดำ", "แ ม ว ด ํ า"),  # NFKC takes am into its two signs
+        ("고양이 두 마리", "고양이 두 마리"),
+        ("élan naïve_1", "élan naïve_1"),
+    ],
+)
+def test_signs_are_the_words_of_languages_without_spaces(caption, tokens):
+    tokenizer = learn_vocabulary([caption], 16)
+    assert tokenizer.convert_ids_to_tokens(tokenizer(caption)["input_ids"]) == tokens.split()
+
+
 def test_a_word_that_no_training_step_sees_is_an_unknown_one():
     text = make_text(options(), CAPTIONS, [*CAPTIONS, "a blue heart"], "cpu")
     assert text.tokenizer.convert_ids_to_tokens(text.tokenizer("a blue heart")["input_ids"]) == ["a", "[UNK]", "heart"]

@@ -32,6 +32,9 @@ from .options import SMALL
 
 SMALL_SIZES = {"dim": 128, "hidden_dim": 512, "n_layers": 2, "n_heads": 4}
 MOST_WORDS = 30_000  # of its vocabulary, the most frequent ones
+# Scripts that put no spaces between words, of which each sign is a token.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD = rf"[{UNSPACED}]|[\w&&[^{UNSPACED}]]+|[^\w\s.,;:]"
 HIDDEN_WORDS = 0.05  # share of the words that training hides from it, so that it learns what an unknown word is
 WRONG_CAPTIONS = "wrong_captions"  # column
 TEXTS_AT_ONCE = 64  # that are encoded beforehand
@@ -64,10 +67,12 @@ def make_text(args, train_captions, captions, device):
 
 
 def learn_vocabulary(captions, length):
-    """A tokenizer whose tokens are the words of the captions, in lower case; a sign other than . , ; : is one, too."""
+    """A tokenizer whose tokens are the words of the captions, in lower case, and signs: those other than . , ; : and those of
+    scripts without spaces.
+    """
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s.,;:]"), "removed", invert=True)
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     trainer = trainers.WordLevelTrainer(vocab_size=MOST_WORDS, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
     words.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(
