@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -158,6 +160,17 @@ def test_numbers_are_classes_too():
     sets = [("train", Dataset.from_dict({"kind": [10, 9, 2]})), ("test", Dataset.from_dict({"kind": [9]}))]
     column, names, (train_set, test_set) = find_labels(sets, "kind")
     assert names == ["2", "9", "10"] and train_set[column][:] == [2, 1, 0] and test_set[column][:] == [1]
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
+def test_labels_may_be_strings_of_any_arrow_type(tmp_path, kind):
+    labels = ["sun", "moon", "sun"]
+    table = pa.table({"image": [{"bytes": png(0), "path": None}] * 3, "label": pa.array(labels).cast(kind)})
+    pq.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    dataset = drop_broken_images(load_images(tmp_path, "train"))
+    column, names, (rows,) = find_labels([("train", dataset.shuffle(seed=0).select([0, 1, 2]))])
+    assert names == ["moon", "sun"] and sorted(rows[column][:]) == [0, 1, 1]
+    assert [names[row[column]] for row in rows] == [row["label"] for row in rows]
 
 
 def test_classes_without_a_training_image_are_told(tmp_path, caplog):

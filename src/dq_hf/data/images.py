@@ -191,8 +191,9 @@ def with_class_ids(sets, label_column, remedy):
 
 def is_string_or_integer(feature):
     """Whether a column has plain strings or whole numbers."""
-    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
-    return isinstance(feature, datasets.Value) and any(is_kind(feature.pa_type) for is_kind in kinds)
+    if not isinstance(feature, datasets.Value):
+        return False
+    return feature.dtype in {"string", "large_string", "string_view"} or pa.types.is_integer(feature.pa_type)
 
 
 def is_hidden(label):
