@@ -526,6 +526,8 @@ def test_codes_that_do_not_fit_are_refused(place, plain, codes, full):
     for message, arguments in (
         ("codes holds the codes of another VAE", "--vae full/model --codes codes"),
         ("--streaming reads images as they come, but --codes has their codes", "--codes codes --streaming"),
+        ("--crop and --no_flip_column are of images, but --codes has their codes", "--codes codes --crop random"),
+        ("--crop and --no_flip_column are of images, but --codes", "--codes codes --no_flip_column label"),
         (
             "label column 'label' must hold .*, or train without classes .--label_column none",
             "--codes unlabelled --label_column label",

@@ -269,6 +269,10 @@ class GeneratorArguments(RunOptions):
                 raise ValueError(
                     "--streaming reads images as they come, but --codes has their codes; leave one of them out"
                 )
+            if self.crop == "random" or self.no_flip_column is not None:
+                raise ValueError(
+                    "--crop and --no_flip_column are of images, but --codes has their codes; give them to dq-hf encode"
+                )
             # Its columns have names of their own.
             self.label_column = self.label_column if self.label_column in (None, "none") else "label"
             self.caption_column = self.caption_column and "captions"
