@@ -292,8 +292,10 @@ def test_labels_may_be_names(pipe):
     rows = datasets.Dataset.from_dict({"label": [*NAMES.values(), NAMES[0]]})
     assert reference_labels(pipe.transformer.config, rows, "label") == [*NAMES, 0]
     rows = datasets.Dataset.from_dict({"label": [NAMES[0], "cloud"]})
-    with pytest.raises(ValueError, match="no class 'cloud' as the real images do"):
+    with pytest.raises(ValueError, match="no class 'cloud' as the real images do; take images with the labels that"):
         reference_labels(pipe.transformer.config, rows, "label")
+    with pytest.raises(ValueError, match='do; use "balanced" class labels, or take images with the labels that the'):
+        label_cycle(pipe.transformer.config, rows, "reference", "label", seed=0)
 
 
 @pytest.mark.parametrize("hidden", [-1, None])

@@ -145,7 +145,7 @@ def label_cycle(config, dataset, rule, label_column, seed):
         return []
     if rule == "balanced":
         return list(range(config.num_classes))
-    return mixed(reference_labels(config, dataset, label_column), seed)
+    return mixed(reference_labels(config, dataset, label_column, 'use "balanced" class labels, or '), seed)
 
 
 def mixed(values, seed):

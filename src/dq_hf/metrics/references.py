@@ -89,13 +89,16 @@ class ReferenceImages:
         return hashlib.sha256(b"".join(digests[row] for row in sorted(digests))).hexdigest()[:16]
 
 
-def reference_labels(config, dataset, label_column):
+def reference_labels(config, dataset, label_column, remedy=""):
     """The real images' class ids in a model's configuration, a list.
+
+    Args:
+        remedy: what an error proposes before other images.
 
     Raises:
         ValueError: no labels, hidden ones, or names that the model does not have.
     """
-    remedy = 'use "balanced" class labels, or images with the labels that the model was trained on'
+    remedy += "take images with the labels that the model was trained on"
     if label_column in dataset.column_names:
         dataset = dataset.select_columns([label_column])  # no image is needed
     column, names, (dataset,) = with_class_ids([("the set of real images", dataset)], label_column, remedy)
