@@ -256,7 +256,9 @@ def shares_of(grain_map, granularities):
 
 
 def codebook_use(quantizer):
-    """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together)."""
+    """Share of codes in use and their perplexity, from the moving averages of their counts (all processes together), not as in
+    `CodeStatistics`: in each cell of the finest grid that it fills a code counts once more, and a dead one counts 1.
+    """
     uses = quantizer.cluster_size
     return {"codebook_usage": (uses > 1).float().mean().item(), "perplexity": perplexity(uses.cpu())}
 
