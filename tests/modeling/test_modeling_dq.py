@@ -78,6 +78,15 @@ def test_classes_that_are_renamed_are_saved_wherever_they_were(folder, names_of)
         assert config.id2label == {0: "cat", 1: "dog", 2: "cow"} and config.label2id == {"cat": 0, "dog": 1, "cow": 2}
 
 
+def test_a_class_that_is_renamed_in_place_is_saved(folder):
+    model = AutoModel.from_pretrained(folder)
+    names = model.config
+    names.id2label[0] = "cat"
+    del names.label2id["sun"]
+    names.label2id["cat"] = 0
+    assert save_again(model, folder).transformer.config.id2label == NAMES | {0: "cat"}
+
+
 def test_half_renamed_classes_are_refused_and_the_folder_stays(folder):
     model = AutoModel.from_pretrained(folder)
     model.config.id2label = {0: "cat", 1: "dog", 2: "cow"}
@@ -108,8 +117,10 @@ def test_class_names_as_an_argument_are_refused_with_the_way_to_set_them(folder)
 def test_a_compiled_part_is_saved_as_if_it_were_not(model, folder, part):
     compiled = AutoModel.from_pretrained(folder)
     setattr(compiled, part, torch.compile(getattr(compiled, part)))
-    loaded = save_again(compiled, folder).state_dict()
-    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+    for weights in (None, compiled.state_dict()):
+        compiled.save_pretrained(folder, state_dict=weights)
+        loaded = AutoModel.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
 
 def test_the_folder_holds_every_weight_once(model, saved):

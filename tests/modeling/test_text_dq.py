@@ -303,6 +303,17 @@ def test_a_text_encoder_from_a_checkpoint_of_other_names_is_saved_with_its_own(k
         assert all(torch.equal(state[name], weight) for name, weight in encoder.state_dict().items())
 
 
+def test_a_text_encoder_that_takes_the_place_of_another_is_saved(tmp_path):
+    model = DQForImageGeneration.from_models(
+        make_vae(), make_transformer(**TEXT), make_text_encoder("clip"), make_text_tokenizer()
+    )
+    model.text_encoder = make_text_encoder("t5")
+    model.text_encoder.config.architectures = ["T5ForConditionalGeneration"]  # of the checkpoint that it came from
+    model.save_pretrained(tmp_path)
+    loaded = DQForImageGeneration.from_pretrained(tmp_path)
+    assert type(loaded.text_encoder).__name__ == "T5EncoderModel"
+
+
 @pytest.mark.parametrize(
     "damaged", [b"", b"no tokenizer", b"{}", b'{"version": "1.0", "model": {"type": "none"}}', b"[" * 5000]
 )

@@ -50,21 +50,20 @@ class DQConfig(DQPreTrainedConfig):
             )
         if self.label2id is not None and self.label2id != ids:
             raise ValueError(f"label2id must be transformer_config's, {ids}; got {self.label2id}")
-        self.id2label, self.label2id = dict(names), dict(ids)
+        self.id2label, self.label2id = names, ids
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name, value):
-        """Class names that are set here are the generator's."""
+        """Class names that are set here are the generator's: both have the same dictionaries."""
         super().__setattr__(name, value)
         if name in ("id2label", "label2id") and isinstance(self.transformer_config, PreTrainedConfig):
-            setattr(self.transformer_config, name, copy.copy(value))
+            setattr(self.transformer_config, name, value)
 
     def join(self, **configs):
         """Let the configurations of the parts be these, as `vae_config` and so on, and check that they fit each other."""
         for name in self.sub_configs:
             setattr(self, name, configs.get(name))
-        names = self.transformer_config
-        self.id2label, self.label2id = dict(names.id2label), dict(names.label2id)
+        self.id2label, self.label2id = self.transformer_config.id2label, self.transformer_config.label2id
         self.validate()
 
     @property
@@ -75,8 +74,7 @@ class DQConfig(DQPreTrainedConfig):
     @num_labels.setter
     def num_labels(self, num_labels):
         self.transformer_config.num_labels = num_labels
-        self.id2label = dict(self.transformer_config.id2label)
-        self.label2id = dict(self.transformer_config.label2id)
+        self.id2label, self.label2id = self.transformer_config.id2label, self.transformer_config.label2id
 
     def validate_fields(self):
         self.vae_config.validate()

@@ -49,7 +49,7 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
     def save_pretrained(self, save_directory, *, is_main_process=True, state_dict=None, **arguments):
         """Save as in transformers; `ValueError` if a part has an adapter, or the parts do not fit each other."""
         folder = Path(save_directory)
-        self.config.join(**{f"{name}_config": part.config for name, part in self.parts.items()})  # or part of others
+        self.join_configs()
         for name, part in self.parts.items():
             if any(hasattr(module, "base_layer") for module in part.modules()):
                 raise ValueError(
@@ -62,7 +62,8 @@ class ComposedModel(TorchInitMixin, PreTrainedModel):
             weights = None
             if state_dict is not None:
                 prefix = f"{name}."
-                weights = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
+                own = {key.removeprefix(prefix): state_dict[key] for key in state_dict if key.startswith(prefix)}
+                weights = {key.removeprefix("_orig_mod."): weight for key, weight in own.items()}
             arguments |= {"is_main_process": is_main_process, "state_dict": weights}
             PreTrainedModel.save_pretrained(part, folder / name, **arguments)
         if is_main_process:
@@ -232,7 +233,7 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             check_tokenizer(tokenizer, model.config.text_encoder_config, transformer.config.text_length)
         for name, part in parts.items():
             setattr(model, name, part)
-        model.config.join(**{f"{name}_config": part.config for name, part in parts.items()})
+        model.join_configs()
         model.tokenizer = tokenizer
         return model
 
@@ -240,6 +241,12 @@ class DQForImageGeneration(HubMixin, ComposedModel):
     def parts(self):
         """{sub-folder: model} of the models in a saved folder."""
         return {name: uncompiled(part) for name in PART_FOLDERS if (part := getattr(self, name)) is not None}
+
+    def join_configs(self):
+        """Let the configuration be that of the parts, which may be others by now; `ValueError` if they do not fit each other."""
+        if self.text_encoder is not None:  # as saving it does
+            self.parts["text_encoder"].config.architectures = [type(self.parts["text_encoder"]).__name__]
+        self.config.join(**{f"{name}_config": part.config for name, part in self.parts.items()})
 
     def forward(
         self,
