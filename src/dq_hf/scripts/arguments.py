@@ -287,8 +287,9 @@ class GeneratorArguments(RunOptions):
             return
         if self.start_from is not None and self.text_encoder is None:
             raise ValueError(
-                f"--start_from {self.start_from} has learned what its own text encoder says: give --text_encoder "
-                f"{self.start_from} --train_text_encoder to keep that, or --text_encoder {SMALL} for a new one"
+                f"--start_from {self.start_from} goes on with the text encoder that it learned from: give --text_encoder "
+                f"{self.start_from} if that is its own, with --train_text_encoder if it is to learn too, or --text_encoder "
+                f"{SMALL} for a new one"
             )
         self.text_encoder = self.text_encoder or SMALL
         self.train_text_encoder |= self.text_encoder == SMALL

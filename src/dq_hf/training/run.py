@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import logging
+import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -152,7 +153,8 @@ class Run:
     def test_loaders(self, test_sets, collate):
         """{split: prepared batches to measure on}; how often they are read does not change what training draws."""
         first, images = next(iter(test_sets.items()))
-        self.held_out = [getattr(self.options, "codes", None) or self.options.data, first, len(images)]
+        place = getattr(self.options, "codes", None) or self.options.data
+        self.held_out = [os.path.abspath(place) if os.path.exists(place) else place, first, len(images)]
         settings = {"batch_size": self.options.batch_size, "collate_fn": collate}
         return {
             split: self.accelerator.prepare(DataLoader(images, **settings, generator=torch.Generator()))
@@ -216,7 +218,7 @@ class Run:
 
     def _check_fixed_options(self, models, folder):
         saved = json.loads((Path(folder) / OPTIONS_FILE).read_text())
-        self.measured_on = saved.get("measured_on")
+        self.measured_on = saved.get("measured_on", self.held_out)  # an older checkpoint does not say
         for name in saved.keys() & self.fixed.keys():
             if saved[name] != self.fixed[name]:
                 raise ValueError(f"--{name} was {saved[name]}, got {self.fixed[name]}")
