@@ -171,7 +171,15 @@ def test_files_of_unknown_endings_are_not_read_and_one_warning_a_split_names_the
     for name in ("train/dog/1.heic", "train/dog/0.heic", "train/cat/c.QOI", "train/cat/plain"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    for name in ("train/cat/a.txt", "train/README.md", "train/.hidden", "README.md", "LICENSE"):
+    for name in (
+        "train/cat/a.txt",
+        "train/cat/a.xml",
+        "train/LICENSE",
+        "train/README.md",
+        "train/.hidden",
+        "README.md",
+        "LICENSE",
+    ):
         (tmp_path / name).write_text("a cat")
     warning = "4 file(s) in {} are not read, such as {}; convert them to .png or .jpg if they are images"
     for split in ("train", "test"):

@@ -33,7 +33,9 @@ METADATA = {
     "metadata.parquet": lambda path: pq.read_table(path).to_pylist(),
 }
 NOTES = {".jsonl", ".json", ".csv", ".tsv"}  # of which only those in METADATA are read
-BESIDE = {".txt", ".md", ".parquet", *NOTES}  # of files that are known to be no images
+OTHERS = ".txt .md .parquet .xml .yaml .yml .html .pdf .npy .npz .pt .py .log .ini .db".split()
+BESIDE = {*OTHERS, *NOTES}  # endings of files that are known to be no images
+PAPERS = {"README", "LICENSE", "NOTICE"}  # so are these
 SPLITS = {  # a split: other names of its folder
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -86,7 +88,7 @@ def image_names(folder):
 
 def warn_of_unread(folder, files):
     """Say which of these files of a folder, none of which is read, may be images of another ending."""
-    unread = [path for path in files if path.suffix.lower() not in BESIDE]
+    unread = [path for path in files if path.suffix.lower() not in BESIDE and path.name not in PAPERS]
     if unread:
         logger.warning(
             "%d file(s) in %s are not read, such as %s; convert them to .png or .jpg if they are images",
