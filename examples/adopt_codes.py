@@ -3,7 +3,7 @@
     python examples/adopt_codes.py --model runs/transformer/model --vae runs/vae-larger/model --data path/to/images \
         --text_length 12 --output_dir runs/adopted
     accelerate launch examples/train_dqtransformer.py --start_from runs/adopted --vae runs/vae-larger/model \
-        --output_dir runs/transformer-larger
+        --data path/to/images --caption_column captions --text_encoder small --output_dir runs/transformer-larger
 
 Both tokenizers code the same images in the same grain maps. The rows of a new code in embedding and head are then means of
 the old rows, weighted by how often each old code stands where the new one does. Grids must be the same; all layers are

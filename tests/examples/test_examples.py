@@ -1112,7 +1112,7 @@ def test_a_text_encoder_goes_on_with_its_generator(place, worded):
         ("--precompute_text is for a text encoder that stays as it is", "--precompute_text"),
         ("--text_dropout must lie in", "--text_dropout 2"),
         (
-            "give --text_encoder worded/model --train_text_encoder to keep that, or --text_encoder small for a new one",
+            "give --text_encoder worded/model if that is its own, with --train_text_encoder if it is to learn too, or --text_encoder small for a new one",
             "--start_from worded/model",
         ),
         ("--test_split must name each only once, got test test", "--test_split test test"),

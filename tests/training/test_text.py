@@ -1,5 +1,6 @@
 """The text side of training: the vocabulary, text encoders of any kind, and what becomes of a batch's captions."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +164,15 @@ def test_an_encoder_is_found_in_a_saved_model_with_text(saved, small):
     expected, expected_mask = encode_prompts(small.tokenizer, small.encoder.eval(), ["red heart"], 6)
     assert torch.equal(mask, expected_mask) and torch.allclose(states, expected, atol=1e-6)
     assert small.fingerprint == frozen.fingerprint != FrozenText(learn_vocabulary(["a"], 6), encoder, 6).fingerprint
+    assert FrozenText(tokenizer, torch.compile(encoder), 6).fingerprint == frozen.fingerprint
+
+
+def test_an_encoder_is_found_in_the_folder_of_a_pipeline(saved, small, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "pipeline")
+    (folder / "config.json").unlink()  # which no other pipeline of diffusers has
+    tokenizer, encoder = load_text_encoder(str(folder))
+    assert tokenizer.get_vocab() == small.tokenizer.get_vocab()
+    assert encoder.state_dict().keys() == small.encoder.state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "clip", "gpt2"])

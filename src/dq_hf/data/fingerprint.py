@@ -48,29 +48,29 @@ def decoding_fingerprint(vae, transformer=None, text_encoder=None, text_tokenize
         digits = hash_weights(weights, digits + json.dumps(fields, sort_keys=True))
     if text_encoder is not None:
         words = json.dumps(text_tokenizer.get_vocab(), sort_keys=True)
-        digits = hash_weights(weights_of(text_encoder), digits + words)
+        digits = hash_weights(uncompiled(text_encoder).state_dict(), digits + words)
     return digits
 
 
 def text_fingerprint(text_encoder, text_tokenizer):
     """16 hex digits that tell text encoders, or their vocabularies, apart."""
-    facts = type(text_encoder).__name__, text_tokenizer.get_vocab()
-    return hash_weights(weights_of(text_encoder), json.dumps(facts, sort_keys=True))
+    facts = type(uncompiled(text_encoder)).__name__, text_tokenizer.get_vocab()
+    return hash_weights(uncompiled(text_encoder).state_dict(), json.dumps(facts, sort_keys=True))
 
 
 def fields_and_weights(model):
     """What a fingerprint is made of. A router's thresholds are a field, as they were before they became weights."""
     fields = {name: getattr(model.config, name) for name in model.config.own_field_names() - TRAINING_FIELDS}
-    weights = weights_of(model)
+    weights = uncompiled(model).state_dict()
     if (thresholds := weights.pop(THRESHOLDS, None)) is not None:
         calibrated = thresholds.isfinite().all()
         fields["entropy_thresholds"] = thresholds.tolist() if calibrated else model.config.initial_thresholds
     return fields, weights
 
 
-def weights_of(model):
-    """The weights of a model by the names that they have in its file, also where `torch.compile` made another module of it."""
-    return getattr(model, "_orig_mod", model).state_dict()
+def uncompiled(model):
+    """The model that `torch.compile` made this one of, or itself: its weights have the names that they have in its file."""
+    return getattr(model, "_orig_mod", model)
 
 
 def hash_weights(state_dict, text=""):

@@ -120,7 +120,7 @@ def check_no_flip_column(dataset, column):
     check_column(dataset, column)
     schema = dataset.features and dataset.features.arrow_schema
     kind = schema.field(column).type if schema else pa.array([next(iter(dataset))[column]]).type
-    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind)):
+    if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise ValueError(
             f"--no_flip_column {column} must hold booleans or whole numbers, got {kind}; write true or false, or 1 or 0"
         )

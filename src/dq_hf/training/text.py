@@ -1,6 +1,7 @@
 """The text side of a generator's training: vocabulary and text encoder, and what becomes of a batch's captions."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -98,9 +99,13 @@ def load_text_encoder(name):
     Raises:
         OSError, ValueError: there are none, or none that transformers loads as such.
     """
-    model_type, commit = model_type_of(name)
-    is_whole = model_type == DQConfig.model_type
-    if is_whole and DQConfig.from_pretrained(name, revision=commit).text_encoder_config is None:
+    is_of_diffusers = Path(name, "model_index.json").is_file() and not Path(name, "config.json").is_file()
+    model_type, commit = (None, None) if is_of_diffusers else model_type_of(name)
+    is_whole = is_of_diffusers or model_type == DQConfig.model_type
+    if (
+        model_type == DQConfig.model_type
+        and DQConfig.from_pretrained(name, revision=commit).text_encoder_config is None
+    ):
         raise ValueError(f"{name} must have a text encoder, got a model without text; give another, or small")
     tokens, states = (
         {"revision": commit, "subfolder": part if is_whole else ""} for part in ("tokenizer", "text_encoder")
