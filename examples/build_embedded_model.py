@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Regex, normalizers
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -36,6 +37,7 @@ from dq_hf.training.generator import evaluate
 from dq_hf.training.text import WRONG_CAPTIONS, CaptionBatches, GeneratorWithText, TrainedText
 
 SPLITS = {"test": "held-out concepts", "test_pairs": "held-out styles of other concepts"}
+ARTICLE = r"^\s*(an?|the)\s+(?!button)"
 CAPTION_COLUMN = "captions"
 BATCH_SIZE = 32
 COLUMNS = 8  # of the samples
@@ -178,12 +180,23 @@ def chosen_model(args):
                 f"{args.vae} must give the codes that the generator of {args.model} learned, got other ones"
             )
         model.vae = vae
+    leave_out_articles(model.tokenizer)
     model.transformer.config.sampling_defaults = {
         "temperature": args.temperature,
         "top_p": args.top_p,
         "guidance_scale": args.guidance_scale,
     }
     return model
+
+
+def leave_out_articles(tokenizer):
+    """Let "a red heart" be read as "red heart".
+
+    No caption of the emoji begins with an article but "A button (blood type)", which "a" would stand for.
+    """
+    backend = tokenizer.backend_tokenizer
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*own, normalizers.Replace(Regex(ARTICLE), "")])
 
 
 def load_checkpoint(model, checkpoint):

@@ -125,6 +125,16 @@ def test_a_prompt_decides_the_colour(generated):
         assert colours[:, channels].mean(0).min() > colours[:, others].mean(0).max() + 0.15, prompt  # mouths are pink
 
 
+@pytest.mark.parametrize("prompt", ["a red heart", "A red heart", "the red heart", " a  red heart"])
+def test_an_article_says_nothing(model, prompt):
+    read = model.tokenizer
+    assert (
+        read(prompt)["input_ids"] == read("red heart")["input_ids"]
+        and read("an apple")["input_ids"] == read("apple")["input_ids"]
+    )
+    assert read("A button (blood type)")["input_ids"] != read("button (blood type)")["input_ids"]
+
+
 def test_the_task_and_the_pipeline_use_it_by_default():
     result = pipeline("dq-generation")("red heart, flat style", seed=0)
     pipe = DQPipeline.from_pretrained(DEFAULT_MODEL)
