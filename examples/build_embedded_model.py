@@ -70,8 +70,9 @@ all of them; keep this notice when you pass them on. The licences in full: `{dat
 
 LIMITS = """\
 Trained on few pictures of emoji: other images are reconstructed coarsely, and small text and small faces are lost. The
-generator knows the words of its captions only, and a prompt is at most {text_length} words. Letters, digits, small marks on flags and
-thin parts mostly become blobs, and concepts that it has seen in no style become other ones."""
+generator knows the words of its captions only, and a prompt is at most {text_length} words; an article at its beginning is left out,
+because in the captions "a" is a blood type. Letters, digits, small marks on flags and thin parts mostly become blobs, and
+concepts that it has seen in no style become other ones."""
 
 
 @dataclass
