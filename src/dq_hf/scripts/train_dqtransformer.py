@@ -46,6 +46,7 @@ from dq_hf.training.checkpoints import writing
 from dq_hf.training.generator import (
     BestLoss,
     codes_of,
+    compile_blocks,
     evaluate,
     joint_model,
     parameter_groups,
@@ -83,6 +84,8 @@ def train(args):
         model.gradient_checkpointing_enable()
     if text is not None:
         model = text.join(model)
+    if args.compile:
+        compile_blocks(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), args.learning_rate, betas=(0.9, 0.95))
     scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
@@ -131,7 +134,7 @@ def train(args):
         if run.due(args.log_every):
             run.record(run.averaged(terms) | {"lr": scheduler.get_last_lr()[0]}, show=LOSSES[:3])
         if run.due(args.sample_every):
-            with averaged_weights(model, average):
+            with averaged_weights(model, average), torch.compiler.set_stance("force_eager"):
                 metrics = {
                     split: evaluate(accelerator, vae, model, loader, config, text)
                     for split, loader in test_loaders.items()

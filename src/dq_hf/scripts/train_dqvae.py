@@ -97,6 +97,9 @@ def train(args):
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
         discriminator.check_size(*config.image_height_width)
     objective = Objective(args, accelerator, vae, discriminator)
+    if args.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
     optimizers = [
         torch.optim.Adam([p for p in model.parameters() if p.requires_grad], args.learning_rate, betas=(0.5, 0.9))
         for model in (vae, discriminator)
@@ -149,7 +152,7 @@ def train(args):
                 rows |= calibration.figures()
             run.record(rows, show=("loss", "l1", "codes"))
         if run.due(args.sample_every):
-            with averaged_weights(vae, average):
+            with averaged_weights(vae, average), torch.compiler.set_stance("force_eager"):
                 measure(run, plain_vae, calibration, test_loaders, processor)
         run.save_when_due()
 

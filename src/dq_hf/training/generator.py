@@ -5,6 +5,7 @@ import math
 
 import torch
 from accelerate import DistributedType
+from transformers import PreTrainedModel
 
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -20,6 +21,15 @@ def parameter_groups(model, weight_decay):
     decayed_ids = {id(weight) for weight in decayed}
     others = [parameter for parameter in model.parameters() if id(parameter) not in decayed_ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def compile_blocks(model):
+    """Compile in place the blocks of generator and text encoder, those that must not be split, for streams of any length."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    kinds = {name for part in parts for name in part._no_split_modules or ()}
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            module.compile(dynamic=True)
 
 
 class BestLoss:

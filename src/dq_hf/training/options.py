@@ -94,7 +94,7 @@ class RunOptions(ImageOptions):
     max_grad_norm: float = option(1.0, "Longer gradients are scaled down to this norm.")
     max_steps: int = option(4000, "Steps of the whole run.")
     gradient_checkpointing: bool = option(False, "Use less memory and more time.")
-    compile: bool = option(False, "Compile the models with torch.compile.")
+    compile: bool = option(False, "Compile the heavy parts of the models with torch.compile.")
 
     log_every: int = option(20, "Steps between two rows of log.jsonl.")
     save_every: int = option(500, "Steps between two checkpoints.")

@@ -85,7 +85,6 @@ class Run:
                 num_steps=options.gradient_accumulation_steps,
                 sync_with_dataloader=False,  # steps of one size, also at the end of an epoch
             ),
-            dynamo_backend="inductor" if options.compile else None,
             log_with=options.report_to,
             project_config=ProjectConfiguration(project_dir=options.output_dir, logging_dir=options.output_dir),
             step_scheduler_with_optimizer=False,
