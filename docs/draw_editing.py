@@ -16,8 +16,12 @@ from dq_hf import DEFAULT_MODEL, DQInpaintPipeline, DQPipeline
 from dq_hf.pictures import draw_grain_map
 
 NUM_SAMPLES = 5
-# Row of the held-out images, and the masked box as (left, top, right, bottom) in pixels.
-EDITS = ((212, (12, 40, 52, 56)), (153, (0, 32, 64, 64)), (531, (32, 0, 64, 64)))
+# Split and row of a held-out image, the masked box as (left, top, right, bottom) in pixels, and the prompt.
+EDITS = (
+    ("test", 212, (12, 40, 52, 56), "grinning face, flat style"),
+    ("test_pairs", 372, (0, 32, 64, 64), "hamburger, noto style"),
+    ("test_pairs", 516, (32, 0, 64, 64), "cow face, 3d style"),
+)
 CANDIDATES = (1, 16)
 STEERED = ("grinning face, 3d style", 4)  # prompt and seed of the steered image
 
@@ -31,7 +35,7 @@ def main():
     draw_steering(pipe).savefig(args.output_dir / "steering.png")
     edit = DQInpaintPipeline.from_pipe(pipe)
     edit.set_progress_bar_config(disable=True)
-    draw_edits(edit, datasets.load_dataset(str(EMOJI), split="test")).savefig(args.output_dir / "editing.png")
+    draw_edits(edit, datasets.load_dataset(str(EMOJI))).savefig(args.output_dir / "editing.png")
 
 
 def new_panels(rows, columns, titles):
@@ -51,10 +55,8 @@ def draw_edits(pipe, emoji):
     """Two rows an image: the image and its mask, then samples of one candidate each, or of many."""
     titles = ["image", "mask", *(f"seed {seed}" for seed in range(NUM_SAMPLES))]
     figure, panels = new_panels(len(CANDIDATES) * len(EDITS), len(titles), titles)
-    styles = emoji.features["style"].names
-    for i, (row, box) in enumerate(EDITS):
-        prompt = f"{emoji[row]['captions'][0]}, {styles[emoji[row]['style']]} style"
-        image = pipe.image_processor.post_process(pipe.image_processor(emoji[row]["image"])["pixel_values"])[0]
+    for i, (split, row, box, prompt) in enumerate(EDITS):
+        image = pipe.image_processor.post_process(pipe.image_processor(emoji[split][row]["image"])["pixel_values"])[0]
         mask = Image.new("L", image.size)
         mask.paste(255, box)
         for panel_row, num_candidates in zip(panels[len(CANDIDATES) * i :], CANDIDATES):
@@ -70,6 +72,7 @@ def draw_edits(pipe, emoji):
             panel_row[1].imshow(smooth(shown))
             for axes, result in zip(panel_row[2:], output.images):
                 axes.imshow(smooth(result))
+            panel_row[0].text(4, 376, prompt, fontsize=8, va="bottom")
             text = "1 candidate" if num_candidates == 1 else f"{num_candidates} candidates"
             panel_row[1].text(4, 376, text, fontsize=8, va="bottom")
     return figure
