@@ -60,6 +60,24 @@ def test_tokens_have_one_length_and_an_empty_prompt_has_none(caplog):
     assert tokenize(make_text_tokenizer(), "sun", LENGTH)[0].shape == (1, LENGTH)
 
 
+@pytest.mark.parametrize(
+    ("end", "is_fast", "words"),
+    [
+        ("<end>", True, "'purple', 'dragon'"),
+        ("<end>", False, "'a purple dragon', 'purple heart'"),
+        ("<unk>", True, None),  # CLIP's
+    ],
+)
+def test_words_that_the_encoder_does_not_know_are_named(caplog, monkeypatch, end, is_fast, words):
+    tokenizer, encoder = make_text_tokenizer(eos_token=end), make_text_encoder()
+    monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)
+    encode_prompts(tokenizer, encoder, ["a purple dragon", "", "a heart", "purple heart"], LENGTH)
+    said = f"the text encoder does not know these words, and reads all of them alike: {words}"
+    assert [record.message for record in caplog.records] == ([said] if words else [])
+    encode_prompts(tokenizer, encoder, "a heart", LENGTH)
+    assert len(caplog.records) == bool(words)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_states_are_the_encoders_own_and_of_no_other_prompt(kind):

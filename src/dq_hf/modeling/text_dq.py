@@ -54,6 +54,23 @@ def pad_tokens(tokenizer, prompts, length):
     return tokens["input_ids"], tokens["attention_mask"].masked_fill(is_empty[:, None], 0)
 
 
+def unknown_words(tokenizer, prompts):
+    """What a list of texts has that is one and the same unknown token to the tokenizer, each once, in quotation marks.
+
+    A slow tokenizer does not say which words it knows: then the whole text.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.pad_token_id, tokenizer.eos_token_id):  # CLIP's: its end, too
+        return []
+    tokens = tokenizer(prompts, verbose=False)
+    words = []
+    for i, ids in enumerate(tokens["input_ids"]):
+        for place in [place for place, token in enumerate(ids) if token == unknown]:
+            span = slice(*tokens.token_to_chars(i, place)) if tokenizer.is_fast else slice(None)
+            words.append(repr(prompts[i][span]))
+    return list(dict.fromkeys(words))
+
+
 def as_prompts(prompts, name="prompt"):
     """A list of texts, from one or a list; TypeError or ValueError."""
     texts = [prompts] if isinstance(prompts, str) else prompts
@@ -105,6 +122,8 @@ def encode_prompts(tokenizer, text_encoder, prompts, length):
     neighbours. Next to sampling, this takes no time.
     """
     input_ids, attention_mask = tokenize(tokenizer, prompts, length)
+    if words := unknown_words(tokenizer, as_prompts(prompts)):
+        logger.warning(f"the text encoder does not know these words, and reads all of them alike: {', '.join(words)}")
     encoded = [encode_tokens(text_encoder, *each) for each in zip(input_ids.split(1), attention_mask.split(1))]
     states, masks = zip(*encoded)
     return torch.cat(states), torch.cat(masks)
