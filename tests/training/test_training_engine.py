@@ -615,3 +615,11 @@ def test_shared_out_weights_train_as_one_process_and_are_saved_whole(place, done
     assert_same_rows(folder, alone)
     saved, expected = (load_file(path / "run/model/transformer/model.safetensors") for path in (folder, alone))
     torch.testing.assert_close(saved, expected, rtol=0, atol=1e-3)  # a step of Adam moves a weight by 5e-4
+
+
+def test_shared_out_weights_have_no_moving_average(place):
+    """Each process would average its own shards, and a checkpoint has those of the main process for all."""
+    folder = place / "fsdp-average"
+    exit_codes = run(folder, f"{STAGE_2} --ema_decay 0.9", share_out, processes=2)
+    assert exit_codes == [1, 1]
+    assert "--ema_decay must be 0 under FSDP" in (folder / "err-0.txt").read_text()

@@ -25,6 +25,7 @@ import math
 from itertools import chain
 
 import torch
+from accelerate import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
@@ -71,6 +72,11 @@ def train(args):
     vae = load_tokenizer(args.vae)  # later, under FSDP, only the first process would get its weights
     run = Run(args, "dqtransformer")
     accelerator = run.accelerator
+    if accelerator.distributed_type == DistributedType.FSDP and args.ema_decay > 0:
+        raise ValueError(
+            f"--ema_decay must be 0 under FSDP, whose checkpoints would hold the averages of one process's shards only; got "
+            f"{args.ema_decay}; leave it out, or launch without FSDP"
+        )
     vae.to(accelerator.device).eval().requires_grad_(False)
     start, label_column = load_start(args), args.label_column or "label"
     train_set, test_sets, names, captions = load_sets(run, vae)
