@@ -3,18 +3,22 @@
 import gc
 import json
 import math
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import full_disk, make_transformer, make_vae
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from dq_hf.data.streams import StreamedImages
 from dq_hf.modeling.modeling_dq import DQForImageGeneration
 from dq_hf.modeling.modeling_dqvae import DQVAEModel
 from dq_hf.modeling.routing_dq import ROUTERS, image_entropy
-from dq_hf.training.calibration import RESOLUTION, calibrate, save_thresholds, warn_of_shares
+from dq_hf.training.calibration import RESOLUTION, Calibration, calibrate, save_thresholds, warn_of_shares
 
 THREE = dict(granularities=[4, 2, 1])
 
@@ -168,6 +172,24 @@ def test_shares_that_are_off_are_warned_of(caplog):
     assert not caplog.records
     warn_of_shares([0.31, 0.24], [0.3, 0.3], "held-out images")
     assert "on held-out images: 0.310, 0.240 instead of 0.300, 0.300" in caplog.text
+
+
+def test_a_stream_calibrates_alike_on_all_processes_in_any_epoch():
+    """Each process has epochs of its own."""
+    images, plain = random_images(40), Image.new("RGB", (4, 4))
+    rows = datasets.Dataset.from_dict({"image": [plain] * 40, "number": range(40)}).to_iterable_dataset()
+
+    def collate(rows):
+        return {"pixel_values": images[[row["number"] for row in rows]]}
+
+    options = SimpleNamespace(calibration_images=8, batch_size=4, seed=0, streaming=True, decoder_only=False)
+    vaes = make_vae(), make_vae()
+    for process, vae in enumerate(vaes):
+        stream = StreamedImages(rows, process_index=process, num_processes=2)
+        stream.set_epoch(process)
+        Calibration(options, vae, stream, collate).run()
+        assert stream.epoch == process
+    assert torch.equal(*(vae.router.thresholds for vae in vaes))
 
 
 # Saved folders

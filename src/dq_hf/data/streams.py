@@ -102,9 +102,9 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return self.dataset.column_names
 
     def part(self, process_index, num_processes):
-        """The same stream for another process."""
+        """The same stream for another process, in its first epoch."""
         part = copy.copy(self)
-        part.process_index, part.num_processes = process_index, num_processes
+        part.process_index, part.num_processes, part.epoch = process_index, num_processes, 0
         return part
 
     def set_epoch(self, epoch):
