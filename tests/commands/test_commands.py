@@ -588,6 +588,17 @@ def test_calibrate_changes_the_thresholds_to_the_wanted_share(run, place, models
     assert grain_map.float().mean().item() == pytest.approx(share, abs=0.5 / 32 + 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("granularities", "budget"), [([4, 2], [0.25]), ([4, 2, 1], [0.25, 0.5])], ids=["two", "three"]
+)
+def test_calibrate_keeps_the_budget_unless_told_another(run, place, photographs, granularities, budget):
+    make_vae(image_size=8, granularities=granularities, budget_targets=budget).save_pretrained("budgeted")
+    printed = run("calibrate", "--data", "photographs", "--model", "budgeted")
+    (achieved,) = (line.split()[1:-6] for line in printed.out.splitlines() if line.startswith("achieved"))
+    assert [float(share) for share in achieved] == pytest.approx(budget, abs=1 / 32)
+    assert load_tokenizer("budgeted").config.budget_targets == budget
+
+
 @pytest.mark.parametrize("kind", ["model", "vae"])
 def test_after_calibrating_the_card_claims_no_figure_and_training_goes_on_with_the_share(
     run, place, photographs, kind

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .images import add_data_options, calibrate_router
+from .images import add_budget_option, add_data_options, budget, calibrate_router
 from .options import add_command, check_at_least_one
 
 
@@ -15,13 +15,7 @@ def register(commands):
         help="Write the thresholds into the weights of this folder.",
     )
     add_data_options(command, split="train")
-    command.add_argument(
-        "--fine-ratio",
-        type=float,
-        nargs="+",
-        default=[0.5],
-        help="Aim at this share of the regions at each granularity but the coarsest (default 0.5).",
-    )
+    add_budget_option(command)
 
 
 def run(args):
@@ -35,7 +29,6 @@ def run(args):
 
     from ..hub.card import renew_card
     from ..hub.download import model_type_of
-    from ..modeling.grain_map_dq import check_shares
     from ..public import DQConfig, DQForImageGeneration, DQVAEModel
     from ..training.calibration import save_thresholds
 
@@ -46,7 +39,7 @@ def run(args):
         raise ValueError(
             f"{folder} must hold a DQ-VAE with a router that chooses; one with a single granularity has no thresholds"
         )
-    shares = check_shares("--fine-ratio", args.fine_ratio, len(vae.config.granularities))
+    shares = budget(args, vae.config)
     calibrate_router(args, vae, shares)
     save_thresholds(folder, vae.router.thresholds, shares)
     renew_card(folder, model)

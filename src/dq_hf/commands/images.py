@@ -140,6 +140,24 @@ def read_images(args, vae_config, seed=None):
     return images, DataLoader(images, args.batch_size, collate_fn=collate)
 
 
+def add_budget_option(command):
+    """--fine-ratio of a router that is to be calibrated."""
+    add_fine_ratio_option(
+        command,
+        "Set the router's thresholds for this share of the regions at each granularity but the coarsest (default: the "
+        "model's own budget).",
+    )
+
+
+def budget(args, config):
+    """Shares of `add_budget_option`, for a model with this configuration."""
+    from ..modeling.grain_map_dq import check_shares
+
+    if args.fine_ratio is None:
+        return config.budget_targets
+    return check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
+
+
 def calibrate_router(args, vae, shares):
     """Set a router's thresholds so that these shares of the images' regions are finer, and print both."""
     from ..training.calibration import calibrate

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..hub.folders import check_output_folder, check_place
 from ..pipelines.seeds import check_seed
-from .images import add_data_options, add_fine_ratio_option, calibrate_router, read_images
+from .images import add_budget_option, add_data_options, budget, calibrate_router, read_images
 from .options import add_command, add_device_option, check_at_least_one, check_device
 
 
@@ -21,11 +21,7 @@ def register(commands):
         "--output", type=Path, required=True, metavar="DIR", help="Write the tokenizer with the new router there."
     )
     add_data_options(command, split="train")
-    add_fine_ratio_option(
-        command,
-        "Set the router's thresholds for this share of the regions at each granularity but the coarsest (default: the "
-        "tokenizer's budget).",
-    )
+    add_budget_option(command)
     command.add_argument(
         "--steps", type=int, default=300, help="Learn from this many batches of images (default %(default)s)."
     )
@@ -45,15 +41,12 @@ def run(args):
     import torch
 
     from ..loading import load_tokenizer
-    from ..modeling.grain_map_dq import check_shares
     from ..modeling.image_processing_dq import DQImageProcessor
     from ..training.router import learn_router
 
     vae = load_tokenizer(args.model, dtype=torch.float32).to(device)
     config = vae.config
-    shares = config.budget_targets
-    if args.fine_ratio is not None:
-        shares = check_shares("--fine-ratio", args.fine_ratio, len(config.granularities))
+    shares = budget(args, config)
     torch.manual_seed(args.seed)
     vae = learn_router(vae, endless(*read_images(args, config, args.seed)), args.steps)
     calibrate_router(args, vae, shares)
