@@ -617,6 +617,12 @@ def test_a_cache_is_written_through_a_link_to_a_path_with_any_signs(place, plain
     assert "/proc is a mount point" in refused
 
 
+def test_a_cache_says_by_which_command_it_was_made_without_its_tokens(place, plain):
+    run_here(place, "encode_dataset.py --vae plain/model --data folders --max_images 1 --output_dir hf_abcdefghij")
+    command = json.loads((place / "hf_abcdefghij" / "codes.json").read_text())["command"]
+    assert command.startswith("python ") and command.endswith(" --output_dir HIDDEN")
+
+
 # Both stages
 
 

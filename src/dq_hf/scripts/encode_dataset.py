@@ -22,9 +22,7 @@ on them, with the same `--vae`. A run that was stopped leaves nothing in `output
 """
 
 import math
-import shlex
 import shutil
-import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -60,6 +58,7 @@ from dq_hf.loading import load_tokenizer
 from dq_hf.scripts.arguments import EncodeArguments
 from dq_hf.training.checkpoints import by_main_process
 from dq_hf.training.options import check_data, run_script
+from dq_hf.training.publish import command_line
 from dq_hf.training.run import lock
 
 
@@ -96,7 +95,7 @@ def encode(args):
     if accelerator.is_main_process:
         num_rows = {name: count_rows(stage, name) for name in splits}
         options = ("horizontal_flips", "no_flip_column", "copies", "crop", "max_shift", "caption_column")
-        origin = {name: getattr(args, name) for name in options} | {"command": shlex.join(sys.argv)}
+        origin = {name: getattr(args, name) for name in options} | {"command": command_line()}
         write_index(stage, vae, args.vae, names, num_rows, data=lasting_name(args.data), **origin)
         put_in_place(output_dir)
         hold.unlink()
