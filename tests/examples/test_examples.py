@@ -218,6 +218,14 @@ def test_the_discriminator_learns_only_once_it_counts(full):
     assert changed == [False] * 3 + [True] * 4
 
 
+def test_another_learning_rate_counts_for_the_discriminator_too(full, place):
+    shutil.copytree(full, place / "at-rest", ignore=shutil.ignore_patterns("checkpoint-8"))
+    command = f"{STAGE_1} --output_dir at-rest --data folders --router feature --disc_start 3 --disc_ramp 2"
+    run_here(place, f"{command} --max_steps {FULL_STEPS} --sample_every 4 --save_every 1 --learning_rate 0")
+    before, after = (load_file(place / "at-rest" / f"checkpoint-{step}" / "model_1.safetensors") for step in (7, 8))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(("weight", "bias")))
+
+
 def test_the_model_holds_the_moving_average_of_the_weights(full):
     model = DQVAEModel.from_pretrained(full / "model")
     learned = dict(model.named_parameters())

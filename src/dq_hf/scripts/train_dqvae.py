@@ -132,7 +132,7 @@ def train(args):
 
             # The discriminator's step.
             if factor > 0:
-                optimizers[1].param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+                optimizers[1].param_groups[0]["lr"] = optimizers[0].param_groups[0]["lr"]
                 logits = discriminator(pixel_values), discriminator(output.sample.detach())
                 d_loss, d_terms = objective.of_discriminator(*logits, pixel_values)
                 norm = update(accelerator, discriminator, optimizers[1], factor * d_loss, args.max_grad_norm)
