@@ -349,6 +349,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(place, monkeypatch):
     assert_same_rows(rows_of(place / "whole")[-1:], rows_of(place / "parts")[-1:], 1e-3)
     weights = place / "whole" / "model" / "model.safetensors"
     assert_same_weights(weights, place / "whole" / "checkpoint-3" / "model.safetensors")  # no moving average
+    assert not any("shadow_params" in torch.load(part) for part in (place / "whole").glob("checkpoint-3/custom_*.pkl"))
     assert progress_of(place / "whole" / "checkpoint-3") == {"step": 3, "epoch": 1, "batch": 1, "images": 30}
     assert progress_of(place / "parts" / "checkpoint-3") == {"step": 3, "epoch": 1, "batch": 2, "images": 30}
 

@@ -92,7 +92,9 @@ def train(args):
             part.requires_grad_(True)
     if args.gradient_checkpointing:
         vae.gradient_checkpointing_enable()
-    ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
+    average = None
+    if args.ema_decay > 0:
+        average = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     discriminator = PatchDiscriminator(args.disc_channels, args.disc_layers, args.disc_norm)
     if args.disc_weight > 0 and args.disc_start < args.max_steps:
         discriminator.check_size(*config.image_height_width)
@@ -110,10 +112,10 @@ def train(args):
     train_loader = prepare_loader(accelerator, train_loader)
     plain_vae = vae  # without what DDP and compiling wrap around it
     vae, discriminator, *optimizers = accelerator.prepare(vae, discriminator, *optimizers)
-    run.resume(ema, scheduler, calibration, objective.lecam)
-    ema.to(accelerator.device)  # checkpoints are read to the CPU
+    run.resume(average, scheduler, calibration, objective.lecam)
+    if average is not None:
+        average.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
-    average = ema if args.ema_decay > 0 else None
     accelerator.print(f"shares of regions: {calibration.shares}")
 
     # Training.
