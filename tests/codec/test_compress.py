@@ -273,6 +273,13 @@ def test_an_image_that_the_reader_would_refuse_is_not_written(vae):
         compress(vae, Image.new("L", (2**20 + 1, 1)))
 
 
+def test_the_weights_are_hashed_once_however_many_ratios_are_tried(vae, monkeypatch):
+    calls, state_dict = [], vae.state_dict
+    monkeypatch.setattr(vae, "state_dict", lambda: calls.append(1) or state_dict())
+    compress(vae, picture(4), max_bytes=len(compress(vae, picture(4), fine_ratio=0.3)))
+    assert len(calls) == 2  # one for each file
+
+
 def test_max_bytes_with_the_generator(model):
     options = dict(prior="generator", class_label=0)
     files = [compress(model, picture(4), fine_ratio=step / 16, **options) for step in (15, 16)]

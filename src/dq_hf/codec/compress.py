@@ -1,6 +1,7 @@
 """Images to bytes and back: `compress` and `decompress`."""
 
 import logging
+from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
 
@@ -71,10 +72,12 @@ def compress(
         )
         chosen = static
 
+    fingerprint_with = cache(partial(fingerprint, model))  # it reads all weights, and `max_bytes` tries many files
+
     def write(prior, codes, grain_map):
         codes, grain_map = codes.cpu(), grain_map.cpu()
         condition = prior.class_label, prior.prompt
-        header = Header(fingerprint(model, prior), height, width, prior.flag, model_id, *condition)
+        header = Header(fingerprint_with(prior), height, width, prior.flag, model_id, *condition)
         return write_file(header, prior.encode(codes, grain_map), codes, grain_map)
 
     def grids_for(prior):
