@@ -157,8 +157,8 @@ def warn_of_shares(achieved, wanted, where):
 def save_thresholds(folder, thresholds, shares):
     """Write thresholds into all weights of a saved tokenizer, or of the tokenizer in `vae/`, and change no other weight.
 
-    Configurations get `shares` as their `budget_targets`, which training goes on with. After an error all files are as
-    before.
+    Configurations get `shares` as their `budget_targets`, which training goes on with. All files are written before the first
+    one is replaced; an error before that changes none.
 
     Args:
         folder: as `save_pretrained` writes it.
