@@ -467,16 +467,23 @@ def test_the_card_is_of_the_model_where_the_one_before_is_gone(place, unconditio
     assert card_figures(run / "model")["step of the smallest held-out loss, which is this model"] == "4"
 
 
-def test_losses_on_other_held_out_images_do_not_count(caplog):
-    before = BestLoss(["codes", "test", 10])
-    assert before.improve(2.0, 5) and not before.improve(3.0, 6) and not before.improve(2.0, 7)
-    same, other = BestLoss(["codes", "test", 10]), BestLoss(["codes", "hard", 10])
-    same.load_state_dict(before.state_dict())
-    assert (same.value, same.step) == (2.0, 5) and not same.improve(2.5, 8)
-    assert not caplog.text
-    other.load_state_dict(before.state_dict())
-    assert "the held-out images are not those of before" in caplog.text
-    assert other.improve(2.5, 8) and other.step == 8
+def test_losses_on_other_held_out_images_do_not_count(place, unconditional, caplog):
+    """The fourth step is the worst, but the first on fewer images."""
+    text = "step of the smallest held-out loss, which is this model"
+    best = card_figures(unconditional / "model")[text]
+    for folder, option, step in (("same-images", "", best), ("fewer-images", "--max_test_images 4", "4")):
+        shutil.copytree(unconditional, place / folder)
+        command = f"{STAGE_2} --output_dir {folder} --vae plain/model --codes codes --label_column none {option}"
+        run_here(place, f"{command} --learning_rate 3 --max_steps 4 --save_every 1 --sample_every 1")
+        assert card_figures(place / folder / "model")[text] == step
+        assert ("the held-out images are not those of before" in caplog.text) == (step == "4")
+
+
+def test_the_smallest_loss_is_remembered():
+    best, resumed = BestLoss(), BestLoss()
+    assert best.improve(2.0, 5) and not best.improve(3.0, 6) and not best.improve(2.0, 7)
+    resumed.load_state_dict(best.state_dict())
+    assert (resumed.value, resumed.step) == (2.0, 5) and not resumed.improve(2.5, 8)
 
 
 def test_the_card_of_stage_2_tells_the_logged_figures(generator, place):

@@ -102,7 +102,7 @@ def train(args):
     if args.ema_decay > 0:
         average = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True)
     held_out = args.test_split[0]
-    best = BestLoss(run.held_out)
+    best = BestLoss()
     facts = {"vae": codes_fingerprint(vae)}  # another tokenizer with the same codes will do
     if names:
         facts["label_column"] = f"{label_column}, with the classes {', '.join(names)}"
@@ -112,6 +112,9 @@ def train(args):
     if average is not None:
         average.to(accelerator.device)  # checkpoints are read to the CPU
     set_learning_rate(scheduler, args.learning_rate)
+    if run.measured_on not in (None, run.held_out):
+        logger.warning("the held-out images are not those of before: the smallest loss is looked for anew")
+        best.value = math.inf
     if not (run.dir / "model").exists():  # the checkpoint may be another run's
         if run.step == args.max_steps:
             raise ValueError(f"{run.dir / 'model'} is gone: put it back, or give more --max_steps to make another")

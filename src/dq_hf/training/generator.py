@@ -1,6 +1,5 @@
 """A generator in training: its parameters, a batch as its arguments, its held-out losses, and all of its weights."""
 
-import logging
 import math
 
 import torch
@@ -11,8 +10,6 @@ from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from .losses import LOSSES, named_losses, summed_losses
 from .text import GeneratorWithText
-
-logger = logging.getLogger(__name__)
 
 
 def parameter_groups(model, weight_decay):
@@ -33,15 +30,10 @@ def compile_blocks(model):
 
 
 class BestLoss:
-    """The smallest held-out loss so far and its step, kept in the checkpoints.
+    """The smallest held-out loss so far and its step, kept in the checkpoints."""
 
-    Args:
-        measured_on: what tells the held-out images from others; losses on others do not count.
-    """
-
-    def __init__(self, measured_on):
+    def __init__(self):
         self.value, self.step = math.inf, None
-        self.measured_on = measured_on
 
     def improve(self, loss, step):
         """Whether `loss` is the smallest so far; it is remembered."""
@@ -51,14 +43,10 @@ class BestLoss:
         return improved
 
     def state_dict(self):
-        return {"value": self.value, "step": self.step, "measured_on": self.measured_on}
+        return {"value": self.value, "step": self.step}
 
     def load_state_dict(self, state):
-        self.step = state["step"]
-        if state["measured_on"] == self.measured_on:
-            self.value = state["value"]
-        else:
-            logger.warning("the held-out images are not those of before: the smallest loss is looked for anew")
+        self.value, self.step = state["value"], state["step"]
 
 
 @torch.no_grad()

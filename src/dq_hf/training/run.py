@@ -217,7 +217,7 @@ class Run:
 
     def _check_fixed_options(self, models, folder):
         saved = json.loads((Path(folder) / OPTIONS_FILE).read_text())
-        self.measured_on = saved.get("measured_on", self.held_out)  # an older checkpoint does not say
+        self.measured_on = saved["measured_on"]
         for name in saved.keys() & self.fixed.keys():
             if saved[name] != self.fixed[name]:
                 raise ValueError(f"--{name} was {saved[name]}, got {self.fixed[name]}")
