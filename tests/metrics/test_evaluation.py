@@ -216,6 +216,7 @@ def test_the_reconstruction_command_prints_and_writes_the_same(place, tmp_path, 
     printed = dict(line.split("  ", 1) for line in capfd.readouterr().out.splitlines())
     written = json.loads(report.read_text())
     assert written["protocol"]["model"] == "model" and written["protocol"]["split"] == "test"
+    assert written["protocol"]["fine_ratio"] == [0.5]
     figures = {name.strip(): float(text.split()[0]) for name, text in printed.items()}
     assert figures == pytest.approx(written["results"], abs=1e-4)
     assert written["results"]["codes"] == 2 + 2 * 4

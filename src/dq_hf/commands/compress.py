@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..hub.folders import whole_file
-from .images import add_fine_ratio_option, fine_ratio, read_image
+from .images import add_fine_ratio_option, read_image
 from .options import add_command, add_force_option, add_model_options, check_device, check_output
 from .sampling import name_or_id
 
@@ -51,7 +51,7 @@ def run(args):
         model,
         image,
         args.prior,
-        fine_ratio(args),
+        args.fine_ratio,
         args.max_bytes,
         label,
         args.prompt,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .images import add_data_options, add_encoding_options, check_encoding, fine_ratio, open_image, read_images
+from .images import add_data_options, add_encoding_options, check_encoding, open_image, read_images
 from .options import (
     add_command,
     add_force_option,
@@ -99,7 +99,7 @@ def run_router(args):
     import_figure()  # if it cannot be drawn, say so before the work
     vae, processor, pixel_values = open_image(args)
     with torch.no_grad():
-        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio(args))
+        encoded = vae.encode(pixel_values, fine_ratio=args.fine_ratio)
         scores = vae.region_scores(pixel_values)[0].cpu()
     thresholds = vae.router.thresholds.tolist() if args.fine_ratio is None else ()
     # Others have all scores on one side, or are those of a feature router that is not calibrated.

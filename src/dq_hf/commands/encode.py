@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..refusals import refuse_unknown
-from .images import add_broken_option, add_fine_ratio_option, add_resize_option, fine_ratio
+from .images import add_broken_option, add_fine_ratio_option, add_resize_option
 from .options import add_force_option, add_model_options, add_script, check_device, check_output, run_script
 
 USAGE = """dq-hf encode FOLDER --output CODES.parquet [options]
@@ -79,8 +79,6 @@ def write_table(args):
     vae = load_tokenizer(args.model).to(device)
     images = StreamedImages(stream_images(args.folder, names), max_share=args.max_broken_share, shuffle_buffer=0)
     with whole_file(args.output) as partial, tqdm(images, desc="encode", total=len(names)) as progress:
-        tables = encode_rows(
-            vae, ((row["file_name"], row["image"]) for row in progress), fine_ratio(args), args.resize
-        )
+        tables = encode_rows(vae, ((row["file_name"], row["image"]) for row in progress), args.fine_ratio, args.resize)
         write_codes(partial, row_schema(vae, str(args.model)), tables)
     print(f"{args.output}: {images.num_rows - images.num_broken} images")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import DEFAULT_MODEL
 from ..pipelines.seeds import check_seed
-from .images import add_fine_ratio_option, add_source_options, fine_ratio
+from .images import add_fine_ratio_option, add_source_options
 from .options import add_command, add_force_option, add_group, check_at_least_one, check_output
 from .sampling import add_sampling_options, chosen_sampling
 
@@ -146,7 +146,7 @@ def run_reconstruction(args):
             model_name(args.model),
             args.data,
             args.split,
-            fine_ratio=fine_ratio(args),
+            fine_ratio=args.fine_ratio,
             extractor=args.extractor,
             perceptual=args.perceptual,
             **chosen(args),

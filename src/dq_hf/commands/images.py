@@ -39,11 +39,6 @@ def share(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number; put this option behind the files") from None
 
 
-def fine_ratio(args):
-    """One share as a number, more as the list, None as None."""
-    return args.fine_ratio[0] if args.fine_ratio and len(args.fine_ratio) == 1 else args.fine_ratio
-
-
 def check_encoding(args):
     """Raise OSError or ValueError if there is no image to read, or it cannot be written."""
     check_outputs([args.output], args.force)

@@ -1,6 +1,6 @@
 """`dq-hf reconstruct`: an image through the tokenizer and back."""
 
-from .images import add_encoding_options, check_encoding, fine_ratio, open_image
+from .images import add_encoding_options, check_encoding, open_image
 from .options import add_command, add_force_option, save_image
 
 
@@ -28,7 +28,7 @@ def run(args):
     from ..pictures import draw_grain_map, enlarge, image_grid
 
     with torch.no_grad():
-        encoded = vae.encode(pixel_values, fine_ratio=fine_ratio(args))
+        encoded = vae.encode(pixel_values, fine_ratio=args.fine_ratio)
         decoded = vae.decode_codes(encoded.codes).sample.clamp(-1, 1)
     (result,) = processor.post_process(decoded)
     if args.show_grain_map:
