@@ -1,7 +1,5 @@
 """Peak signal-to-noise ratio."""
 
-import math
-
 import torch
 
 from dq_hf.metrics.streaming import StreamingMetric, image_pairs, per_image  # absolute: `evaluate` copies this file
@@ -49,9 +47,8 @@ class PSNR(StreamingMetric):
 
     def result(self, state):
         count = per_image(state["count"])
-        error = float(state["error"]) / count
         return {
             "PSNR": float(state["psnr"]) / count,
-            "PSNR of mean error": -10 * math.log10(error) if error else math.inf,
+            "PSNR of mean error": float(decibels(state["error"] / count)),
             "num_images": count,
         }
