@@ -21,7 +21,7 @@ from .hub_dq import HubMixin
 from .known_dq import KnownState
 from .layers_dqtransformer import DQAttention, DQHead, DQStack, DQTransformerLayer, attention_weights, precise
 from .modeling_utils_dq import TorchInitMixin, call_device, check_indices
-from .sequence_dq import DQStream, StreamLayout
+from .sequence_dq import DQStream, StreamLayout, target_masks
 
 
 @dataclass
@@ -164,14 +164,10 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         with attention_weights(self) if output_attentions else nullcontext():
             position_logits, content_logits = self.logits(stream, condition)
 
-        positions, granularities = stream.positions[:, 1:], stream.granularities[:, 1:]
-        inside = torch.arange(positions.shape[1], device=positions.device) < stream.lengths[:, None] - 1
+        inside, *of_granularity = target_masks(stream, len(self.config.grid_sizes))
         content_loss = masked_cross_entropy(content_logits, stream.contents[:, 1:], inside)
         position_losses = torch.stack(
-            [
-                masked_cross_entropy(position_logits, positions, inside & (granularities == granularity))
-                for granularity in range(len(self.config.grid_sizes))
-            ]
+            [masked_cross_entropy(position_logits, stream.positions[:, 1:], mask) for mask in of_granularity]
         )
         position_loss = position_losses.mean()
         loss = self.config.content_loss_weight * content_loss + self.config.position_loss_weight * position_loss

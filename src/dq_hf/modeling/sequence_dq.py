@@ -205,3 +205,10 @@ class StreamLayout:
             torch.where(contents >= self.content_start, self.content_start + labels[:, None], contents),
             torch.where(positions >= first, first + labels[:, None], positions),
         )
+
+
+def target_masks(stream, num_granularities):
+    """Which elements are targets (1 + K, B, L - 1): of the content loss, and of each granularity's position loss."""
+    granularities = stream.granularities[:, 1:]
+    inside = torch.arange(granularities.shape[1], device=granularities.device) < stream.lengths[:, None] - 1
+    return torch.stack([inside, *(inside & (granularities == i) for i in range(num_granularities))])

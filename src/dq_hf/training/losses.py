@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from ..modeling.sequence_dq import target_masks
+
 LOSSES = ("loss", "content_loss", "position_loss", "coarse_position_loss", "fine_position_loss")
 
 
@@ -42,10 +44,3 @@ def summed_losses(output, config):
     )
     losses = torch.stack([contents, *[positions] * len(config.grid_sizes)]) * masks
     return torch.stack([losses.sum(2), masks.sum(2)]).permute(2, 0, 1)
-
-
-def target_masks(stream, num_granularities):
-    """Which elements are targets (1 + K, B, L - 1): of the content loss, and of each granularity's position loss."""
-    granularities = stream.granularities[:, 1:]
-    inside = torch.arange(granularities.shape[1], device=granularities.device) < stream.lengths[:, None] - 1
-    return torch.stack([inside, *(inside & (granularities == i) for i in range(num_granularities))])
