@@ -270,7 +270,7 @@ def codebook_use(quantizer):
 
 def measure(run, model, calibration, loaders, processor):
     """Report held-out figures of each split, with a picture of the first; a router that learns is calibrated before."""
-    config, calibrated, first = model.config, calibration.follow(), run.options.test_split[0]
+    config, calibrated, first = model.config, calibration.recalibrate(), run.options.test_split[0]
     figures = {
         split: evaluate(run.accelerator, model, loader, processor, run.picture() if split == first else None)
         for split, loader in loaders.items()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..data.fingerprint import THRESHOLDS
 from ..hub.folders import read_json_object, whole_file
 from ..modeling.generation_dq import evaluation_mode
 from ..modeling.grain_map_dq import check_shares
@@ -25,7 +26,6 @@ RESOLUTION = {"linear": 1e-6, "relative": 1e-5}
 SMALLEST_SCORE = 1e-3  # below it the relative resolution becomes an absolute one
 LARGEST_SCORE = 1e6  # above it all count as equal
 TOLERANCE = 0.05  # of a share on other images
-KEY = "router.thresholds"  # in a tokenizer's weights
 
 
 def calibrate(vae, batches, shares):
@@ -109,7 +109,7 @@ class Calibration:
         images = (batch["pixel_values"] for batch in itertools.islice(loader, num_batches))
         self.shares = dict(zip(config.granularities[1:], calibrate(self.vae, images, config.budget_targets)))
 
-    def follow(self):
+    def recalibrate(self):
         """Calibrate a router that learns; the figures to log, if it was."""
         if self.vae.config.router != "feature" or self.options.decoder_only:
             return {}
@@ -169,9 +169,9 @@ def save_thresholds(folder, thresholds, shares):
     place = folder / "vae" if (folder / "vae").is_dir() else folder
     holders = [path for path in place.glob("model*.safetensors") if "-of-" not in path.name]
     for index in place.glob("model.safetensors.index*.json"):
-        shard = read_json_object(index)["weight_map"].get(KEY)
+        shard = read_json_object(index)["weight_map"].get(THRESHOLDS)
         if shard is None:
-            raise OSError(f"{index} lists no {KEY}; save the model again")
+            raise OSError(f"{index} lists no {THRESHOLDS}; save the model again")
         holders.append(place / shard)
     with ExitStack() as files:  # they are replaced in the end, the last first
         for path in dict.fromkeys([folder / "config.json", place / "config.json"]):
@@ -182,7 +182,7 @@ def save_thresholds(folder, thresholds, shares):
         for path in holders:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-            weights = load_file(path) | {KEY: thresholds.detach().float().cpu()}
+            weights = load_file(path) | {THRESHOLDS: thresholds.detach().float().cpu()}
             try:
                 save_file(weights, files.enter_context(whole_file(path)), metadata)
             except SafetensorError as error:  # such as a full disk
