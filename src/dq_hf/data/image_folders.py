@@ -26,7 +26,7 @@ IMAGES = set(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .tga .ico .jp2 .j2k .jpx .avif"
     " .pcx .dds".split()
 )
-TABLES = {".parquet", ".arrow", ".tar", ".zip", ".gz"}  # whoever has such has no folder of images
+PACKED = {".parquet", ".arrow", ".tar", ".zip", ".gz"}  # whoever has such has no folder of images
 METADATA = {
     "metadata.jsonl": lambda path: [json.loads(line) for line in lines_of(path) if line.strip()],
     "metadata.csv": lambda path: rows_of_csv(lines_of(path)),
@@ -67,13 +67,13 @@ def is_image_folder(folder):
     kinds = {path.suffix.lower() for path in visible_files(folder) if path.name not in METADATA}
     card = Path(folder, "README.md")
     lists_files = card.is_file() and "configs:" in card.read_text("utf-8", errors="replace")
-    return bool(kinds & IMAGES) and not kinds & TABLES and not lists_files
+    return bool(kinds & IMAGES) and not kinds & PACKED and not lists_files
 
 
 def table_beside_images(folder):
     """A file because of which a folder with images does not count as one; None: there is none."""
     files = [path for path in visible_files(folder) if path.name not in METADATA]
-    return next((path for path in files if path.suffix.lower() in TABLES), None) if any(map(is_image, files)) else None
+    return next((path for path in files if path.suffix.lower() in PACKED), None) if any(map(is_image, files)) else None
 
 
 def image_names(folder):
