@@ -341,10 +341,10 @@ def whole_numbers(sequence):
 def grids_of(encoded):
     """Codes (B, H, W) and grain maps (B, h, w) of one output or row; TypeError where they are missing."""
     try:
-        names = encoded.keys() if hasattr(encoded, "keys") else ()
+        names = encoded.keys()
         map_name = "grain_maps" if "grain_maps" in names else "grain_map"  # the former of a `DQPipelineOutput`
         grids = [torch.as_tensor(encoded[name]) for name in ("codes", map_name)]
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TypeError(
             "encoded must have codes and grain_map, as DQVAEModel.encode gives them, each of one size, or be a list of such: "
             "rows of several sizes are given one by one"
