@@ -199,6 +199,35 @@ def test_both_pipelines_export_what_the_model_exports(exported, tmp_path):
         assert remote_entries(folder) == remote_entries(exported / "both")
 
 
+class MyVAE(DQVAEModel):
+    """A class of a user's own."""
+
+
+class MyModel(DQForImageGeneration):
+    """Likewise."""
+
+
+@pytest.mark.parametrize("kind, own_class", [("vae", MyVAE), ("both", MyModel)])
+def test_a_class_of_ones_own_saves_without_code_which_is_not_ours_to_export(kind, own_class, exported, tmp_path):
+    model = own_class.from_pretrained(exported / kind)
+    model.save_pretrained(tmp_path / "saved")
+    assert not python_files(tmp_path) and not remote_entries(tmp_path)
+    loaded = KINDS[kind][1].from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=f"own classes, and {own_class.__name__} is none.*leave export_code out"):
+        model.save_pretrained(tmp_path / "refused", export_code=True)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_part_of_a_class_of_ones_own_is_exported_as_ours(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(MyVAE, "__module__", "__main__")  # which in a notebook has no file
+    monkeypatch.delattr("__main__.__file__", raising=False)
+    vae = MyVAE.from_pretrained(exported / "vae")
+    model = DQForImageGeneration.from_models(vae, make_models()["transformer"])
+    model.save_pretrained(tmp_path, export_code=True)
+    assert python_files(tmp_path) == python_files(exported / "both")
+
+
 def test_only_the_main_process_writes_code(tmp_path):
     for kind, model in make_models().items():
         model.save_pretrained(tmp_path / kind, is_main_process=False, export_code=True)

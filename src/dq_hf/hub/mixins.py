@@ -10,7 +10,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from .card import join_card, merge_with_owner, read_card, read_source_card, save_card, split_card
 from .download import HUB_ARGUMENTS, SMALL_FILES, TOKENIZER_FILES, local_folder, repository_of
-from .export_code import is_exported, write_code
+from .export_code import check_exportable, is_exported, write_code
 from .folders import STAGE, files_beside, files_of, read_json_object, replace_files
 from .upload import check_push, upload
 from .weights import RESULTS_FILE, check_state_dict, load_strictly, place_named, stale_files, write_index
@@ -175,7 +175,8 @@ class HubMixin(PushMixin):
         Raises:
             OSError: the directory is a file, or cannot be written; with `push_to_hub` also what that raises.
             TypeError: unknown arguments, or those of `push_to_hub` without it.
-            ValueError: a state_dict with other keys than the model's, or another format than safetensors.
+            ValueError: a state_dict with other keys than the model's, another format than safetensors, or export_code=True of
+                a class of one's own.
         """
         push = {name: arguments.pop(name) for name in PUSH_ARGUMENTS if name in arguments}
         given = sorted(name for name, value in {**push, "repo_id": repo_id}.items() if value)
@@ -200,6 +201,8 @@ class HubMixin(PushMixin):
 
     def write_folder(self, folder, title, repository=None, export_code=None, **arguments):
         """Write all that a saved folder holds into an empty one."""
+        if export_code:
+            check_exportable(type(self))
         try:
             super().save_pretrained(folder, **arguments)
         except SafetensorError as error:  # such as a full disk
