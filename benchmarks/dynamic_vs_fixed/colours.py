@@ -34,7 +34,7 @@ def main(args):
     for name in CONDITIONS:
         for path in sorted(Path(args.work_dir, args.data).glob(f"{name}-seed?.safetensors")):
             metadata = run.read_metadata(path)
-            model = run.load_weights(make_model(CONDITIONS[name], metadata["facts"]["entropy_thresholds"]), path)
+            model = run.load_weights(make_model(CONDITIONS[name]), path)
             samples = torch.cat([eight_bits(model(batch).sample) for batch in images.split(64)])
             figures = {name: f"{value:.2f}" for name, value in measure(samples, images).items()}
             rows.append({"tokenizer": f"`{name}`", "seed": metadata["settings"]["seed"]} | figures)

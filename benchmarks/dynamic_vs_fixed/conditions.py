@@ -78,7 +78,7 @@ CONDITIONS = {
 }
 
 
-def make_model(condition, entropy_thresholds=None):
+def make_model(condition):
     """A new `DQVAEModel`, random weights drawn from torch's global generator."""
     config = DQVAEConfig(
         **SIZES,
@@ -87,7 +87,6 @@ def make_model(condition, entropy_thresholds=None):
         decoder_block_out_channels=condition.decoder_widths,
         router=condition.router or "entropy",
         router_gradient=condition.router_gradient,
-        entropy_thresholds=entropy_thresholds,
         budget_targets=condition.shares,
     )
     return DQVAEModel(config) if condition.shares else FixedGridVAE(config, condition.strides)

@@ -115,7 +115,7 @@ def run_tokenizer(args, data, images, name, seed):
         args,
         settings,
         train=train,
-        make=lambda facts: conditions.make_model(condition, facts["entropy_thresholds"]),
+        make=lambda: conditions.make_model(condition),
         evaluate=lambda model: stage_1.evaluate(model, condition, images["test"], seed),
     )
 
@@ -138,7 +138,7 @@ def run_generator(args, data, images, name, seed):
         steps = math.ceil(args.seconds / stage_2.SECONDS_A_STEP[name])
         return stage_2.train(codes, grain_maps, vae.config.codebook_size, seed, steps)
 
-    def make(facts):
+    def make():
         vae, codes, grain_maps = parts()
         return stage_2.make_model(codes, grain_maps, vae.config.codebook_size)
 
@@ -156,8 +156,7 @@ def trained_tokenizer(args, data, name, tokenizer, seed):
     weights = weights_path(args, data, tokenizer, seed)
     if not weights.exists():
         raise FileNotFoundError(f"{name} needs {weights}; run stage 1 of {tokenizer}, seed {seed} first")
-    thresholds = read_metadata(weights)["facts"]["entropy_thresholds"]
-    return load_weights(conditions.make_model(CONDITIONS[tokenizer], thresholds), weights).to(args.device)
+    return load_weights(conditions.make_model(CONDITIONS[tokenizer]), weights).to(args.device)
 
 
 def common_settings(data, images, name, seed):
@@ -180,7 +179,7 @@ def run(args, settings, train, make, evaluate):
 
     Args:
         train: gives a trained model and what to note about its training.
-        make: gives an untrained model from these notes.
+        make: gives an untrained model.
         evaluate: gives the figures of a model.
     """
     data, name, seed = (settings[key] for key in ("data", "condition", "seed"))
@@ -195,7 +194,7 @@ def run(args, settings, train, make, evaluate):
         save_weights(model, weights, {"settings": settings, "facts": facts})
     metadata = read_metadata(weights)
     check_settings(weights, metadata["settings"], settings)
-    model = load_weights(make(metadata["facts"]), weights).to(args.device)
+    model = load_weights(make(), weights).to(args.device)
     write_json(
         result,
         settings

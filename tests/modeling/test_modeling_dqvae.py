@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import edit_config, make_vae
+from conftest import make_vae
 from safetensors.torch import load_file, save_file
 from transformers.testing_utils import CaptureLogger, LoggingLevel
 from transformers.utils import logging
@@ -380,19 +380,16 @@ def test_thresholds_are_weights_and_no_files_of_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_folder_of_before_thresholds_were_weights_gives_the_same(router, tmp_path):
-    model = make_vae(router=router, entropy_thresholds=[1.2])
+def test_thresholds_that_are_missing_are_refused_as_any_weight_is(router, tmp_path):
+    model = make_vae(router=router)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["router.thresholds"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    edit_config(tmp_path / "config.json", entropy_thresholds=[1.2])
-    loaded = DQVAEModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded.router.thresholds, model.router.thresholds)
-    assert torch.equal(encode(loaded, make_images()).codes, encode(model, make_images()).codes)
-    other = make_vae(router=router, entropy_thresholds=[1.2])
-    other.load_state_dict(weights)  # as a checkpoint of a run
-    assert torch.equal(other.router.thresholds, model.router.thresholds)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.* weights are missing: router.thresholds"):
+        DQVAEModel.from_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="Missing key.*router.thresholds"):
+        model.load_state_dict(weights)  # as a checkpoint of a run
 
 
 @pytest.mark.parametrize(("router", "thresholds"), [("entropy", [math.inf]), ("feature", [math.nan])])

@@ -78,9 +78,9 @@ def read_config(config_class, source, arguments):
 
 def check_finite(model, files):
     """Raise `ValueError` if a weight that was loaded from these files is not finite."""
-    optional, not_finite = optional_weights(model), []
+    may_be_infinite, not_finite = getattr(model, "weights_that_may_be_infinite", ()), []
     for name, value in model.state_dict().items():
-        if name in optional or value.is_meta:
+        if name in may_be_infinite or value.is_meta:
             continue
         if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's have few operations of their own
             value = value.dequantize()

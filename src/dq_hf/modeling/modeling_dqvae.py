@@ -193,7 +193,7 @@ class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
     _no_split_modules = ["DQLevel", "DQMiddle"]
     _keep_in_fp32_modules_strict = {"quantizer", "router.thresholds"}
     _can_record_outputs = {"hidden_states": DQLevel}
-    _keys_to_ignore_on_load_missing = {"router.thresholds"}  # the configuration may have them
+    weights_that_may_be_infinite = {"router.thresholds"}  # until they are calibrated; the router checks them
 
     def __init__(self, config: DQVAEConfig):
         config.validate()

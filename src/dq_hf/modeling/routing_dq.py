@@ -139,11 +139,6 @@ class DQRouter(nn.Module):
             self.thresholds = exact.to(self.thresholds.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """As in torch, but a checkpoint without thresholds, as the release's are, leaves them as they are."""
-        state_dict.setdefault(f"{prefix}thresholds", self.thresholds)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class EntropyRouter(DQRouter):
     """Finer codes where the grey values' entropy exceeds thresholds. No parameters.

@@ -17,7 +17,7 @@ from ..modeling.modeling_dqvae import DQVAEModel
 from .checkpoint import read_state_dict
 from .config import read_config
 from .text import listed
-from .weights import transformer_state_dict, vae_state_dict
+from .weights import THRESHOLDS, transformer_state_dict, vae_state_dict
 
 logger = logging.get_logger(__name__)
 
@@ -70,16 +70,20 @@ def convert_checkpoint(config_path, checkpoint_path, output_dir, force=False, th
 def make_model(config, state_dict):
     """The model of a configuration with the release's weights, {key: tensor}."""
     if isinstance(config, DQVAEConfig):
-        ours = vae_state_dict(state_dict, config)
-        model = DQVAEModel(config)
-        model.load_state_dict(ours)
-        return model
+        ours = vae_state_dict(state_dict, config)  # before anything is allocated for sizes that may not fit
+        return load_vae(DQVAEModel(config), ours)
     others = [key for key in state_dict if not key.startswith(("first_stage_model.", "transformer."))]
     if others:
         raise ValueError(f"unknown keys {listed(sorted(others))}")
     vae = vae_state_dict(state_dict, config.vae_config, "first_stage_model.")
     transformer = transformer_state_dict(state_dict, config.transformer_config, "transformer.")
     model = DQForImageGeneration(config)
-    model.vae.load_state_dict(vae)
+    load_vae(model.vae, vae)
     model.transformer.load_state_dict(transformer)
+    return model
+
+
+def load_vae(model, weights):
+    """A new tokenizer with the weights of `vae_state_dict`; its thresholds are those of its configuration."""
+    model.load_state_dict({THRESHOLDS: model.router.thresholds} | weights)
     return model

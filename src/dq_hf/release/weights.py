@@ -4,12 +4,13 @@ import re
 
 import torch
 
-from ..hub.weights import optional_weights
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
 from .checkpoint import describe
 from .config import GRAINS
 from .text import cut, listed
+
+THRESHOLDS = "router.thresholds"  # ours alone: the release has them in its configuration, or none
 
 # Our name -> the release's, applied in this order; `vae_names` adds those that depend on sizes.
 BLOCK_NAMES = (
@@ -59,7 +60,7 @@ TRANSFORMER_IGNORED = r"(position|content)_transformer\.\d+\.attn\.mask$"
 
 
 def vae_state_dict(state_dict, config, prefix=""):
-    """State dict of a `DQVAEModel` from the release's keys that begin with `prefix`.
+    """State dict of a `DQVAEModel`, but for the router's thresholds, from the release's keys that begin with `prefix`.
 
     Args:
         state_dict: {key: tensor}.
@@ -100,8 +101,7 @@ def rename(state_dict, model_class, config, names, ignored, prefix):
     with torch.device("meta"):
         model = model_class(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in optional_weights(model):  # ours alone, and as the configuration says
-        expected.pop(name, None)
+    expected.pop(THRESHOLDS, None)
     converted, used, problems = {}, set(), []
     for name, shape in expected.items():
         key = prefix + name_in_release(name, names)
