@@ -112,6 +112,9 @@ def test_images_of_each_prompt_come_one_after_the_other(classes):
             ValueError,
             "negative_prompt_attention_mask must have shape",
         ),
+        (dict(negative_promt="a"), TypeError, "did you mean negative_prompt?"),
+        (dict(encoder_hidden_states=torch.ones(1, 2, 8)), TypeError, "here it is prompt_embeds"),
+        (dict(negative_encoder_attention_mask=0), TypeError, "here it is negative_prompt_attention_mask"),
         (dict(class_labels=1), ValueError, "takes a prompt: it has no classes"),
         (dict(num_images_per_prompt=0), ValueError, "num_images_per_prompt must be at least 1"),
         (dict(num_images_per_prompt=2, num_images_per_label=3), ValueError, "one number, got 2 and 3"),
@@ -137,6 +140,8 @@ def test_one_class_is_that_of_all_prompts():
     assert torch.equal(model.generate(1, prompt=prompts, generator=seeded()).codes, expected)
     with pytest.raises(ValueError, match="^negative_encoder_hidden_states must be of one .* of 3 images, got 2"):
         model.generate(0, 3, prompt="sun", negative_prompt=prompts, guidance_scale=2.0)
+    with pytest.raises(TypeError, match="did you mean negative_prompt?"):
+        model.generate(0, prompt="sun", negative_promt=prompts)
 
 
 def test_the_task_takes_what_other_models_are_loaded_with(model, tmp_path):

@@ -4,7 +4,6 @@
 `Greedy` or `Replay`, or the codec's `Decode`. All else that samples or watches sampling is a caller of it.
 """
 
-import inspect
 import threading
 import warnings
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
 from .known_dq import KnownState, known_elements
-from .sampling_options_dq import SamplingOptions, check_count
+from .sampling_options_dq import OPTION_NAMES, SamplingOptions, argument_names, check_count
 from .step_loop_dq import generation_steps
 
 
@@ -199,7 +198,7 @@ class DQSamplingMixin:
 
     def sampling_options(self, given, do_sample) -> SamplingOptions:
         """Options of `generate_steps`, and the configuration's where none are given; a warning at weak guidance."""
-        options = SamplingOptions.of(given, others=inspect.signature(self.generate_steps).parameters)
+        options = SamplingOptions.of(given, others=argument_names(self.generate_steps))
         defaults = {"guidance_scale": 1.0} | self.config.sampling_defaults
         if not do_sample:
             options, defaults = options.greedy(), {"guidance_scale": defaults["guidance_scale"]}
@@ -263,6 +262,8 @@ class DQSamplingMixin:
                 f'lookahead above 1 does not work with attn_implementation {attention!r}; load the model with "sdpa"'
             )
 
+
+STEPS_ARGUMENTS = (*OPTION_NAMES, *argument_names(DQSamplingMixin.generate_steps))  # all that it takes
 
 _MODES = threading.Lock()
 

@@ -1,6 +1,7 @@
 """How positions and codes are drawn: one dataclass, which every API and command names its options by."""
 
 import difflib
+import inspect
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -64,11 +65,7 @@ class SamplingOptions:
     @classmethod
     def of(cls, options, others=()):
         """Options from a dictionary; TypeError at a name that is none. `others` can be given in the same call, too."""
-        if unknown := sorted(set(options) - set(OPTION_NAMES)):
-            names = [*OPTION_NAMES, *(name for name in others if name != "options")]
-            close = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-            raise TypeError(f"unknown argument(s) {', '.join(unknown)}; {hint}")
+        check_names(options, OPTION_NAMES, others)
         return cls(**options)
 
     def over(self, defaults):
@@ -87,6 +84,31 @@ OPTION_NAMES = tuple(field.name for field in fields(SamplingOptions))
 DEFAULT_NAMES = tuple(name for name in OPTION_NAMES if name != "fine_positions")  # that a configuration may decide
 WARPED = tuple(name for name in DEFAULT_NAMES if name != "guidance_scale")
 NO_EFFECT = {"temperature": 1, "top_p": 1, "position_temperature": 1, "position_top_p": 1}
+
+
+def check_names(given, known, others=(), elsewhere=None):
+    """Raise TypeError at a name of an argument that is not known.
+
+    Args:
+        given, known: names.
+        others: of arguments that the call takes besides, for the message.
+        elsewhere: {name: what the call has in its place}, of arguments of the model's `generate`.
+    """
+    elsewhere = elsewhere or {}
+    for name in given:
+        if name in elsewhere:
+            raise TypeError(f"{name} is of the model's generate; here it is {elsewhere[name]}")
+    if unknown := sorted(set(given) - set(known)):
+        names = [name for name in dict.fromkeys([*known, *others]) if name not in {*elsewhere, *unknown}]
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise TypeError(f"unknown argument(s) {', '.join(unknown)}; {hint}")
+
+
+def argument_names(function):
+    """Names of a function's or method's arguments, but for `self` and what it takes by any name."""
+    arguments = inspect.signature(function).parameters.values()
+    return [each.name for each in arguments if each.kind != each.VAR_KEYWORD and each.name != "self"]
 
 
 def check_kind(name, value, kind=Real):

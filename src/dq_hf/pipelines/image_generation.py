@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 
 from ..modeling.image_processing_dq import DQImageProcessor
-from ..modeling.sampling_options_dq import SamplingOptions
+from ..modeling.sampling_options_dq import OPTION_NAMES, SamplingOptions, check_names
 from ..modeling.text_dq import require_text
 from .class_labels import as_list, class_ids
 from .seeds import check_seed
@@ -17,6 +17,7 @@ from .seeds import check_seed
 # Besides the sampling options.
 GENERATE_ARGUMENTS = ("do_sample", "compile_config", "lookahead", "negative_prompt")
 GENERATE_ARGUMENTS += ("grain_map", "fine_ratio", "num_candidates")
+CALL_ARGUMENTS = ("seed", "num_workers", "batch_size")
 
 
 class DQGenerationPipeline(Pipeline):
@@ -88,7 +89,8 @@ class DQGenerationPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs):
         options = {name: value for name, value in kwargs.items() if name not in GENERATE_ARGUMENTS}
-        SamplingOptions.of(options, others=GENERATE_ARGUMENTS)
+        check_names(options, OPTION_NAMES, (*GENERATE_ARGUMENTS, *CALL_ARGUMENTS), {"generator": "seed"})
+        SamplingOptions(**options)  # or an error
         if not isinstance(kwargs.get("negative_prompt"), (str, type(None))):
             raise TypeError(f"negative_prompt must be one text for all images, got {kwargs['negative_prompt']!r}")
         grain_map = kwargs.get("grain_map")

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.generation_dq import evaluation_mode
+from ..modeling.generation_dq import STEPS_ARGUMENTS, evaluation_mode
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
 from ..modeling.known_dq import UNKNOWN, as_batch
 from ..modeling.modeling_utils_dq import check_indices
+from ..modeling.sampling_options_dq import argument_names, check_names
 from .class_labels import as_list
 from .masks import masked_regions, read_masks
-from .pipeline_dq import DQPipeline, DQPipelineOutput, bring_to_device, images_each
+from .pipeline_dq import ELSEWHERE, DQPipeline, DQPipelineOutput, bring_to_device, images_each
 
 TEXTS = ("negative_prompt", "prompt_embeds", "prompt_attention_mask")  # conditions that `DQPipeline` has besides
 TEXTS += ("negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -74,6 +75,8 @@ class DQInpaintPipeline(DQPipeline):
             TypeError, ValueError: images, masks or other arguments of another type, size or range; a mask that touches
                 no region.
         """
+        known = (*argument_names(DQPipeline.__call__), *STEPS_ARGUMENTS)
+        check_names(arguments, known, argument_names(self.__call__), ELSEWHERE | {"codes": "image"})
         self.check_inputs(output_type, ())
         pixel_values, regenerated = self.prepare_images(image, mask_image)
         codes, known_map = self.encode_known(pixel_values, regenerated, grain_map)

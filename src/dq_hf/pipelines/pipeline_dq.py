@@ -14,16 +14,23 @@ from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
-from ..modeling.generation_dq import evaluation_mode
+from ..modeling.generation_dq import STEPS_ARGUMENTS, evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from ..modeling.sampling_options_dq import check_count
+from ..modeling.sampling_options_dq import argument_names, check_count, check_names
 from ..modeling.text_dq import prompt_arguments, require_text, text_encoder_class
 from .class_labels import as_list, class_ids
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+ELSEWHERE = {  # arguments of `generate_steps`: those of a pipeline
+    "num_images": "num_images_per_prompt, or num_images_per_label",
+    "encoder_hidden_states": "prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+    "negative_encoder_hidden_states": "negative_prompt_embeds",
+    "negative_encoder_attention_mask": "negative_prompt_attention_mask",
+}
 NEEDS_BOTH = "a pipeline needs the tokenizer and the generator, as DQForImageGeneration.save_pretrained writes them"
 
 
@@ -143,10 +150,7 @@ class DQPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
-        if "num_images" in options:
-            raise TypeError(
-                "num_images is of the model's generate; here it is num_images_per_prompt, or num_images_per_label"
-            )
+        check_names(options, STEPS_ARGUMENTS, argument_names(self.__call__), ELSEWHERE)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         self.check_inputs(output_type, tensor_inputs)
         texts = self.encode_prompt(
