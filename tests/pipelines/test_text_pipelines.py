@@ -309,6 +309,15 @@ def test_the_task_takes_a_prompt(model, pipe):
         task("sun", negative_prompt=["a", "b"])
 
 
+def test_without_a_text_encoder_the_task_makes_images_of_no_text(model, pipe):
+    task = pipeline("dq-generation", model=DQForImageGeneration.from_models(model.vae, model.transformer))
+    expected = pipe(num_images_per_prompt=2, generator=seeded(3), output_type="codes").codes
+    assert torch.equal(task(seed=3)["codes"], expected[0])
+    assert torch.equal(torch.stack([result["codes"] for result in task([None, ""], seed=3)]), expected)
+    with pytest.raises(ValueError, match="prompt needs a text encoder"):
+        task(["", "sun"])
+
+
 def test_the_task_takes_a_prompt_and_a_class():
     model = make_model(**CLASSES)
     task = pipeline("dq-generation", model=model)

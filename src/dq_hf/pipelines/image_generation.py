@@ -81,8 +81,9 @@ class DQGenerationPipeline(Pipeline):
             arguments = {"num_images": len(conditions), "generator": seeds.of_images(len(conditions))}
             if config.num_classes:
                 arguments["class_labels"] = [condition["class_label"] for condition in conditions]
-            if config.text_length is not None:
-                arguments["prompt"] = [condition["prompt"] for condition in conditions]
+            prompts = [condition["prompt"] for condition in conditions]
+            if any(prompts):  # else there may be no text encoder to read them
+                arguments["prompt"] = prompts
             with self.device_placement():
                 results = self.postprocess(self._forward(arguments, **options), conditions)
             yield from results
