@@ -11,6 +11,7 @@ from dq_hf.pictures import (
     GRAIN_COLOURS,
     LIGHT_GREY,
     MARGIN,
+    NO_CODE_YET,
     captioned_grid,
     draw_code_usage,
     draw_generation,
@@ -86,6 +87,14 @@ def test_one_frame_for_each_code():
         for y, x in np.ndindex(32, 32):
             on_frame = y % side in (0, side - 1) or x % side in (0, side - 1)
             np.testing.assert_allclose(region[y, x], frame(granularity) if on_frame else 0, atol=1)
+
+
+@pytest.mark.parametrize("last", [NO_CODE_YET, 1])
+def test_regions_without_a_code_yet_are_grey(last):
+    grain_map = torch.tensor([[NO_CODE_YET, NO_CODE_YET], [NO_CODE_YET, last]])
+    pixels = np.array(draw_grain_map(Image.new("RGB", (16, 16)), grain_map, scale=1))
+    assert (pixels[:8] == LIGHT_GREY).all() and (pixels[:, :8] == LIGHT_GREY).all()
+    assert (pixels == LIGHT_GREY).all() == (last == NO_CODE_YET)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def draw_grain_map(image, grain_map, scale=None):
 
     Args:
         image: PIL image.
-        grain_map: (h, w) integers, granularity of each region, 0 = coarsest.
+        grain_map: (h, w) integers, granularity of each region, 0 = coarsest; -1 where no code is yet, which becomes grey.
         scale: enlargement, a whole number; default: so that the finest frame has at least 8 pixels.
 
     Raises:
@@ -91,7 +91,7 @@ def draw_grain_map(image, grain_map, scale=None):
     grain_map = torch.as_tensor(grain_map)
     if grain_map.ndim != 2:
         raise ValueError(f"grain_map must have shape (h, w), got {tuple(grain_map.shape)}")
-    num_granularities = int(grain_map.max()) + 1
+    num_granularities = max(0, int(grain_map.max())) + 1
     fine_grain_map = expand_grain_map(grain_map[None], num_granularities)[0]
     rows, columns = fine_grain_map.shape
     if image.height % rows or image.width % columns:
