@@ -19,7 +19,7 @@ class Condition:
         labels: (B,) long, which of the start tokens opens every granularity; 0 without classes.
         prefix: (B, T, width) float, what both stacks read before the stream, or None.
         null_label: start-token label that says nothing of the class; None: the model was trained without one.
-        null_prefix: (T, width), or (B, T, width), float: the prefix of the twin, or None.
+        null_prefix: (B, T, width) float, the prefix of the twin; None without a prefix.
     """
 
     labels: torch.Tensor
@@ -52,19 +52,13 @@ class Condition:
                 "class_dropout 0 and no text"
             )
         labels = self.labels if self.null_label is None else torch.full_like(self.labels, self.null_label)
-        prefix = self.prefix if self.null_prefix is None else self.null_prefix.expand_as(self.prefix)
-        return replace(self, labels=labels, prefix=prefix)
+        return replace(self, labels=labels, prefix=self.null_prefix)
 
     def repeat(self, repeats):
         """Each image's condition so often, one after the other."""
-        if repeats == 1:
-            return self
-        changed = {"labels": self.labels.repeat_interleave(repeats)}
-        if self.prefix is not None:
-            changed["prefix"] = self.prefix.repeat_interleave(repeats, dim=0)
-        if self.null_prefix is not None and self.null_prefix.dim() == 3:
-            changed["null_prefix"] = self.null_prefix.repeat_interleave(repeats, dim=0)
-        return replace(self, **changed)
+        columns = {"labels": self.labels, "prefix": self.prefix, "null_prefix": self.null_prefix}
+        given = {name: column for name, column in columns.items() if column is not None}
+        return replace(self, **{name: column.repeat_interleave(repeats, dim=0) for name, column in given.items()})
 
     def hide(self, labels=None, prefixes=None):
         """This condition, but with the twin's label or prefix where (B,) bool is true; None: nowhere."""
