@@ -1,6 +1,7 @@
-"""What the models share: initialisation, and checks of tensors at the public boundary."""
+"""What the models share: initialisation, exact buffers, and checks of tensors at the public boundary."""
 
 import torch
+from torch import nn
 
 
 class TorchInitMixin:
@@ -10,6 +11,18 @@ class TorchInitMixin:
     def _init_weights(self, module):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
+
+
+class ExactBuffers(nn.Module):
+    """A module whose own buffers keep their dtype when the model is cast to another one."""
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if (moved := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
 
 def uncompiled(module):

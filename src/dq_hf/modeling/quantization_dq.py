@@ -8,6 +8,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .modeling_utils_dq import ExactBuffers
+
 
 @dataclass
 class DQQuantizerOutput(ModelOutput):
@@ -24,7 +26,7 @@ class DQQuantizerOutput(ModelOutput):
     loss: torch.Tensor | None = None
 
 
-class DQQuantizer(nn.Module):
+class DQQuantizer(ExactBuffers):
     """Nearest code by squared L2, and its codebook's learning. Arithmetic is float32 whatever the autocast dtype.
 
     The codebook never receives a gradient. In training mode each call moves it, after the look-up, unless `frozen`;
@@ -51,15 +53,6 @@ class DQQuantizer(nn.Module):
         init.normal_(self.codebook)
         init.ones_(self.cluster_size)
         init.copy_(self.embed_sum, self.codebook)
-
-    def _apply(self, fn, recurse=True):
-        """As in torch, but the dtype stays."""
-
-        def keep_dtype(tensor):
-            changed = fn(tensor)
-            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     def forward(self, features, cell_weights, top_left, learn=True):
         """Quantise features.

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .grain_map_dq import check_thresholds, one_hot_gates, rank_routing, repeat_cells
+from .modeling_utils_dq import ExactBuffers
 
 # Entropy of grey values: bins evenly spaced over the image range [-1, 1], smoothed by a Gaussian kernel.
 NUM_BINS = 32
@@ -64,7 +65,7 @@ class DQRouterOutput(ModelOutput):
     entropy: torch.Tensor | None = None
 
 
-class DQRouter(nn.Module):
+class DQRouter(ExactBuffers):
     """Gives every region a score, and makes it as many steps finer as its score exceeds thresholds.
 
     The thresholds, a buffer (K - 1,) of ascending numbers, are saved with the weights; they stay float32 when the model is
@@ -130,14 +131,6 @@ class DQRouter(nn.Module):
     def reset_parameters(self):
         """The thresholds to begin with, unless others were loaded."""
         init.copy_(self.thresholds, torch.tensor(self.initial_thresholds, dtype=torch.float32))
-
-    def _apply(self, fn, recurse=True):
-        """As in torch, but the thresholds' dtype stays."""
-        exact = self.thresholds
-        super()._apply(fn, recurse)
-        if self.thresholds.dtype != exact.dtype:
-            self.thresholds = exact.to(self.thresholds.device)
-        return self
 
 
 class EntropyRouter(DQRouter):
