@@ -78,8 +78,16 @@ def test_a_room_sees_only_those_below_it(room):
             assert {room_of(other) for other in GRAPH[name]} <= below, name
 
 
+def test_a_configuration_imports_no_sampler():
+    found, new = set(), {name for name in MODULES if name.startswith("dq_hf.modeling.configuration_")}
+    while new:
+        found |= new
+        new = set().union(*(GRAPH[name] for name in new)) - found
+    assert "dq_hf.modeling.text_dq" in found and "dq_hf.modeling.generation_dq" not in found
+
+
 def test_the_graph_is_that_of_the_package():
-    """So that the two tests above cannot pass by seeing nothing."""
+    """So that the tests above cannot pass by seeing nothing."""
     assert "dq_hf.modeling.modeling_dqvae" in GRAPH["dq_hf.modeling.modeling_dq"]
     assert sum(map(len, GRAPH.values())) > 100
     assert set(MODULES) >= {name for name in sys.modules if name.split(".")[0] == "dq_hf"}

@@ -9,7 +9,8 @@ from slow_sampling import SlowTransformer
 from transformers import CompileConfig
 
 from dq_hf.modeling.constraints_dq import StreamState
-from dq_hf.modeling.generation_dq import Replay, evaluation_mode
+from dq_hf.modeling.generation_dq import Replay
+from dq_hf.modeling.modeling_utils_dq import evaluation_mode
 from dq_hf.modeling.step_loop_dq import CONTENT, POSITION
 
 NUM_CODES = 16

@@ -4,9 +4,7 @@
 `Greedy` or `Replay`, or the codec's `Decode`. All else that samples or watches sampling is a caller of it.
 """
 
-import threading
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from .constraints_dq import StreamState
 from .known_dq import KnownState, known_elements
+from .modeling_utils_dq import evaluation_mode
 from .sampling_options_dq import OPTION_NAMES, SamplingOptions, argument_names, check_count
 from .step_loop_dq import generation_steps
 
@@ -264,32 +263,6 @@ class DQSamplingMixin:
 
 
 STEPS_ARGUMENTS = (*OPTION_NAMES, *argument_names(DQSamplingMixin.generate_steps))  # all that it takes
-
-_MODES = threading.Lock()
-
-
-@contextmanager
-def evaluation_mode(model):
-    """Dropout is off in all modules; once the last that asked for it has ended, each is in its own mode again.
-
-    Threads that sample from one model in training mode do not disturb each other.
-    """
-    with _MODES:
-        holders, training = model.__dict__.get("_evaluation_mode", (0, []))
-        more = [module for module in model.modules() if module.training]
-        if more:  # of a holder's time: set by someone else
-            model.eval()
-        model.__dict__["_evaluation_mode"] = (holders + 1, training + more)
-    try:
-        yield
-    finally:
-        with _MODES:
-            holders, training = model.__dict__.pop("_evaluation_mode")
-            if holders > 1:
-                model.__dict__["_evaluation_mode"] = (holders - 1, training)
-            else:
-                for module in training:
-                    module.training = True
 
 
 def make_warpers(temperature, top_k, top_p):

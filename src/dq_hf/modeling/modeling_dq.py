@@ -11,12 +11,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, cached_file
 
 from .configuration_dq import DQConfig
-from .generation_dq import STEPS_ARGUMENTS, evaluation_mode
+from .generation_dq import STEPS_ARGUMENTS
 from .hub_dq import HubMixin, load_model
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
 from .modeling_dqvae import DQVAEModel
-from .modeling_utils_dq import TorchInitMixin, uncompiled
+from .modeling_utils_dq import TorchInitMixin, evaluation_mode, uncompiled
 from .sampling_options_dq import argument_names, check_names
 from .text_dq import check_tokenizer, encode_tokens, prompt_arguments, text_encoder_class, unused_parameters
 

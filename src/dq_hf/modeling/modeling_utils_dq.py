@@ -1,4 +1,7 @@
-"""What the models share: initialisation, exact buffers, and checks of tensors at the public boundary."""
+"""What the models share: initialisation, exact buffers, evaluation mode, and checks of tensors at the public boundary."""
+
+import threading
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,6 +26,33 @@ class ExactBuffers(nn.Module):
             if (moved := getattr(self, name)).dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device))
         return self
+
+
+_MODES = threading.Lock()
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Dropout is off in all modules; once the last that asked for it has ended, each is in its own mode again.
+
+    Threads that sample from one model in training mode do not disturb each other.
+    """
+    with _MODES:
+        holders, training = model.__dict__.get("_evaluation_mode", (0, []))
+        more = [module for module in model.modules() if module.training]
+        if more:  # of a holder's time: set by someone else
+            model.eval()
+        model.__dict__["_evaluation_mode"] = (holders + 1, training + more)
+    try:
+        yield
+    finally:
+        with _MODES:
+            holders, training = model.__dict__.pop("_evaluation_mode")
+            if holders > 1:
+                model.__dict__["_evaluation_mode"] = (holders - 1, training)
+            else:
+                for module in training:
+                    module.training = True
 
 
 def uncompiled(module):

@@ -10,8 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from transformers.utils import logging
 
 from .conditioning_dq import inputs_of
-from .generation_dq import evaluation_mode
-from .modeling_utils_dq import call_device, check_indices
+from .modeling_utils_dq import call_device, check_indices, evaluation_mode
 
 logger = logging.get_logger(__name__)
 

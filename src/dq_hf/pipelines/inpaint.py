@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.generation_dq import STEPS_ARGUMENTS, evaluation_mode
+from ..modeling.generation_dq import STEPS_ARGUMENTS
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
 from ..modeling.known_dq import UNKNOWN, as_batch
-from ..modeling.modeling_utils_dq import check_indices
+from ..modeling.modeling_utils_dq import check_indices, evaluation_mode
 from ..modeling.sampling_options_dq import argument_names, check_names
 from .class_labels import as_list
 from .masks import masked_regions, read_masks

@@ -14,11 +14,12 @@ from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_finite, check_weight_files, weight_files
 from ..modeling.conditioning_dq import check_text
-from ..modeling.generation_dq import STEPS_ARGUMENTS, evaluation_mode
+from ..modeling.generation_dq import STEPS_ARGUMENTS
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.modeling_utils_dq import evaluation_mode
 from ..modeling.sampling_options_dq import argument_names, check_count, check_names
 from ..modeling.text_dq import prompt_arguments, require_text, text_encoder_class
 from .class_labels import as_list, class_ids
