@@ -15,15 +15,15 @@ def load_tokenizer(model, revision=None, **options):
     Raises:
         OSError, ValueError: as `DQVAEModel.from_pretrained`.
     """
-    return load_part(DQVAEModel, "vae", model, revision, **options)
+    return load_one(DQVAEModel, "vae", model, revision, **options)
 
 
 def load_generator(model, revision=None, **options):
     """The `DQTransformerForImageGeneration` of a folder or repository, alone or beside a tokenizer, like `load_tokenizer`."""
-    return load_part(DQTransformerForImageGeneration, "transformer", model, revision, **options)
+    return load_one(DQTransformerForImageGeneration, "transformer", model, revision, **options)
 
 
-def load_part(model_class, subfolder, model, revision, **options):
+def load_one(model_class, subfolder, model, revision, **options):
     """A model that lies in a folder alone, or in the subfolder of one with both."""
     kind, revision = model_type_of(model, revision)
     subfolder = subfolder if kind == DQConfig.model_type else ""

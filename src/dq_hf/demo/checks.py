@@ -8,7 +8,7 @@ UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none of them r
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 25_000_000  # a camera's picture; 300 MB as float32
 MAX_ASPECT_RATIO = 16  # the shorter side is scaled to the model's, the longer one grows with it
-MAX_SEED = 2**31 - 1
+MAX_DEMO_SEED = 2**31 - 1
 MAX_PROMPT = 500  # characters
 
 

@@ -11,7 +11,7 @@ from gradio.utils import get_upload_folder
 
 from ..modeling.configuration_dqtransformer import DQTransformerConfig
 from ..modeling.image_processing_dq import DQImageProcessor
-from .checks import MAX_PROMPT, MAX_SEED, check_painting, check_prompt, read_number, read_upload
+from .checks import MAX_DEMO_SEED, MAX_PROMPT, check_painting, check_prompt, read_number, read_upload
 from .views import enlarged, to_pixel_values, view_scale
 
 PROMPTS = ("red heart, flat style", "grinning face, 3d style", "keycap: 4, 3d style", "pizza, noto style")  # examples
@@ -102,7 +102,7 @@ def open_painting(editor, painting):
 
 
 @dataclass
-class Condition:
+class ConditionInputs:
     """The components that say what is drawn: a class, a seed, a guidance scale, a prompt.
 
     Args:
@@ -142,7 +142,7 @@ class Condition:
 
 
 def add_condition(pipe):
-    """The `Condition` of a pipeline, in the present column."""
+    """The `ConditionInputs` of a pipeline, in the present column."""
     config = pipe.transformer.config
     names = [(config.id2label[i], i) for i in range(config.num_classes)]
     has_prompts = pipe.text_encoder is not None and pipe.tokenizer is not None
@@ -151,7 +151,7 @@ def add_condition(pipe):
         gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", **PRIVATE)
     label = gr.Dropdown(names, value=0 if names else None, label="Class", visible=bool(names))
     with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_DEMO_SEED, min_width=120, scale=3)
         dice = gr.Button("Random", min_width=60, scale=1, size="md")
     guidance = slider(
         1,
@@ -163,7 +163,7 @@ def add_condition(pipe):
         visible=is_guided(config),
     )
     dice.click(None, None, seed, js="() => Math.floor(Math.random() * 2147483648)", **PRIVATE)
-    return Condition(config, has_prompts, label, seed, guidance, prompt)
+    return ConditionInputs(config, has_prompts, label, seed, guidance, prompt)
 
 
 def slider(lowest, highest, value, **options):

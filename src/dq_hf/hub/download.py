@@ -14,7 +14,7 @@ from .folders import check_links, read_json_object
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SMALL_FILES = ("README.md", "model_index.json", "preprocessor_config.json", *PICTURES)
 TOKENIZER_FILES = ("tokenizer/*.json", "tokenizer/*.txt", "tokenizer/*.model")  # of a text encoder
-PART_FOLDERS = {"vae", "transformer", "text_encoder", "tokenizer"}
+MODEL_FOLDERS = {"vae", "transformer", "text_encoder", "tokenizer"}
 MODEL_SUFFIXES = {".json", ".safetensors", ".md", ".png", ".bin"}
 
 
@@ -112,6 +112,6 @@ def cache_of(folder):
 def check_model_links(folder):
     """Raise `OSError` at a link that leaves a model's folder, but for those of the Hub's cache."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    names = [path.name for path in paths if path.suffix in MODEL_SUFFIXES or path.name in PART_FOLDERS]
+    names = [path.name for path in paths if path.suffix in MODEL_SUFFIXES or path.name in MODEL_FOLDERS]
     cache = cache_of(folder)
     check_links(folder, names, cache and cache / "blobs")

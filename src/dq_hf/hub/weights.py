@@ -53,7 +53,7 @@ def load_strictly(model_class, load, folder, *args, config=None, **kwargs):
     ]
     problems = {"missing": info["missing_keys"], "unknown": info["unexpected_keys"], "mismatched": mismatched}
     refuse_weights(model_class, files or [folder], **problems)
-    check_finite(model, files or [folder])
+    check_weights_finite(model, files or [folder])
     return model, info
 
 
@@ -76,7 +76,7 @@ def read_config(config_class, source, arguments):
     return config, others | dtypes
 
 
-def check_finite(model, files):
+def check_weights_finite(model, files):
     """Raise `ValueError` if a weight that was loaded from these files is not finite."""
     may_be_infinite, not_finite = getattr(model, "weights_that_may_be_infinite", ()), []
     for name, value in model.state_dict().items():

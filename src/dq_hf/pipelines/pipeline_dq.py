@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..hub.card import read_source_card
 from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
-from ..hub.weights import check_finite, check_weight_files, weight_files
+from ..hub.weights import check_weight_files, check_weights_finite, weight_files
 from ..modeling.conditioning_dq import check_text
 from ..modeling.generation_dq import STEPS_ARGUMENTS
 from ..modeling.image_processing_dq import DQImageProcessor
@@ -326,7 +326,7 @@ class DQPipeline(DiffusionPipeline):
             pipe = super().from_pretrained(str(folder), **kwargs)
             pipe.register_to_config(_name_or_path=pretrained_model_name_or_path)  # not its folder in the cache
             if is_checked:
-                check_finite(pipe.text_encoder, files)
+                check_weights_finite(pipe.text_encoder, files)
                 pipe.text_encoder.source_card = read_source_card(pipe.text_encoder, encoder)
             return pipe
 
