@@ -29,7 +29,7 @@ from dq_hf import DQForImageGeneration, DQImageProcessor, DQInpaintPipeline, DQP
 from dq_hf.commands.main import main
 from dq_hf.demo import page as demo_page
 from dq_hf.demo.checks import read_upload
-from dq_hf.demo.components import served
+from dq_hf.demo.components import add_condition, served
 from dq_hf.demo.page import launch, make_page
 from dq_hf.demo.views import (
     edit_painted,
@@ -513,6 +513,17 @@ def test_an_unconditional_model_has_no_class_and_no_guidance(models):
     assert not found["dropdown", "Class"]["visible"] and not found["slider", "Guidance scale"]["visible"]
     *_, last = sample_frames(pipe, None, 5)
     assert (pixels(last.image) == pixels(directly(pipe, None, 5))).all()
+
+
+def test_words_that_the_model_does_not_know_are_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(gr, "Warning", told.append)
+    pipe = DQPipeline(make_vae(), make_transformer(**TEXT), make_text_encoder(), make_text_tokenizer())
+    with gr.Blocks():
+        inputs = add_condition(pipe)
+    inputs.read(None, 0, 1, "a red heart")
+    inputs.read(None, 0, 1, "a purple dragon")
+    assert told == ["The model does not know 'purple', 'dragon', and reads all such words alike."]
 
 
 def test_a_prompt_samples_and_edits_as_the_pipelines_do_and_others_are_refused(serving, photo, tmp_path):

@@ -8,9 +8,11 @@ from tempfile import TemporaryDirectory
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling.configuration_dqtransformer import DQTransformerConfig
 from ..modeling.image_processing_dq import DQImageProcessor
+from ..modeling.text_dq import unknown_words
 from .checks import MAX_DEMO_SEED, MAX_PROMPT, check_painting, check_prompt, read_number, read_upload
 from .views import enlarged, to_pixel_values, view_scale
 
@@ -107,12 +109,12 @@ class ConditionInputs:
 
     Args:
         config: `DQTransformerConfig`.
-        has_prompts: whether a prompt is taken.
+        tokenizer: of prompts; None: no prompt is taken.
         label, seed, guidance, prompt: the components; those that the model does not take are invisible.
     """
 
     config: DQTransformerConfig
-    has_prompts: bool
+    tokenizer: PreTrainedTokenizerBase | None
     label: gr.Dropdown
     seed: gr.Number
     guidance: gr.Slider
@@ -121,7 +123,7 @@ class ConditionInputs:
     @property
     def prompts(self):
         """The last inputs of an event: the prompt, where one is taken."""
-        return [self.prompt] if self.has_prompts else []
+        return [] if self.tokenizer is None else [self.prompt]
 
     def read(self, label, seed, guidance, prompt=None):
         """Arguments of `sample_frames` and `edit_painted`, of what a visitor sent.
@@ -129,8 +131,10 @@ class ConditionInputs:
         Raises:
             TypeError, ValueError: what the components do not give.
         """
-        if self.has_prompts:
+        if self.tokenizer is not None:
             check_prompt(prompt)
+            if words := unknown_words(self.tokenizer, [prompt]):
+                gr.Warning(f"The model does not know {', '.join(words)}, and reads all such words alike.")
         if self.config.num_classes > 0:
             label = read_number(self.label.label, label, 0, self.config.num_classes - 1, whole=True)
         elif label is not None:
@@ -145,7 +149,8 @@ def add_condition(pipe):
     """The `ConditionInputs` of a pipeline, in the present column."""
     config = pipe.transformer.config
     names = [(config.id2label[i], i) for i in range(config.num_classes)]
-    has_prompts = pipe.text_encoder is not None and pipe.tokenizer is not None
+    tokenizer = None if pipe.text_encoder is None else pipe.tokenizer
+    has_prompts = tokenizer is not None
     prompt = gr.Textbox("", label="Prompt", info="empty: no text", max_length=MAX_PROMPT, visible=has_prompts)
     if has_prompts:
         gr.Examples([[text] for text in PROMPTS], prompt, label="Examples", **PRIVATE)
@@ -163,7 +168,7 @@ def add_condition(pipe):
         visible=is_guided(config),
     )
     dice.click(None, None, seed, js="() => Math.floor(Math.random() * 2147483648)", **PRIVATE)
-    return ConditionInputs(config, has_prompts, label, seed, guidance, prompt)
+    return ConditionInputs(config, tokenizer, label, seed, guidance, prompt)
 
 
 def slider(lowest, highest, value, **options):
