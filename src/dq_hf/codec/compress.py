@@ -9,11 +9,10 @@ import torch
 
 from ..data.fingerprint import decoding_fingerprint
 from ..hub.download import model_type_of
-from ..modeling.generation_dq import evaluation_mode
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import DQForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
-from ..modeling.modeling_utils_dq import uncompiled
+from ..modeling.modeling_utils_dq import evaluation_mode, uncompiled
 from ..pipelines.class_labels import class_ids
 from .container import DAMAGED, GENERATOR, MOST_SIDE, STATIC, Header, read_file, write_file
 from .generator_prior import GeneratorPrior

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ..data.fingerprint import THRESHOLDS
 from ..hub.folders import read_json_object, whole_file
-from ..modeling.generation_dq import evaluation_mode
 from ..modeling.grain_map_dq import check_shares
+from ..modeling.modeling_utils_dq import evaluation_mode
 
 logger = logging.getLogger(__name__)
 

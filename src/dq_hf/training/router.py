@@ -7,8 +7,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..modeling.configuration_dqvae import DQVAEConfig
-from ..modeling.generation_dq import evaluation_mode
 from ..modeling.modeling_dqvae import DQVAEModel
+from ..modeling.modeling_utils_dq import evaluation_mode
 
 WARMUP_STEPS = 20
 
