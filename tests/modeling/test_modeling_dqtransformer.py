@@ -334,7 +334,7 @@ def test_class_dropout_hides_the_class_in_training_only():
 @pytest.mark.parametrize(
     ("argument", "change", "error", "message"),
     [
-        ("codes", lambda codes: codes[:, :-1], ValueError, r"codes must have shape \(any, 8, 8\), got \(4, 7, 8\)"),
+        ("codes", lambda codes: codes[:, :-1], ValueError, r"codes must have shape \(B, 8, 8\), got \(4, 7, 8\)"),
         ("codes", lambda codes: codes[:0], ValueError, "at least one image"),
         ("codes", lambda codes: codes + 16, ValueError, "codes must lie in 0 ... 15"),
         ("codes", lambda codes: codes - 1, ValueError, "codes must lie in 0 ... 15, got values from -1"),

@@ -362,7 +362,7 @@ def test_sharing_models_leaves_them_their_precision_unless_another_is_asked_for(
         (dict(encoder_hidden_states=torch.ones(1, 2, 8)), TypeError, "here it is prompt_embeds"),
         (dict(codes=np.zeros((8, 8), int)), TypeError, "codes is .*; here it is image"),
         (dict(grain_map=np.full((4, 4), 7)), ValueError, "grain_map must lie in -1 ... 1"),
-        (dict(grain_map=[0] * 4), ValueError, r"grain_map must have shape \(any, 4, 4\), got \(4,\)"),
+        (dict(grain_map=[0] * 4), ValueError, r"grain_map must have shape \(B, 4, 4\), got \(4,\)"),
         (dict(grain_map=np.zeros((3, 4, 4), int)), ValueError, "of one image or of each of 1, got 3"),
         (dict(class_labels=0), ValueError, "unconditional"),
         (dict(output_type="latent"), ValueError, "output_type must be one of pil, np, pt, codes"),

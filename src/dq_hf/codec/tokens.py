@@ -168,7 +168,7 @@ class DQTokens:
     def _grids(self, encoded):
         """Codes (B, H, W) and grain maps (B, h, w) of one output or row, checked."""
         codes, grain_map = grids_of(encoded)
-        grain_map = check_indices("grain_map", grain_map, (None, None, None), self.num_granularities, "cpu")
+        grain_map = check_indices("grain_map", grain_map, ("B", "h", "w"), self.num_granularities, "cpu")
         batch, *regions = grain_map.shape
         grid = [side * 2 ** (self.num_granularities - 1) for side in regions]
         codes = check_indices("codes", codes, (batch, *grid), self.codebook_size, "cpu")

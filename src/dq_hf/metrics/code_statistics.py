@@ -60,7 +60,7 @@ class CodeStatistics(StreamingMetric):
     def update(self, codes, grain_maps):
         if codes is None or grain_maps is None:
             raise ValueError("codes and grain_maps must be given together")
-        grain_maps = check_indices("grain_maps", grain_maps, (None, None, None), self.num_granularities, "cpu")
+        grain_maps = check_indices("grain_maps", grain_maps, ("B", "h", "w"), self.num_granularities, "cpu")
         side = 2 ** (self.num_granularities - 1)
         shape = (len(grain_maps), grain_maps.shape[1] * side, grain_maps.shape[2] * side)
         codes = check_indices("codes", codes, shape, self.codebook_size, "cpu")

@@ -100,7 +100,7 @@ def class_condition(class_labels, batch, config, device) -> Condition:
         raise ValueError("class_labels must hold at least one label, got none")
     if class_labels.dim() == 0:
         class_labels = class_labels[None]
-    labels = check_indices("class_labels", class_labels, (None,), config.num_classes, device)
+    labels = check_indices("class_labels", class_labels, ("B",), config.num_classes, device)
     if len(labels) == 1 and batch is not None:
         labels = labels.expand(batch)
     if batch is not None and len(labels) != batch:

@@ -65,14 +65,14 @@ def known_elements(config, device, codes=None, grain_map=None, fine_ratio=None) 
             raise ValueError("codes are known only with their granularities: give grain_map, too")
         grain_map = torch.full((1, *region_grid), UNKNOWN)
     grain_map = as_batch("grain_map", grain_map)
-    grain_map = check_indices("grain_map", grain_map, (None, *region_grid), num_granularities, device, UNKNOWN)
+    grain_map = check_indices("grain_map", grain_map, ("B", *region_grid), num_granularities, device, UNKNOWN)
     batch = len(grain_map)
     if batch == 0:
         raise ValueError("grain_map must hold at least one map, got a batch of 0")
     if codes is None:
         codes = torch.full((1, *fine_grid), UNKNOWN)
     codes = as_batch("codes", codes)
-    codes = check_indices("codes", codes, (None, *fine_grid), config.codebook_size, device, UNKNOWN)
+    codes = check_indices("codes", codes, ("B", *fine_grid), config.codebook_size, device, UNKNOWN)
     if len(codes) not in (1, batch):
         raise ValueError(f"codes must be of one image or of each of {batch} grain maps, got {len(codes)}")
     codes = codes.expand(batch, -1, -1)

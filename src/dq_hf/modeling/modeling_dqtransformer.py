@@ -274,7 +274,7 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
         """Both as long tensors on the model's device; errors as in `forward`."""
         device = self.input_device
         batch = len(codes) if isinstance(codes, torch.Tensor) else None
-        codes = check_indices("codes", codes, (None, *self.config.grid_sizes[-1]), self.config.codebook_size, device)
+        codes = check_indices("codes", codes, ("B", *self.config.grid_sizes[-1]), self.config.codebook_size, device)
         if batch == 0:
             raise ValueError("codes must hold at least one image, got a batch of 0")
         grain_map = check_indices(
@@ -291,8 +291,8 @@ class DQTransformerForImageGeneration(HubMixin, TorchInitMixin, DQSamplingMixin,
             TypeError, ValueError: tensors of another type, shape or range; streams that are not whole.
         """
         device = self.input_device
-        shape = contents.shape if isinstance(contents, torch.Tensor) else (None, None)
-        contents = check_indices("contents", contents, (None, None), self.config.content_vocab_size, device)
+        shape = contents.shape if isinstance(contents, torch.Tensor) else ("B", "L")
+        contents = check_indices("contents", contents, ("B", "L"), self.config.content_vocab_size, device)
         positions = check_indices("positions", positions, shape, self.config.position_vocab_sizes[-1], device)
         lengths = check_indices("lengths", lengths, shape[:1], contents.shape[1] + 1, device)
         return self.layout.unpack(contents, positions, lengths)

@@ -73,7 +73,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, tor
 
 
 def check_indices(name, values, shape, limit, device, lowest=0):
-    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (None or a name: any), in [lowest, limit).
+    """`values` as a long tensor on `device`, checked: integer dtype, the given shape (a name: any size), in [lowest, limit).
 
     Raises:
         TypeError: not a tensor of integers.
@@ -82,12 +82,9 @@ def check_indices(name, values, shape, limit, device, lowest=0):
     if not isinstance(values, torch.Tensor) or values.dtype not in INTEGERS:
         got = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {got}")
-    free = [size is None or isinstance(size, str) for size in shape]
-    if values.dim() != len(shape) or any(
-        not any_size and want != got for any_size, want, got in zip(free, shape, values.shape)
-    ):
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({expected}), got {tuple(values.shape)}")
+    differs = [not isinstance(size, str) and size != got for size, got in zip(shape, values.shape)]
+    if values.dim() != len(shape) or any(differs):
+        raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}), got {tuple(values.shape)}")
     values = values.to(device=device, dtype=torch.long)
     if torch.compiler.is_compiling():  # a graph cannot ask for values
         return values

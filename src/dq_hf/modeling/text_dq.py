@@ -95,7 +95,7 @@ def encode_tokens(text_encoder, input_ids, attention_mask=None):
     """
     embedding = text_encoder.get_input_embeddings()
     device = call_device(text_encoder, embedding)
-    input_ids = check_indices("input_ids", input_ids, (None, None), embedding.num_embeddings, device)
+    input_ids = check_indices("input_ids", input_ids, ("B", "T"), embedding.num_embeddings, device)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     attention_mask = check_indices("attention_mask", attention_mask, input_ids.shape, 2, device)

@@ -142,7 +142,7 @@ class DQInpaintPipeline(DQPipeline):
         drawn = known_map.new_tensor(UNKNOWN)
         if grain_map is not None:
             num_granularities = len(self.vae.config.granularities)
-            drawn, shape = as_batch("grain_map", grain_map), (None, *known_map.shape[1:])
+            drawn, shape = as_batch("grain_map", grain_map), ("B", *known_map.shape[1:])
             drawn = check_indices("grain_map", drawn, shape, num_granularities, codes.device, UNKNOWN)
             if len(drawn) not in (1, len(known_map)):
                 raise ValueError(f"grain_map must be of one image or of each of {len(known_map)}, got {len(drawn)}")
