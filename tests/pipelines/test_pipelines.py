@@ -15,7 +15,14 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from dq_hf import DQForImageGeneration, DQGenerationPipeline, DQImageProcessor, DQPipeline
+from dq_hf import (
+    DQForImageGeneration,
+    DQGenerationPipeline,
+    DQImageProcessor,
+    DQInpaintPipeline,
+    DQPipeline,
+    DQTransformerForImageGeneration,
+)
 from dq_hf.commands.main import main
 
 NAMES = {0: "sun", 1: "moon", 2: "star"}
@@ -442,6 +449,27 @@ def test_numbers_of_numpy_are_numbers(pipe, task):
 def test_bad_arguments_of_the_task_are_refused(task, arguments, error, message):
     with pytest.raises(error, match=message):
         task(["sun", "moon"], **arguments)
+
+
+class OwnGenerator(DQTransformerForImageGeneration):
+    """With an argument of its own."""
+
+    def generate_steps(self, *arguments, own=None, **options):
+        self.own = own
+        return super().generate_steps(*arguments, **options)
+
+
+def test_arguments_of_ones_own_generator_reach_it():
+    model = DQForImageGeneration.from_models(make_vae(), OwnGenerator(make_transformer(num_classes=3).config)).eval()
+    pipe = DQPipeline(model.vae, model.transformer)
+    inpaint = DQInpaintPipeline.from_pipe(pipe)
+    picture = dict(image=Image.new("RGB", (16, 16)), mask_image=Image.new("L", (16, 16), 255))
+    calls = model.transformer.generate, model.generate, pipe, lambda **options: inpaint(**picture, **options)
+    for i, call in enumerate(calls):
+        call(class_labels=[0], own=i, generator=seeded())
+        assert model.transformer.own == i
+        with pytest.raises(TypeError, match="unknown argument.* owm; did you mean own"):
+            call(class_labels=[0], owm=i)
 
 
 def test_typos_are_refused_when_a_door_is_opened(folder):

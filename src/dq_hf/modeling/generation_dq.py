@@ -262,7 +262,10 @@ class DQSamplingMixin:
             )
 
 
-STEPS_ARGUMENTS = (*OPTION_NAMES, *argument_names(DQSamplingMixin.generate_steps))  # all that it takes
+def steps_arguments(transformer):
+    """Names of all that a generator's `generate_steps` takes, those of a subclass of one's own too."""
+    steps = DQSamplingMixin.generate_steps, transformer.generate_steps
+    return (*OPTION_NAMES, *(name for each in steps for name in argument_names(each)))
 
 
 def make_warpers(temperature, top_k, top_p):

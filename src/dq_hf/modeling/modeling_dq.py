@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput, cached_file
 
 from .configuration_dq import DQConfig
-from .generation_dq import STEPS_ARGUMENTS
+from .generation_dq import steps_arguments
 from .hub_dq import HubMixin, load_model
 from .image_processing_dq import DQImageProcessor
 from .modeling_dqtransformer import DQTransformerForImageGeneration
@@ -331,7 +331,7 @@ class DQForImageGeneration(HubMixin, ComposedModel):
             negative_prompt: likewise, for the unconditional half of guidance; without effect where the guidance scale is 1.
             class_labels, num_images, options: as in `DQTransformerForImageGeneration.generate`.
         """
-        check_names(options, STEPS_ARGUMENTS, argument_names(self.generate))
+        check_names(options, steps_arguments(self.transformer), argument_names(self.generate))
         config = self.transformer.config
         labels = class_labels if isinstance(class_labels, (list, tuple)) else [class_labels]
         if any(isinstance(label, str) for label in labels):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..modeling.generation_dq import STEPS_ARGUMENTS
+from ..modeling.generation_dq import steps_arguments
 from ..modeling.grain_map_dq import repeat_cells
 from ..modeling.image_processing_dq import flatten_images, from_unit, to_tensor, to_unit
 from ..modeling.known_dq import UNKNOWN, as_batch
@@ -75,7 +75,7 @@ class DQInpaintPipeline(DQPipeline):
             TypeError, ValueError: images, masks or other arguments of another type, size or range; a mask that touches
                 no region.
         """
-        known = (*argument_names(DQPipeline.__call__), *STEPS_ARGUMENTS)
+        known = (*argument_names(DQPipeline.__call__), *steps_arguments(self.transformer))
         check_names(arguments, known, argument_names(self.__call__), ELSEWHERE | {"codes": "image"})
         self.check_inputs(output_type, ())
         pixel_values, regenerated = self.prepare_images(image, mask_image)

@@ -14,7 +14,7 @@ from ..hub.download import HUB_ARGUMENTS, local_folder
 from ..hub.folders import read_json_object
 from ..hub.weights import check_weight_files, check_weights_finite, weight_files
 from ..modeling.conditioning_dq import check_text
-from ..modeling.generation_dq import STEPS_ARGUMENTS
+from ..modeling.generation_dq import steps_arguments
 from ..modeling.image_processing_dq import DQImageProcessor
 from ..modeling.modeling_dq import PARTS, DQForImageGeneration
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
@@ -151,7 +151,7 @@ class DQPipeline(DiffusionPipeline):
         Raises:
             TypeError, ValueError: arguments of another type or range.
         """
-        check_names(options, STEPS_ARGUMENTS, argument_names(self.__call__), ELSEWHERE)
+        check_names(options, steps_arguments(self.transformer), argument_names(self.__call__), ELSEWHERE)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs) or ()
         self.check_inputs(output_type, tensor_inputs)
         texts = self.encode_prompt(
