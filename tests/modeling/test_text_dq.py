@@ -19,6 +19,7 @@ from conftest import (
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoModelForTextEncoding,
@@ -64,18 +65,26 @@ def test_tokens_have_one_length_and_an_empty_prompt_has_none(caplog):
     ("end", "is_fast", "words"),
     [
         ("<end>", True, "'purple', 'dragon'"),
+        ("<unk>", True, "'purple', 'dragon'"),  # as CLIP's
         ("<end>", False, "'a purple dragon', 'purple heart'"),
-        ("<unk>", True, None),  # CLIP's
     ],
 )
 def test_words_that_the_encoder_does_not_know_are_named(caplog, monkeypatch, end, is_fast, words):
-    tokenizer, encoder = make_text_tokenizer(eos_token=end), make_text_encoder()
+    tokenizer, encoder = make_text_tokenizer(), make_text_encoder()
+    special_tokens = [(end, tokenizer.convert_tokens_to_ids(end))]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {end}", special_tokens=special_tokens)
     monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)
     encode_prompts(tokenizer, encoder, ["a purple dragon", "", "a heart", "purple heart"], LENGTH)
     said = f"the text encoder does not know these words, and reads all of them alike: {words}"
-    assert [record.message for record in caplog.records] == ([said] if words else [])
+    assert [record.message for record in caplog.records] == [said]
     encode_prompts(tokenizer, encoder, "a heart", LENGTH)
-    assert len(caplog.records) == bool(words)
+    assert len(caplog.records) == 1
+
+
+def test_of_many_unknown_words_the_first_are_named(caplog):
+    encode_prompts(make_text_tokenizer(), make_text_encoder(), [f"word{i}" for i in range(20)], LENGTH)
+    first = ", ".join(f"'word{i}'" for i in range(8))
+    assert [record.message.endswith(f"alike: {first} and others") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,15 +58,14 @@ def unknown_words(tokenizer, prompts):
 
     A slow tokenizer does not say which words it knows: then the whole text.
     """
-    unknown = tokenizer.unk_token_id
-    if unknown in (None, tokenizer.pad_token_id, tokenizer.eos_token_id):  # CLIP's: its end, too
-        return []
-    tokens = tokenizer(prompts, verbose=False)
+    tokens = tokenizer(prompts, verbose=False, return_special_tokens_mask=True)
     words = []
     for i, ids in enumerate(tokens["input_ids"]):
-        for place in [place for place, token in enumerate(ids) if token == unknown]:
-            span = slice(*tokens.token_to_chars(i, place)) if tokenizer.is_fast else slice(None)
-            words.append(repr(prompts[i][span]))
+        added = tokens["special_tokens_mask"][i]  # before and behind the text; CLIP ends it with its unknown token
+        for place in range(len(ids)):
+            if ids[place] == tokenizer.unk_token_id and not added[place]:
+                span = tokens.token_to_chars(i, place) if tokenizer.is_fast else (None, None)
+                words.append(repr(prompts[i][slice(*span)]))
     return list(dict.fromkeys(words))
 
 
@@ -122,7 +121,8 @@ def encode_prompts(tokenizer, text_encoder, prompts, length):
     """
     input_ids, attention_mask = tokenize(tokenizer, prompts, length)
     if words := unknown_words(tokenizer, as_prompts(prompts)):
-        logger.warning(f"the text encoder does not know these words, and reads all of them alike: {', '.join(words)}")
+        named = ", ".join(words[:8]) + (" and others" if len(words) > 8 else "")
+        logger.warning(f"the text encoder does not know these words, and reads all of them alike: {named}")
     encoded = [encode_tokens(text_encoder, *each) for each in zip(input_ids.split(1), attention_mask.split(1))]
     states, masks = zip(*encoded)
     return torch.cat(states), torch.cat(masks)
