@@ -549,7 +549,8 @@ def test_the_table_of_thresholds_is_found_given_or_published(checkout, tmp_path)
     router = params(config, "encoderconfig", "router_config")
     for ratio, name, published in ((0.25, TABLE, 2.4625628), (0.5, "thresholds_ffhq.json", 1.5459324)):
         router.update(fine_grain_ratito=ratio, json_path=name)
-        assert convert(f"{ratio}").entropy_thresholds == [published]
+        ours = convert(f"{ratio}")
+        assert ours.entropy_thresholds == [published] and ours.budget_targets == [ratio]
     for ratio, name in (
         (0.3, TABLE),
         (0.75, "thresholds_ffhq.json"),

@@ -173,8 +173,10 @@ def vae_config(model, path, thresholds_path):
         restart_dead_codes=codebook.get("restart_unused_codes", bool, True),
         commitment_beta=codebook.get("commitment_beta", float, 0.25),
         position_type=decoder.get("position_type", str),
-        **router_fields(model, encoder, granularities[0], path, thresholds_path),
-        **loss_fields(model, word, [resolution // factor for factor in granularities]),
+        **(
+            loss_fields(model, word, [resolution // factor for factor in granularities])
+            | router_fields(model, encoder, granularities[0], path, thresholds_path)
+        ),
     )
 
     encoder.require("in_channels", 3, "RGB")
@@ -212,8 +214,9 @@ def router_fields(model, encoder, coarsest_factor, path, thresholds_path):
         model.require("entropy_patch_size", coarsest_factor, "the coarsest downsampling factor", default=16)
         model.require("image_size", encoder.get("resolution", int), "the encoder's resolution", default=256)
         threshold = entropy_threshold(router, coarsest_factor, path, thresholds_path)
+        budget = [router.get("fine_grain_ratito", float)]
         router.finish()
-        return {"router": "entropy", "entropy_thresholds": [threshold]}
+        return {"router": "entropy", "entropy_thresholds": [threshold], "budget_targets": budget}
     if thresholds_path is not None:
         raise ValueError(f"entropy thresholds were given for {router.path}, a {router.target}; leave them out")
 

@@ -4,13 +4,12 @@ import re
 
 import torch
 
+from ..data.fingerprint import THRESHOLDS
 from ..modeling.modeling_dqtransformer import DQTransformerForImageGeneration
 from ..modeling.modeling_dqvae import DQVAEModel
 from .checkpoint import describe
 from .config import GRAINS
 from .text import cut, listed
-
-THRESHOLDS = "router.thresholds"  # ours alone: the release has them in its configuration, or none
 
 # Our name -> the release's, applied in this order; `vae_names` adds those that depend on sizes.
 BLOCK_NAMES = (
