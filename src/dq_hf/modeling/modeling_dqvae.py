@@ -161,7 +161,7 @@ class DQVAEDecoder(nn.Module):
         return self.output(hidden_states)
 
 
-class ExactBuffersMixin:
+class ExactLoadingMixin:
     """Stands before `PreTrainedModel`: codebook and thresholds are float32 in any dtype.
 
     `entropy_thresholds` of a configuration go before those of the weights.
@@ -177,7 +177,7 @@ class ExactBuffersMixin:
         return (model, info) if output_loading_info else model
 
 
-class DQVAEModel(HubMixin, ExactBuffersMixin, TorchInitMixin, PreTrainedModel):
+class DQVAEModel(HubMixin, ExactLoadingMixin, TorchInitMixin, PreTrainedModel):
     """The tokenizer: encoder, router, quantiser, decoder (arXiv 2305.11718, section 3.1).
 
     Any image size that the coarsest granularity divides is accepted, square or not.
